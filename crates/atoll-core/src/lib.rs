@@ -1,0 +1,19 @@
+//! Atoll's pure core. Nothing here reads a clock, a file or a socket: every decision is a function of
+//! its inputs, so the same code runs in production, in the deterministic simulator and in replay.
+//!
+//! The modules in the order in which the data flows:
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`model`] | the shape of the Llama that all sites train |
+//! | [`manifest`] | its tensors, their fragments, the layout's fingerprint |
+//! | [`data`] | sample ranges, the keyed permutation, leases and the ledger |
+//! | [`engine`] | the trait behind which a device trains, and its conformance suite |
+
+pub mod data;
+pub mod engine;
+pub mod hash;
+pub mod manifest;
+pub mod model;
+pub mod rng;
+pub mod site;
