@@ -10,10 +10,13 @@
 //! | [`data`] | sample ranges, the keyed permutation, leases and the ledger |
 //! | [`engine`] | the trait behind which a device trains, and its conformance suite |
 
+pub mod codec;
 pub mod data;
+pub mod delta;
 pub mod engine;
 pub mod hash;
 pub mod manifest;
 pub mod model;
+pub mod outer;
 pub mod rng;
 pub mod site;
