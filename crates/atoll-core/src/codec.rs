@@ -238,7 +238,7 @@ mod tests {
         #[test]
         fn any_bytes_decode_or_are_refused(mut bytes in prop::collection::vec(any::<u8>(), 0..400), count in 0usize..600, tidy: bool) {
             if tidy && bytes.len() >= 5 {
-                bytes[0] = bytes[0] % 4;
+                bytes[0] %= 4;
                 bytes[1..5].copy_from_slice(&(count as u32).to_le_bytes());
                 if let Ok(codec) = Codec::from_number(bytes[0]) {
                     bytes.resize(codec.payload_len(count), 0x5a);

@@ -1,0 +1,515 @@
+//! The journal: the run's append-only record, and the [`Book`] that is the sum of its entries.
+//!
+//! Nothing is announced before its entry is durable, and the coordinator's lasting state is nothing
+//! but the book, so journal and last snapshot rebuild it exactly. A commit and the tokens it brings
+//! into the model are *one* entry: there is no moment at which one is true without the other.
+//!
+//! On disk an entry is one line: 16 hexadecimal digits of a hash chained over all lines so far, a
+//! space, and the entry as JSON. A line that was cut short or altered breaks the chain.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::Codec;
+use crate::data::{DatasetId, Ledger, LedgerError, Ranges};
+use crate::hash::Digest;
+use crate::manifest::FragmentId;
+use crate::outer::OuterRule;
+use crate::site::SiteId;
+
+/// How many commits of a fragment a site may be behind and still catch up by deltas. Eight deltas of
+/// 4 bits weigh as much as the fragment's `f32` weights, which are fetched instead beyond that.
+pub const TAIL: usize = 8;
+
+/// How many settled contributions of a session are remembered; a site never has this many under way.
+const SETTLED: usize = 256;
+
+/// One fact of the run, in the order in which facts became true.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "entry", rename_all = "snake_case")]
+pub enum Entry {
+    /// The run exists, with these first weights.
+    Began {
+        /// Its name.
+        run: String,
+        /// Seed of everything random in it.
+        seed: u64,
+        /// Tokens predicted per sample.
+        context: u64,
+        /// Fingerprint of the manifest.
+        layout: Digest,
+        /// Digest of each fragment's first weights.
+        theta: Vec<Digest>,
+    },
+    /// A site's key was let in with a one-time ticket.
+    Admitted {
+        /// The site.
+        site: SiteId,
+        /// Fingerprint of its public key.
+        key: Digest,
+        /// Hash of the ticket's secret, used up hereby.
+        ticket: Digest,
+    },
+    /// A site began a session; whatever an earlier session held is back in the pool.
+    Joined {
+        /// The site.
+        site: SiteId,
+        /// Grows from session to session.
+        session: u64,
+        /// The dataset it brings.
+        dataset: DatasetId,
+        /// Samples in one epoch of it.
+        samples: u64,
+    },
+    /// Samples were leased to a site.
+    Leased {
+        /// The site.
+        site: SiteId,
+        /// Counts the leases of this session from 1.
+        number: u64,
+        /// The positions.
+        ranges: Ranges,
+    },
+    /// A site's session ended; what it held is back in the pool.
+    Returned {
+        /// The site.
+        site: SiteId,
+        /// What happened, for people.
+        why: String,
+    },
+    /// A contribution was turned down; its samples are back in the pool.
+    Refused {
+        /// The site.
+        site: SiteId,
+        /// The contribution's number.
+        number: u64,
+        /// Its samples, as far as the site held them.
+        ranges: Ranges,
+        /// Why, for people.
+        why: String,
+    },
+    /// A fragment has a new version.
+    Committed(Commit),
+    /// Held-out loss of the global model.
+    Evaluated(Evaluated),
+    /// The run reached its goal.
+    Finished,
+}
+
+/// One outer step of one fragment: everything needed to compute it again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Commit {
+    /// The fragment.
+    pub fragment: FragmentId,
+    /// Its new version.
+    pub version: u64,
+    /// What was merged, in the order of merging.
+    pub contributions: Vec<Accepted>,
+    /// The outer rule in force.
+    pub rule: OuterRule,
+    /// The codec of the way down.
+    pub codec: Codec,
+    /// Content address of the broadcast payload.
+    pub delta: Digest,
+    /// Bytes of the broadcast payload.
+    pub bytes: u64,
+    /// Digest of the fragment after the commit.
+    pub digest: Digest,
+    /// Seconds for which the run had been training.
+    pub seconds: f64,
+}
+
+/// A contribution in a commit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// Who made it.
+    pub site: SiteId,
+    /// Its number in the site's session.
+    pub number: u64,
+    /// Content address of its payload.
+    pub payload: Digest,
+    /// Version of the fragment that it set out from.
+    pub base: u64,
+    /// Inner steps in it.
+    pub steps: u64,
+    /// Tokens in it.
+    pub tokens: u64,
+    /// Its weight in the merge.
+    pub weight: f64,
+    /// The samples that enter the model with it.
+    pub ranges: Ranges,
+}
+
+/// Held-out loss after so many commits.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Evaluated {
+    /// Sum of the fragments' versions at the evaluating site.
+    pub commits: u64,
+    /// Summed loss in nats.
+    pub nats: f64,
+    /// Tokens predicted.
+    pub tokens: u64,
+    /// Bytes of text that these tokens stand for.
+    pub bytes: u64,
+}
+
+impl Evaluated {
+    /// Bits per byte of text: the loss in a unit that does not depend on the tokenizer.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nats / std::f64::consts::LN_2 / (self.bytes.max(1) as f64)
+    }
+}
+
+/// What the next commits of a fragment look like to a site that must follow.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    /// The fragment.
+    pub fragment: FragmentId,
+    /// The version that the payload leads to.
+    pub version: u64,
+    /// Content address of the payload.
+    pub delta: Digest,
+    /// Bytes of the payload.
+    pub bytes: u64,
+    /// Digest of the fragment after it.
+    pub digest: Digest,
+}
+
+/// How a contribution ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Settled {
+    /// It is part of this version of its fragment.
+    Committed(u64),
+    /// It is not in the model, and its samples are back in the pool.
+    Refused(String),
+}
+
+/// The state of one fragment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FragmentBook {
+    /// Commits so far.
+    pub version: u64,
+    /// Digest of its weights.
+    pub digest: Digest,
+    /// The last commits, at most [`TAIL`].
+    pub tail: VecDeque<Notice>,
+}
+
+/// What the run knows for good about a site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Member {
+    /// Fingerprint of its public key.
+    pub key: Digest,
+    /// Its latest session, 0 before the first.
+    pub session: u64,
+    /// Whether that session is still good.
+    pub open: bool,
+    /// The dataset of that session.
+    pub dataset: Option<DatasetId>,
+    /// The latest leases of the session by number.
+    pub leases: BTreeMap<u64, Ranges>,
+    /// Settled contributions of the session.
+    pub settled: BTreeMap<u64, Settled>,
+    /// Contributions in the model, over all sessions.
+    pub contributions: u64,
+    /// Tokens in the model, over all sessions.
+    pub tokens: u64,
+}
+
+/// The sum of all entries: the coordinator's lasting state.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Book {
+    /// Number of entries summed up.
+    pub entries: u64,
+    /// Name of the run; empty before it began.
+    pub run: String,
+    /// The run's seed.
+    pub seed: u64,
+    /// Tokens predicted per sample.
+    pub context: u64,
+    /// Fingerprint of the manifest.
+    pub layout: Digest,
+    /// Fragments in order.
+    pub fragments: Vec<FragmentBook>,
+    /// Sites by name.
+    pub sites: BTreeMap<SiteId, Member>,
+    /// Tickets used up.
+    pub tickets: BTreeSet<Digest>,
+    /// Which samples are in the model.
+    pub ledger: Ledger,
+    /// Tokens in the model.
+    pub tokens: u64,
+    /// Seconds of training up to the last commit.
+    pub seconds: f64,
+    /// First and latest held-out loss.
+    pub evaluations: Option<(Evaluated, Evaluated)>,
+    /// Whether the run reached its goal.
+    pub finished: bool,
+}
+
+/// An entry that cannot follow what the book says: the journal is damaged or from another run.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BookError {
+    /// The samples do not add up.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// Something else does not follow.
+    #[error("the entry does not follow: {0}")]
+    OutOfOrder(String),
+}
+
+fn out_of_order<T>(what: impl Into<String>) -> Result<T, BookError> {
+    Err(BookError::OutOfOrder(what.into()))
+}
+
+impl Book {
+    /// Number of commits, over all fragments.
+    pub fn commits(&self) -> u64 {
+        self.fragments.iter().map(|fragment| fragment.version).sum()
+    }
+
+    /// Digest of the whole model.
+    pub fn digest(&self) -> Digest {
+        Digest::of_all(self.fragments.iter().map(|fragment| &fragment.digest))
+    }
+
+    /// The site whose key has this fingerprint.
+    pub fn site_of(&self, key: Digest) -> Option<&SiteId> {
+        self.sites.iter().find(|(_, member)| member.key == key).map(|(site, _)| site)
+    }
+
+    /// The samples that `site` holds on lease.
+    pub fn held(&self, site: &SiteId) -> Ranges {
+        let dataset = self.sites.get(site).and_then(|member| member.dataset);
+        dataset.map(|dataset| self.ledger.held(site, dataset)).unwrap_or_default()
+    }
+
+    /// Adds one entry.
+    ///
+    /// # Errors
+    /// If the entry does not follow from what is booked; then the book must be given up.
+    pub fn apply(&mut self, entry: &Entry) -> Result<(), BookError> {
+        match entry {
+            Entry::Began { run, seed, context, layout, theta } => self.begin(run, *seed, *context, *layout, theta)?,
+            Entry::Admitted { site, key, ticket } => self.admit(site, *key, *ticket)?,
+            Entry::Joined { site, session, dataset, samples } => {
+                self.release_all(site)?;
+                self.ledger.declare(*dataset, *samples);
+                let member = self.member(site)?;
+                if *session <= member.session {
+                    return out_of_order(format!("{site} is past session {session}"));
+                }
+                (member.session, member.open, member.dataset) = (*session, true, Some(*dataset));
+                member.leases.clear();
+                member.settled.clear();
+            }
+            Entry::Leased { site, number, ranges } => {
+                let dataset = self.dataset(site)?;
+                self.ledger.lease(site, dataset, ranges)?;
+                let member = self.member(site)?;
+                member.leases.insert(*number, ranges.clone());
+                while member.leases.len() > TAIL {
+                    member.leases.pop_first();
+                }
+            }
+            Entry::Returned { site, .. } => {
+                self.release_all(site)?;
+                self.member(site)?.open = false;
+            }
+            Entry::Refused { site, number, ranges, why } => {
+                let dataset = self.dataset(site)?;
+                self.ledger.release(site, dataset, ranges)?;
+                self.settle(site, *number, Settled::Refused(why.clone()))?;
+            }
+            Entry::Committed(commit) => self.commit(commit)?,
+            Entry::Evaluated(evaluated) => {
+                let first = self.evaluations.map_or(*evaluated, |(first, _)| first);
+                self.evaluations = Some((first, *evaluated));
+            }
+            Entry::Finished => self.finished = true,
+        }
+        self.entries += 1;
+        Ok(())
+    }
+
+    fn begin(&mut self, run: &str, seed: u64, context: u64, layout: Digest, theta: &[Digest]) -> Result<(), BookError> {
+        if self.entries > 0 {
+            return out_of_order("the run has begun before");
+        }
+        (self.run, self.seed, self.context, self.layout) = (run.to_string(), seed, context, layout);
+        let fragment = |&digest| FragmentBook { version: 0, digest, tail: VecDeque::new() };
+        self.fragments = theta.iter().map(fragment).collect();
+        Ok(())
+    }
+
+    fn admit(&mut self, site: &SiteId, key: Digest, ticket: Digest) -> Result<(), BookError> {
+        if !self.tickets.insert(ticket) {
+            return out_of_order(format!("the ticket of {site} was used before"));
+        }
+        let member = self.sites.entry(site.clone()).or_insert_with(|| Member {
+            key,
+            session: 0,
+            open: false,
+            dataset: None,
+            leases: BTreeMap::new(),
+            settled: BTreeMap::new(),
+            contributions: 0,
+            tokens: 0,
+        });
+        member.key = key;
+        Ok(())
+    }
+
+    fn commit(&mut self, commit: &Commit) -> Result<(), BookError> {
+        let Some(fragment) = self.fragments.get_mut(commit.fragment.index()) else {
+            return out_of_order(format!("there is no {}", commit.fragment));
+        };
+        if commit.version != fragment.version + 1 {
+            return out_of_order(format!("{} is at version {}", commit.fragment, fragment.version));
+        }
+        fragment.version = commit.version;
+        fragment.digest = commit.digest;
+        fragment.tail.push_back(Notice {
+            fragment: commit.fragment,
+            version: commit.version,
+            delta: commit.delta,
+            bytes: commit.bytes,
+            digest: commit.digest,
+        });
+        while fragment.tail.len() > TAIL {
+            fragment.tail.pop_front();
+        }
+        for accepted in &commit.contributions {
+            let dataset = self.dataset(&accepted.site)?;
+            self.ledger.consume(&accepted.site, dataset, &accepted.ranges)?;
+            self.settle(&accepted.site, accepted.number, Settled::Committed(commit.version))?;
+            let tokens = accepted.ranges.len() * self.context;
+            self.tokens += tokens;
+            let member = self.member(&accepted.site)?;
+            member.contributions += 1;
+            member.tokens += tokens;
+        }
+        self.seconds = commit.seconds;
+        Ok(())
+    }
+
+    fn settle(&mut self, site: &SiteId, number: u64, settled: Settled) -> Result<(), BookError> {
+        let member = self.member(site)?;
+        if member.settled.insert(number, settled).is_some() {
+            return out_of_order(format!("contribution {number} of {site} was settled before"));
+        }
+        while member.settled.len() > SETTLED {
+            member.settled.pop_first();
+        }
+        Ok(())
+    }
+
+    fn release_all(&mut self, site: &SiteId) -> Result<(), BookError> {
+        if let Some(dataset) = self.member(site)?.dataset {
+            let held = self.ledger.held(site, dataset);
+            self.ledger.release(site, dataset, &held)?;
+        }
+        Ok(())
+    }
+
+    fn member(&mut self, site: &SiteId) -> Result<&mut Member, BookError> {
+        self.sites.get_mut(site).ok_or_else(|| BookError::OutOfOrder(format!("{site} was never admitted")))
+    }
+
+    fn dataset(&mut self, site: &SiteId) -> Result<DatasetId, BookError> {
+        let dataset = self.member(site)?.dataset;
+        dataset.ok_or_else(|| BookError::OutOfOrder(format!("{site} has not joined")))
+    }
+}
+
+/// The running hash of a journal's lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Chain(pub Digest);
+
+/// A line that is not the next line of this journal.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LineError {
+    /// Hash and text do not belong together, or not in this place.
+    #[error("its hash does not continue the chain")]
+    Chain,
+    /// The text is no entry.
+    #[error("it is no entry: {0}")]
+    Entry(String),
+}
+
+impl Chain {
+    /// The line, without its newline, that records `entry` after all lines so far.
+    ///
+    /// # Panics
+    /// Never: entries hold nothing that JSON cannot say.
+    pub fn write(&mut self, entry: &Entry) -> String {
+        let json = serde_json::to_string(entry).expect("entries are plain data");
+        self.advance(&json);
+        format!("{} {json}", &self.0.to_string()[..16])
+    }
+
+    /// Reads the next line.
+    ///
+    /// # Errors
+    /// If it is damaged or not the next one; then the chain is where it was.
+    pub fn read(&mut self, line: &str) -> Result<Entry, LineError> {
+        let (hash, json) = line.split_once(' ').ok_or(LineError::Chain)?;
+        let mut next = *self;
+        next.advance(json);
+        if hash != &next.0.to_string()[..16] {
+            return Err(LineError::Chain);
+        }
+        let entry = serde_json::from_str(json).map_err(|error| LineError::Entry(error.to_string()))?;
+        *self = next;
+        Ok(entry)
+    }
+
+    fn advance(&mut self, json: &str) {
+        self.0 = Digest::of_all([&self.0, &Digest::of(json.as_bytes())]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn began() -> Entry {
+        Entry::Began { run: "r".into(), seed: 1, context: 8, layout: Digest::of(b"l"), theta: vec![Digest::of(b"t")] }
+    }
+
+    #[test]
+    fn lines_chain_and_any_change_breaks_them() {
+        let mut writer = Chain::default();
+        let lines = [writer.write(&began()), writer.write(&Entry::Finished)];
+        let mut reader = Chain::default();
+        assert_eq!(reader.read(&lines[0]), Ok(began()));
+        assert_eq!(reader.read(&lines[1]), Ok(Entry::Finished));
+        assert_eq!(Chain::default().read(&lines[1]), Err(LineError::Chain));
+        assert_eq!(Chain::default().read(&lines[0].replace("\"r\"", "\"s\"")), Err(LineError::Chain));
+        assert_eq!(Chain::default().read(&lines[0][..lines[0].len() - 1]), Err(LineError::Chain));
+    }
+
+    #[test]
+    fn a_commit_must_be_the_next_version() {
+        let mut book = Book::default();
+        book.apply(&began()).unwrap();
+        let commit = |version| {
+            Entry::Committed(Commit {
+                fragment: FragmentId(0),
+                version,
+                contributions: Vec::new(),
+                rule: OuterRule::default(),
+                codec: Codec::F32,
+                delta: Digest::of(b"d"),
+                bytes: 1,
+                digest: Digest::of(b"n"),
+                seconds: 0.0,
+            })
+        };
+        assert!(book.apply(&commit(2)).is_err());
+        book.apply(&commit(1)).unwrap();
+        assert!(book.apply(&commit(1)).is_err());
+        assert_eq!(book.digest(), Digest::of_all([&Digest::of(b"n")]));
+    }
+}

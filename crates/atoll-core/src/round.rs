@@ -1,0 +1,214 @@
+//! Rounds: how sites and coordinator agree on what is in the model. Both are values that turn
+//! `(now, event)` into orders; a shell with sockets, a simulator or a replay carries the orders out.
+//!
+//! ```text
+//! site ── Status: where I stand, what I have sent, what I need ──────────────▶ coordinator
+//! site ◀── Standing: versions, commits to follow, settled work, leases ────── coordinator
+//! ```
+//!
+//! Both messages are **levels**: they state what is true now and are simply said again. Any of them may
+//! be lost, doubled, late or overtaken; the next one mends it. Weights never pass through a machine:
+//! it sees receipts and content addresses, and the shell moves the bytes.
+
+mod coordinator;
+mod site;
+
+pub use coordinator::{Coordinator, Event, Merge, Merged, Order, Refusal, Waiting};
+pub use site::{Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::Codec;
+use crate::data::{DatasetId, Ranges};
+use crate::hash::Digest;
+use crate::journal::{Evaluated, Notice, Settled};
+use crate::manifest::FragmentId;
+use crate::outer::OuterRule;
+
+/// How a run synchronizes: the `[sync]` table of `run.toml`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sync {
+    /// Fragments, P; each is a round of its own.
+    pub fragments: usize,
+    /// Inner steps between two contributions of a fragment at the fastest site, H.
+    pub steps: u32,
+    /// Sites that must contribute before a round may close; 0 means more than half of the living.
+    pub quorum: usize,
+    /// Codec of the way up.
+    pub up: Codec,
+    /// Codec of the way down.
+    pub down: Codec,
+    /// Outer optimizer.
+    pub outer: OuterRule,
+    /// Seconds of training between two looks at the held-out loss.
+    pub evaluate_seconds: f64,
+}
+
+impl Default for Sync {
+    fn default() -> Self {
+        Self {
+            fragments: 4,
+            steps: 16,
+            quorum: 0,
+            up: Codec::E3m0,
+            down: Codec::E3m0,
+            outer: OuterRule::default(),
+            evaluate_seconds: 30.0,
+        }
+    }
+}
+
+impl Sync {
+    /// Every reason why a run cannot synchronize like this.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if !(1..=4096).contains(&self.fragments) {
+            problems.push(format!("sync.fragments = {} must be between 1 and 4096", self.fragments));
+        }
+        if self.steps == 0 {
+            problems.push("sync.steps must be at least 1".to_string());
+        }
+        if !(self.evaluate_seconds.is_finite() && self.evaluate_seconds > 0.0) {
+            problems.push(format!("sync.evaluate_seconds = {} must be positive", self.evaluate_seconds));
+        }
+        let (OuterRule::Memoryless { learning_rate } | OuterRule::Nesterov { learning_rate, .. }) = self.outer;
+        if !(learning_rate.is_finite() && learning_rate > 0.0) {
+            problems.push(format!("sync.outer.learning_rate = {learning_rate} must be positive"));
+        }
+        if let OuterRule::Nesterov { momentum, .. } = self.outer
+            && !(0.0..1.0).contains(&momentum)
+        {
+            problems.push(format!("sync.outer.momentum = {momentum} must be at least 0 and below 1"));
+        }
+        problems
+    }
+}
+
+/// When a run has reached its goal. The first that is reached counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Goal {
+    /// Tokens in the model.
+    pub tokens: Option<u64>,
+    /// Minutes of training, not counting time when the coordinator was down.
+    pub minutes: Option<f64>,
+}
+
+/// What a site says about a contribution it made; the payload travels beside it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Receipt {
+    /// Counts the contributions of a session from 1.
+    pub number: u64,
+    /// The fragment.
+    pub fragment: FragmentId,
+    /// Version of the fragment that the steps set out from.
+    pub base: u64,
+    /// Inner steps since the site's last contribution to this fragment.
+    pub steps: u64,
+    /// Tokens in these steps.
+    pub tokens: u64,
+    /// Euclidean length of Δ.
+    pub norm: f64,
+    /// Content address of the payload.
+    pub payload: Digest,
+    /// Bytes of the payload.
+    pub bytes: u64,
+    /// Samples trained on since the site's last contribution to any fragment: they enter the ledger
+    /// with this one.
+    pub ranges: Ranges,
+}
+
+/// Where a site stands. Said again whenever something changed, and now and then anyway.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The session; a site process starts a new, higher one.
+    pub session: u64,
+    /// Grows with every status of a session.
+    pub number: u64,
+    /// The dataset it trains on.
+    pub dataset: DatasetId,
+    /// Samples in one epoch of it.
+    pub samples: u64,
+    /// For each fragment the version and digest that it holds, if any.
+    pub fragments: Vec<Option<(u64, Digest)>>,
+    /// Contributions that it does not know to be settled.
+    pub outstanding: Vec<Receipt>,
+    /// The last lease it has received.
+    pub leases_seen: u64,
+    /// Leased samples not yet trained on.
+    pub unspent: u64,
+    /// Leased samples it would like to have in hand.
+    pub wants: u64,
+    /// The latest evaluation it was asked for, by request number.
+    pub evaluation: Option<(u64, Evaluated)>,
+    /// Everything it trained on has been contributed and settled.
+    pub drained: bool,
+    /// It is about to stop on purpose.
+    pub leaving: bool,
+    /// How it is doing.
+    pub vitals: Vitals,
+}
+
+/// How a site is doing, for planning and for the operator. No decision about correctness uses it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Vitals {
+    /// Inner steps of this session.
+    pub steps: u64,
+    /// Tokens trained on in this session.
+    pub tokens: u64,
+    /// Mean training loss of the latest steps, nats per token.
+    pub loss: f64,
+    /// Seconds per inner step, averaged over the latest.
+    pub step_seconds: f64,
+    /// Seconds spent in inner steps in this session.
+    pub busy_seconds: f64,
+    /// Seconds since the first inner step of this session.
+    pub wall_seconds: f64,
+    /// Times that a digest was not the announced one.
+    pub digest_mismatches: u64,
+}
+
+/// Where the run stands, as far as one site needs to know.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Standing {
+    /// Grows with every standing, also over restarts of the coordinator.
+    pub number: u64,
+    /// The session this speaks of.
+    pub session: u64,
+    /// Whether that session is good; if not, the site starts a higher one.
+    pub open: bool,
+    /// The latest status number that this takes into account.
+    pub heard: u64,
+    /// What the site should be doing.
+    pub phase: Phase,
+    /// How far the run has come, 0 to 1.
+    pub progress: f32,
+    /// Inner steps between contributions of a fragment, for this site.
+    pub steps: u32,
+    /// For each fragment the latest version and its digest.
+    pub fragments: Vec<(u64, Digest)>,
+    /// Commits that this site lacks and may follow one by one.
+    pub notices: Vec<Notice>,
+    /// What became of its outstanding contributions.
+    pub settled: Vec<(u64, Settled)>,
+    /// Outstanding contributions whose payload has not arrived.
+    pub wanted: Vec<u64>,
+    /// Leases that the site has not confirmed.
+    pub leases: Vec<(u64, Ranges)>,
+    /// Number of the evaluation this site is asked for.
+    pub evaluate: Option<u64>,
+}
+
+/// What a run is doing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Sites train.
+    #[default]
+    Training,
+    /// The goal is reached: sites hand in what they have and stop.
+    Closing,
+    /// All is in the model.
+    Finished,
+}

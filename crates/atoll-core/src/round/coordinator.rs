@@ -1,0 +1,764 @@
+//! The coordinator's machine. For each fragment one round is always open; contributions gather in it
+//! until a quorum and a grace window have passed, then it is merged and becomes a commit. A
+//! contribution that comes too late is simply early for the next round.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::data::{DatasetId, Ranges};
+use crate::hash::Digest;
+use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Settled};
+use crate::manifest::FragmentId;
+use crate::plan;
+use crate::round::{Goal, Phase, Receipt, Standing, Status, Sync};
+use crate::site::{SiteId, Time};
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A status came from a site, over a connection authenticated as that site's.
+    Heard(SiteId, Box<Status>),
+    /// The last connection of a site ended.
+    Gone(SiteId),
+    /// All bytes of a payload are here, and they decode.
+    Arrived(Digest),
+    /// All bytes of a payload are here, and they are useless.
+    Useless(Digest, String),
+    /// A merge that was ordered is done.
+    Merged(Merged),
+    /// Time has passed.
+    Tick,
+}
+
+/// What to do about it, in this order. Entries must be durable before anything after them is done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Order {
+    /// Append to the journal.
+    Record(Entry),
+    /// Send a site where the run stands.
+    Tell(SiteId, Box<Standing>),
+    /// Compute an outer step.
+    Merge(Merge),
+    /// This payload is not needed any more.
+    Forget(Digest),
+}
+
+/// An outer step to compute.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Merge {
+    /// The fragment.
+    pub fragment: FragmentId,
+    /// The version that it will have.
+    pub version: u64,
+    /// What to merge, in this order.
+    pub contributions: Vec<Accepted>,
+}
+
+/// A computed outer step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Merged {
+    /// The fragment.
+    pub fragment: FragmentId,
+    /// Content address of the payload to broadcast.
+    pub delta: Digest,
+    /// Its bytes.
+    pub bytes: u64,
+    /// Digest of the fragment after the step.
+    pub digest: Digest,
+    /// Cosine of each contribution to the merged pseudo-gradient.
+    pub cosines: Vec<f64>,
+}
+
+/// Why a site may not come in.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The key is on no list and no ticket came with it.
+    #[error(
+        "this key does not belong to the run\nhint: a site needs its own ticket; the operator prints one with `atoll ticket`"
+    )]
+    UnknownKey,
+    /// The ticket was used by another key.
+    #[error(
+        "the ticket was already used by another key\nhint: each ticket admits one site once; ask the operator for a new one"
+    )]
+    TicketUsed,
+    /// The name belongs to another key.
+    #[error("the name {0} belongs to a site with another key\nhint: ask the operator for a ticket with another name")]
+    NameTaken(SiteId),
+}
+
+/// Why a round is not merged yet.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Waiting {
+    /// Nobody has sent anything.
+    Contributions,
+    /// Too few sites have contributed.
+    Quorum {
+        /// Sites whose contribution is here.
+        here: usize,
+        /// Sites needed.
+        needed: usize,
+    },
+    /// The quorum is there; these sites still have until that moment.
+    Grace {
+        /// The end of the grace window.
+        until: Time,
+        /// Who may still make it.
+        missing: Vec<SiteId>,
+    },
+    /// The outer step is being computed.
+    Merge,
+}
+
+/// The coordinator.
+#[derive(Debug)]
+pub struct Coordinator {
+    sync: Sync,
+    goal: Goal,
+    book: Book,
+    views: BTreeMap<SiteId, View>,
+    rounds: Vec<Round>,
+    /// Payloads that are here and decode.
+    arrived: BTreeSet<Digest>,
+    phase: Phase,
+    /// Seconds during which at least one site was training.
+    seconds: f64,
+    /// When [`Coordinator::advance`] last ran.
+    advanced: Time,
+    /// Number of the last standing.
+    number: u64,
+    closing_since: Option<Time>,
+    evaluation: Evaluation,
+    pace: Pace,
+}
+
+/// What is known about a site only while the coordinator lives.
+#[derive(Debug)]
+struct View {
+    status: Status,
+    connected: bool,
+    heard: Time,
+    /// Smoothed seconds between two statuses.
+    interval: f64,
+    /// When its step count last grew.
+    progressed: Time,
+}
+
+#[derive(Debug, Default)]
+struct Round {
+    pending: BTreeMap<(SiteId, u64), Receipt>,
+    first: Option<Time>,
+    quorum_since: Option<Time>,
+    merging: Option<Merge>,
+    announced: Option<Time>,
+}
+
+#[derive(Debug, Default)]
+struct Evaluation {
+    request: u64,
+    asked: Option<(SiteId, u64)>,
+    last_seconds: Option<f64>,
+}
+
+/// Smoothed durations from which the grace window follows, in seconds.
+#[derive(Debug, Default)]
+struct Pace {
+    quorum: f64,
+    sync: f64,
+}
+
+/// Payloads that may lie here unmerged; more than sites times fragments ever need.
+const ARRIVED_MAX: usize = 1 << 16;
+/// A site that has been away for this many of its own rounds gives back its leases.
+const ROUNDS_AWAY: f64 = 20.0;
+/// … but not before this many seconds.
+const SECONDS_AWAY: f64 = 30.0;
+/// A site is silent after this many of its own reporting intervals.
+const INTERVALS_SILENT: f64 = 6.0;
+/// A site is stalled after this many of its own step times without a step.
+const STEPS_STALLED: f64 = 20.0;
+
+impl Coordinator {
+    /// Takes up a run where `book` says it is.
+    pub fn new(sync: Sync, goal: Goal, book: Book) -> Self {
+        let rounds = book.fragments.iter().map(|_| Round::default()).collect();
+        let phase = if book.finished { Phase::Finished } else { Phase::Training };
+        let seconds = book.seconds;
+        Self {
+            sync,
+            goal,
+            book,
+            views: BTreeMap::new(),
+            rounds,
+            arrived: BTreeSet::new(),
+            phase,
+            seconds,
+            advanced: Time::default(),
+            number: 0,
+            closing_since: None,
+            evaluation: Evaluation::default(),
+            pace: Pace::default(),
+        }
+    }
+
+    /// The lasting state.
+    pub fn book(&self) -> &Book {
+        &self.book
+    }
+
+    /// What the run is doing.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Which site has this key; with a claim (a ticket's name and hash) also lets a new one in.
+    ///
+    /// # Errors
+    /// A sentence for the site's operator.
+    pub fn admit(&mut self, key: Digest, claim: Option<(SiteId, Digest)>) -> Result<(SiteId, Option<Entry>), Refusal> {
+        if let Some(site) = self.book.site_of(key) {
+            return Ok((site.clone(), None));
+        }
+        let (site, ticket) = claim.ok_or(Refusal::UnknownKey)?;
+        if self.book.tickets.contains(&ticket) {
+            return Err(Refusal::TicketUsed);
+        }
+        if self.book.sites.contains_key(&site) {
+            return Err(Refusal::NameTaken(site));
+        }
+        let entry = Entry::Admitted { site: site.clone(), key, ticket };
+        self.book.apply(&entry).map_err(|_| Refusal::TicketUsed)?;
+        Ok((site, Some(entry)))
+    }
+
+    /// Takes in what happened and says what to do.
+    pub fn handle(&mut self, now: Time, event: Event) -> Vec<Order> {
+        let mut orders = Vec::new();
+        match event {
+            Event::Heard(site, status) => self.hear(now, &site, *status, &mut orders),
+            Event::Gone(site) => {
+                if let Some(view) = self.views.get_mut(&site) {
+                    view.connected = false;
+                }
+            }
+            Event::Arrived(payload) => {
+                if self.arrived.len() < ARRIVED_MAX {
+                    self.arrived.insert(payload);
+                }
+            }
+            Event::Useless(payload, why) => self.refuse_payload(payload, &why, &mut orders),
+            Event::Merged(merged) => self.commit(now, &merged, &mut orders),
+            Event::Tick => {}
+        }
+        self.advance(now, &mut orders);
+        orders
+    }
+
+    /// When [`Event::Tick`] should come even if nothing else happens, and what for.
+    pub fn wake_at(&self, now: Time) -> (Time, &'static str) {
+        let graces = (0..self.rounds.len()).filter_map(|index| match self.waiting(now, index) {
+            Waiting::Grace { until, .. } => Some(until),
+            _ => None,
+        });
+        match graces.min() {
+            Some(until) if until < now.after(1.0) => (until.max(now), "a grace window ends"),
+            _ => (now.after(1.0), "look for silent sites"),
+        }
+    }
+
+    /// Why the round of fragment number `index` is not merged yet.
+    pub fn waiting(&self, now: Time, index: usize) -> Waiting {
+        let round = &self.rounds[index];
+        if round.merging.is_some() {
+            return Waiting::Merge;
+        }
+        let here = self.contributors(round);
+        if here.is_empty() {
+            return Waiting::Contributions;
+        }
+        let live = self.live(now);
+        let needed = self.quorum(live.len());
+        if here.len() < needed {
+            return Waiting::Quorum { here: here.len(), needed };
+        }
+        let until = round.quorum_since.unwrap_or(now).after(self.grace(&live));
+        let missing = live.into_iter().filter(|site| !here.contains(site)).collect();
+        Waiting::Grace { until, missing }
+    }
+
+    /// The latest status of each site and whether it is living, for the operator.
+    pub fn sites(&self, now: Time) -> impl Iterator<Item = (&SiteId, &Status, bool)> {
+        self.views.iter().map(move |(site, view)| (site, &view.status, view.is_live(now)))
+    }
+
+    /// Seconds of training so far.
+    pub fn seconds(&self) -> f64 {
+        self.seconds
+    }
+
+    /// How far the run has come towards its goal, 0 to 1.
+    pub fn progress(&self) -> f64 {
+        let by_tokens = self.goal.tokens.map(|goal| self.book.tokens as f64 / goal.max(1) as f64);
+        let by_time = self.goal.minutes.map(|minutes| self.seconds / (minutes * 60.0).max(1e-9));
+        by_tokens.unwrap_or(0.0).max(by_time.unwrap_or(0.0)).clamp(0.0, 1.0)
+    }
+
+    fn record(&mut self, entry: Entry, orders: &mut Vec<Order>) -> bool {
+        let booked = self.book.apply(&entry).is_ok();
+        debug_assert!(booked, "the machine must only make entries that follow: {entry:?}");
+        if booked {
+            orders.push(Order::Record(entry));
+        }
+        booked
+    }
+
+    // ---- a status comes in ----
+
+    fn hear(&mut self, now: Time, site: &SiteId, status: Status, orders: &mut Vec<Order>) {
+        let Some(member) = self.book.sites.get(site) else { return };
+        if status.session < member.session || (status.session == member.session && !member.open) {
+            let standing = self.standing(site, &status);
+            orders.push(Order::Tell(site.clone(), Box::new(standing)));
+            return;
+        }
+        if status.session > member.session {
+            if self.is_merging(site) {
+                return; // What is being merged must be booked to the old session; the site will ask again.
+            }
+            self.join(site, &status, orders);
+        }
+        let old = self.views.get(site).filter(|view| view.status.session == status.session);
+        if old.is_some_and(|view| view.status.number > status.number) {
+            return;
+        }
+        let leaving = status.leaving;
+        self.register(site, &status, orders);
+        self.note_evaluation(site, &status, orders);
+        self.note_sync(now, &status);
+        self.view(now, site, status);
+        if leaving {
+            self.give_back(site, "the site left", orders);
+        } else if self.phase == Phase::Training {
+            self.lease(site, orders);
+        }
+        self.tell(now, site, orders);
+    }
+
+    fn join(&mut self, site: &SiteId, status: &Status, orders: &mut Vec<Order>) {
+        self.drop_pending(site, orders);
+        let (session, dataset, samples) = (status.session, status.dataset, status.samples);
+        self.record(Entry::Joined { site: site.clone(), session, dataset, samples }, orders);
+        self.views.remove(site);
+    }
+
+    fn view(&mut self, now: Time, site: &SiteId, status: Status) {
+        let Some(view) = self.views.get_mut(site) else {
+            let view = View { status, connected: true, heard: now, interval: 0.0, progressed: now };
+            self.views.insert(site.clone(), view);
+            return;
+        };
+        view.interval = plan::smooth(view.interval, now.seconds_since(view.heard), 0.2);
+        if status.vitals.steps > view.status.vitals.steps {
+            view.progressed = now;
+        }
+        (view.heard, view.connected, view.status) = (now, true, status);
+    }
+
+    /// Takes new receipts into their rounds, or turns them down.
+    fn register(&mut self, site: &SiteId, status: &Status, orders: &mut Vec<Order>) {
+        for receipt in &status.outstanding {
+            let settled = self.book.sites.get(site).is_some_and(|member| member.settled.contains_key(&receipt.number));
+            let key = (site.clone(), receipt.number);
+            let known = settled || self.rounds.iter().any(|round| round.pending.contains_key(&key));
+            if known {
+                continue;
+            }
+            match self.objection(site, status.dataset, receipt) {
+                Some(why) => self.refuse(site, receipt, &why, orders),
+                None => {
+                    self.rounds[receipt.fragment.index()].pending.insert(key, receipt.clone());
+                }
+            }
+        }
+    }
+
+    /// Why a receipt cannot be right, if it cannot.
+    fn objection(&self, site: &SiteId, dataset: DatasetId, receipt: &Receipt) -> Option<String> {
+        let Some(fragment) = self.book.fragments.get(receipt.fragment.index()) else {
+            return Some(format!("there is no {}", receipt.fragment));
+        };
+        if receipt.base > fragment.version {
+            return Some(format!("{} has no version {} yet", receipt.fragment, receipt.base));
+        }
+        if !receipt.norm.is_finite() {
+            return Some("its length is not finite".to_string());
+        }
+        if receipt.steps == 0 || receipt.tokens == 0 {
+            return Some("it holds no training".to_string());
+        }
+        let claimed = self.rounds.iter().flat_map(|round| &round.pending);
+        let claimed_twice = |((other, _), earlier): (&(SiteId, u64), &Receipt)| {
+            other == site && earlier.ranges.intersects(&receipt.ranges)
+        };
+        if !self.book.ledger.held(site, dataset).contains(&receipt.ranges) || claimed.into_iter().any(claimed_twice) {
+            return Some("it speaks of samples that are not leased to this site".to_string());
+        }
+        None
+    }
+
+    fn refuse(&mut self, site: &SiteId, receipt: &Receipt, why: &str, orders: &mut Vec<Order>) {
+        let mut ranges = Ranges::new();
+        let held = self.book.held(site);
+        let claimed = self.claimed(site);
+        for (start, end) in receipt.ranges.spans() {
+            if held.contains_span(start, end) && !claimed.intersects(&Ranges::span(start, end)) {
+                ranges.insert_span(start, end);
+            }
+        }
+        let entry = Entry::Refused { site: site.clone(), number: receipt.number, ranges, why: why.to_string() };
+        self.record(entry, orders);
+        orders.push(Order::Forget(receipt.payload));
+    }
+
+    /// Samples that pending contributions of `site` speak of.
+    fn claimed(&self, site: &SiteId) -> Ranges {
+        let mut claimed = Ranges::new();
+        for ((owner, _), receipt) in self.rounds.iter().flat_map(|round| &round.pending) {
+            if owner == site {
+                claimed.insert(&receipt.ranges);
+            }
+        }
+        claimed
+    }
+
+    fn refuse_payload(&mut self, payload: Digest, why: &str, orders: &mut Vec<Order>) {
+        for index in 0..self.rounds.len() {
+            let round = &mut self.rounds[index];
+            let keys: Vec<(SiteId, u64)> = round
+                .pending
+                .iter()
+                .filter(|(_, receipt)| receipt.payload == payload)
+                .map(|(k, _)| k.clone())
+                .collect();
+            for key in keys {
+                if let Some(receipt) = self.rounds[index].pending.remove(&key) {
+                    self.refuse(&key.0, &receipt, why, orders);
+                }
+            }
+        }
+    }
+
+    fn drop_pending(&mut self, site: &SiteId, orders: &mut Vec<Order>) {
+        for round in &mut self.rounds {
+            round.pending.retain(|(owner, _), receipt| {
+                if owner == site {
+                    self.arrived.remove(&receipt.payload);
+                    orders.push(Order::Forget(receipt.payload));
+                }
+                owner != site
+            });
+        }
+    }
+
+    /// Whether a contribution of `site` is in an outer step that is being computed.
+    fn is_merging(&self, site: &SiteId) -> bool {
+        let merges = self.rounds.iter().filter_map(|round| round.merging.as_ref());
+        merges.flat_map(|merge| &merge.contributions).any(|accepted| &accepted.site == site)
+    }
+
+    fn lease(&mut self, site: &SiteId, orders: &mut Vec<Order>) {
+        let (Some(view), Some(member)) = (self.views.get(site), self.book.sites.get(site)) else { return };
+        let last = member.leases.last_key_value().map_or(0, |(number, _)| *number);
+        let status = &view.status;
+        // One unconfirmed lease at a time, so that the loss of messages never makes leases pile up.
+        if status.leases_seen < last || status.unspent >= status.wants {
+            return;
+        }
+        let Some(dataset) = member.dataset else { return };
+        let count = (status.wants - status.unspent).min(1 << 32);
+        let ranges = self.book.ledger.offer(dataset, count);
+        self.record(Entry::Leased { site: site.clone(), number: last + 1, ranges }, orders);
+    }
+
+    fn give_back(&mut self, site: &SiteId, why: &str, orders: &mut Vec<Order>) {
+        if self.is_merging(site) {
+            return; // Tried again with the next tick.
+        }
+        self.drop_pending(site, orders);
+        self.record(Entry::Returned { site: site.clone(), why: why.to_string() }, orders);
+        self.views.remove(site);
+    }
+
+    fn note_evaluation(&mut self, site: &SiteId, status: &Status, orders: &mut Vec<Order>) {
+        let Some((request, evaluated)) = status.evaluation else { return };
+        if self.evaluation.asked == Some((site.clone(), request)) && evaluated_is_sane(&evaluated) {
+            self.evaluation.asked = None;
+            self.evaluation.last_seconds = Some(self.seconds);
+            self.record(Entry::Evaluated(evaluated), orders);
+        }
+    }
+
+    /// Learns how long a commit takes to reach the first site that has it.
+    fn note_sync(&mut self, now: Time, status: &Status) {
+        for (index, held) in status.fragments.iter().enumerate().take(self.rounds.len()) {
+            let current = self.book.fragments[index].version;
+            if held.is_some_and(|(version, _)| version == current)
+                && let Some(announced) = self.rounds[index].announced.take()
+            {
+                self.pace.sync = plan::smooth(self.pace.sync, now.seconds_since(announced), 0.2);
+            }
+        }
+    }
+
+    // ---- rounds ----
+
+    /// Does whatever time or the latest event has made possible.
+    fn advance(&mut self, now: Time, orders: &mut Vec<Order>) {
+        if self.views.values().any(|view| view.is_live(now) && view.status.vitals.steps > 0) {
+            self.seconds += now.seconds_since(self.advanced);
+        }
+        self.advanced = now;
+        if self.phase == Phase::Finished {
+            return;
+        }
+        self.return_leases_of_the_lost(now, orders);
+        for index in 0..self.rounds.len() {
+            self.advance_round(now, index, orders);
+        }
+        self.advance_phase(now, orders);
+    }
+
+    fn advance_round(&mut self, now: Time, index: usize, orders: &mut Vec<Order>) {
+        let here = self.contributors(&self.rounds[index]).len();
+        let needed = self.quorum(self.live(now).len());
+        let round = &mut self.rounds[index];
+        if round.merging.is_some() {
+            return;
+        }
+        if here > 0 {
+            round.first.get_or_insert(now);
+        }
+        if here >= needed && round.quorum_since.is_none() {
+            round.quorum_since = Some(now);
+            let took = round.first.map_or(0.0, |first| now.seconds_since(first));
+            self.pace.quorum = plan::smooth(self.pace.quorum, took, 0.2);
+        }
+        if let Waiting::Grace { until, missing } = self.waiting(now, index)
+            && (missing.is_empty() || now >= until)
+        {
+            let merge = self.close(index);
+            orders.push(Order::Merge(merge));
+        }
+    }
+
+    /// Closes the round: what has arrived is merged, the rest stays pending for the next one.
+    fn close(&mut self, index: usize) -> Merge {
+        let fragment = FragmentId(index as u16);
+        let version = self.book.fragments[index].version + 1;
+        let round = &self.rounds[index];
+        let arrived = round.pending.iter().filter(|(_, receipt)| self.arrived.contains(&receipt.payload));
+        let contributions = arrived.map(|((site, number), receipt)| accept(site, *number, receipt, version)).collect();
+        let merge = Merge { fragment, version, contributions };
+        self.rounds[index].merging = Some(merge.clone());
+        merge
+    }
+
+    fn commit(&mut self, now: Time, merged: &Merged, orders: &mut Vec<Order>) {
+        let index = merged.fragment.index();
+        let Some(merge) = self.rounds.get_mut(index).and_then(|round| round.merging.take()) else { return };
+        let round = &mut self.rounds[index];
+        (round.first, round.quorum_since, round.announced) = (None, None, Some(now));
+        let payloads: Vec<Digest> = merge.contributions.iter().map(|accepted| accepted.payload).collect();
+        merge.contributions.iter().for_each(|accepted| {
+            round.pending.remove(&(accepted.site.clone(), accepted.number));
+        });
+        let commit = Commit {
+            fragment: merge.fragment,
+            version: merge.version,
+            contributions: merge.contributions,
+            rule: self.sync.outer,
+            codec: self.sync.down,
+            delta: merged.delta,
+            bytes: merged.bytes,
+            digest: merged.digest,
+            seconds: self.seconds,
+        };
+        if self.record(Entry::Committed(commit), orders) {
+            payloads.iter().for_each(|payload| {
+                self.arrived.remove(payload);
+            });
+            orders.extend(payloads.into_iter().map(Order::Forget));
+        }
+        let connected: Vec<SiteId> =
+            self.views.iter().filter(|(_, view)| view.connected).map(|(site, _)| site.clone()).collect();
+        connected.iter().for_each(|site| self.tell(now, site, orders));
+    }
+
+    /// Sites with a contribution in `round` that could be merged now.
+    fn contributors(&self, round: &Round) -> BTreeSet<SiteId> {
+        let arrived = round.pending.iter().filter(|(_, receipt)| self.arrived.contains(&receipt.payload));
+        arrived.map(|((site, _), _)| site.clone()).collect()
+    }
+
+    fn quorum(&self, live: usize) -> usize {
+        let wished = if self.sync.quorum == 0 { live / 2 + 1 } else { self.sync.quorum };
+        wished.clamp(1, live.max(1))
+    }
+
+    /// Seconds a round stays open after its quorum: nobody misses anything within half a round.
+    fn grace(&self, live: &[SiteId]) -> f64 {
+        let mut steps: Vec<f64> = live.iter().filter_map(|site| self.round_seconds(site)).collect();
+        steps.sort_by(f64::total_cmp);
+        let round = steps.get(steps.len() / 2).copied().unwrap_or(0.0);
+        plan::grace_seconds(round / 2.0, self.pace.quorum, self.pace.sync)
+    }
+
+    /// Seconds that `site` takes for the steps between two contributions of a fragment.
+    fn round_seconds(&self, site: &SiteId) -> Option<f64> {
+        let view = self.views.get(site)?;
+        Some(f64::from(self.steps_for(site)) * view.status.vitals.step_seconds)
+    }
+
+    fn steps_for(&self, site: &SiteId) -> u32 {
+        let seconds = |view: &View| view.status.vitals.step_seconds;
+        let fastest = self.views.values().map(seconds).filter(|&s| s > 0.0).fold(f64::INFINITY, f64::min);
+        let own = self.views.get(site).map_or(0.0, seconds);
+        if fastest.is_finite() { plan::steps_for(self.sync.steps, own, fastest) } else { self.sync.steps }
+    }
+
+    /// Sites that can be expected to contribute.
+    fn live(&self, now: Time) -> Vec<SiteId> {
+        self.views.iter().filter(|(_, view)| view.is_live(now)).map(|(site, _)| site.clone()).collect()
+    }
+
+    fn return_leases_of_the_lost(&mut self, now: Time, orders: &mut Vec<Order>) {
+        let away = |site: &SiteId, view: &View| {
+            let patience = (ROUNDS_AWAY * self.round_seconds(site).unwrap_or(0.0)).max(SECONDS_AWAY);
+            !view.is_live(now) && now.seconds_since(view.heard) > patience
+        };
+        let lost: Vec<SiteId> =
+            self.views.iter().filter(|(site, view)| away(site, view)).map(|(site, _)| site.clone()).collect();
+        lost.iter().for_each(|site| self.give_back(site, "the site has been away for long", orders));
+    }
+
+    fn advance_phase(&mut self, now: Time, orders: &mut Vec<Order>) {
+        if self.phase == Phase::Training && self.progress() >= 1.0 {
+            (self.phase, self.closing_since) = (Phase::Closing, Some(now));
+            self.tell_all(now, orders);
+        }
+        if self.phase != Phase::Closing {
+            return;
+        }
+        let live = self.live(now);
+        let merging = self.rounds.iter().any(|round| round.merging.is_some());
+        let pending = self.rounds.iter().any(|round| !round.pending.is_empty());
+        let drained = live.iter().all(|site| self.views.get(site).is_some_and(|view| view.status.drained));
+        let patience = live.iter().filter_map(|site| self.round_seconds(site)).fold(SECONDS_AWAY, f64::max);
+        let late = self.closing_since.is_some_and(|since| now.seconds_since(since) > patience);
+        if !merging && ((!live.is_empty() && drained && !pending) || late) {
+            self.record(Entry::Finished, orders);
+            self.phase = Phase::Finished;
+            self.tell_all(now, orders);
+        }
+    }
+
+    // ---- what sites are told ----
+
+    fn tell_all(&mut self, now: Time, orders: &mut Vec<Order>) {
+        let sites: Vec<SiteId> = self.views.keys().cloned().collect();
+        sites.iter().for_each(|site| self.tell(now, site, orders));
+    }
+
+    fn tell(&mut self, now: Time, site: &SiteId, orders: &mut Vec<Order>) {
+        self.ask_for_evaluation(now, site);
+        let Some(status) = self.views.get(site).map(|view| view.status.clone()) else { return };
+        let standing = self.standing(site, &status);
+        orders.push(Order::Tell(site.clone(), Box::new(standing)));
+    }
+
+    /// One site at a time looks at the held-out loss: the first that asks when it is due.
+    fn ask_for_evaluation(&mut self, now: Time, site: &SiteId) {
+        let due = self.evaluation.last_seconds.is_none_or(|last| self.seconds >= last + self.sync.evaluate_seconds);
+        let asked_lives = self
+            .evaluation
+            .asked
+            .as_ref()
+            .is_some_and(|(asked, _)| self.views.get(asked).is_some_and(|view| view.is_live(now)));
+        let is_fast = self.steps_for(site) >= self.sync.steps;
+        if due && !asked_lives && is_fast && self.phase == Phase::Training && self.views.contains_key(site) {
+            self.evaluation.request += 1;
+            self.evaluation.asked = Some((site.clone(), self.evaluation.request));
+        }
+    }
+
+    fn standing(&mut self, site: &SiteId, status: &Status) -> Standing {
+        self.number += 1;
+        let member = self.book.sites.get(site);
+        let session = member.map_or(0, |member| member.session);
+        let open = member.is_some_and(|member| member.open) && session == status.session;
+        let fragments = &self.book.fragments;
+        let lacks = |index: usize, version: u64| {
+            let held = status.fragments.get(index).copied().flatten();
+            held.is_some_and(|(held, _)| version > held)
+        };
+        let outcome = |receipt: &Receipt| {
+            let settled: Option<&Settled> = member.and_then(|member| member.settled.get(&receipt.number));
+            settled.map(|settled| (receipt.number, settled.clone()))
+        };
+        let is_wanted = |receipt: &&Receipt| outcome(receipt).is_none() && !self.arrived.contains(&receipt.payload);
+        let evaluate = self.evaluation.asked.as_ref().filter(|(asked, _)| asked == site).map(|(_, request)| *request);
+        Standing {
+            number: self.number,
+            session,
+            open,
+            heard: status.number,
+            phase: self.phase,
+            progress: self.progress() as f32,
+            steps: self.steps_for(site),
+            fragments: fragments.iter().map(|fragment| (fragment.version, fragment.digest)).collect(),
+            notices: fragments
+                .iter()
+                .enumerate()
+                .flat_map(|(index, fragment)| fragment.tail.iter().filter(move |n| lacks(index, n.version)))
+                .cloned()
+                .collect(),
+            settled: status.outstanding.iter().filter_map(outcome).collect(),
+            wanted: status.outstanding.iter().filter(is_wanted).map(|receipt| receipt.number).collect(),
+            leases: member.map_or_else(Vec::new, |member| {
+                let unseen = member.leases.range(status.leases_seen + 1..);
+                unseen.map(|(number, ranges)| (*number, ranges.clone())).collect()
+            }),
+            evaluate,
+        }
+    }
+}
+
+impl View {
+    /// Connected, heard of lately, and taking steps: nobody waits for a site that is not.
+    fn is_live(&self, now: Time) -> bool {
+        let silent = now.seconds_since(self.heard) > (INTERVALS_SILENT * self.interval).max(3.0);
+        let step = self.status.vitals.step_seconds;
+        let stalled = step > 0.0 && now.seconds_since(self.progressed) > (STEPS_STALLED * step).max(5.0);
+        let whole = self.status.fragments.iter().all(Option::is_some);
+        self.connected && whole && !silent && (!stalled || self.status.drained)
+    }
+}
+
+/// Weight tokens²/steps (Decoupled DiLoCo), divided by one plus the versions that it is behind.
+fn accept(site: &SiteId, number: u64, receipt: &Receipt, version: u64) -> Accepted {
+    let staleness = version - 1 - receipt.base.min(version - 1);
+    let (tokens, steps) = (receipt.tokens as f64, receipt.steps as f64);
+    Accepted {
+        site: site.clone(),
+        number,
+        payload: receipt.payload,
+        base: receipt.base,
+        steps: receipt.steps,
+        tokens: receipt.tokens,
+        weight: tokens * tokens / steps / (1.0 + staleness as f64),
+        ranges: receipt.ranges.clone(),
+    }
+}
+
+fn evaluated_is_sane(evaluated: &Evaluated) -> bool {
+    evaluated.nats.is_finite() && evaluated.tokens > 0 && evaluated.bytes > 0
+}

@@ -1,0 +1,624 @@
+//! The site's machine. It trains whenever it may, contributes each fragment when its steps are done,
+//! and follows commits between two inner steps. It never waits for the network: what has not been
+//! answered is outstanding, and training goes on as long as leased samples last.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::codec::Codec;
+use crate::data::{DatasetId, Ranges};
+use crate::engine::Progress;
+use crate::hash::Digest;
+use crate::journal::{Evaluated, Notice, Settled};
+use crate::manifest::FragmentId;
+use crate::plan;
+use crate::round::{Phase, Receipt, Standing, Status, Vitals};
+use crate::site::Time;
+
+/// What happened at the site.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SiteEvent {
+    /// There is a connection to the coordinator.
+    Connected,
+    /// There is none any more; what was travelling is lost.
+    Disconnected,
+    /// The coordinator said where the run stands.
+    Standing(Box<Standing>),
+    /// The inner steps that were ordered are done.
+    Stepped {
+        /// What they amounted to.
+        progress: Progress,
+        /// The samples they were taken on.
+        trained: Ranges,
+        /// How long they took.
+        seconds: f64,
+    },
+    /// A contribution that was ordered is encoded.
+    Contributed {
+        /// Its fragment.
+        fragment: FragmentId,
+        /// Content address of its payload.
+        payload: Digest,
+        /// Bytes of its payload.
+        bytes: u64,
+        /// Length of Δ.
+        norm: f64,
+    },
+    /// The coordinator has all bytes of a payload, or will not get them now.
+    Uploaded(Digest, bool),
+    /// Bytes that were fetched are here, or will not come now.
+    Fetched(Digest, bool),
+    /// A commit or new weights that were ordered are in place.
+    Applied {
+        /// The fragment.
+        fragment: FragmentId,
+        /// The version it is meant to be.
+        version: u64,
+        /// The digest it has.
+        digest: Digest,
+    },
+    /// An evaluation that was ordered is done.
+    Evaluated(u64, Evaluated),
+    /// The operator wants the site to stop.
+    Leave,
+    /// Time has passed.
+    Tick,
+}
+
+/// What the site should do, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SiteOrder {
+    /// Take these inner steps; answer with [`SiteEvent::Stepped`].
+    Train(u32),
+    /// Hand these leased samples to the engine's feed.
+    Grant(Ranges),
+    /// Tell the feed how far the run has come.
+    Progress(f32),
+    /// Take back all leased samples that the engine has not used.
+    DropLeases,
+    /// Encode what was learnt on a fragment; answer with [`SiteEvent::Contributed`].
+    Contribute(FragmentId, Codec),
+    /// Give up a refused contribution's work.
+    Rebase(FragmentId),
+    /// Apply a fetched commit; answer with [`SiteEvent::Applied`].
+    Commit(Notice),
+    /// Start a fragment over from fetched weights; answer with [`SiteEvent::Applied`].
+    Install(FragmentId, u64, Digest),
+    /// Look at the held-out loss of the global model; answer with [`SiteEvent::Evaluated`].
+    Evaluate(u64),
+    /// Send this payload; answer with [`SiteEvent::Uploaded`].
+    Upload(Digest),
+    /// Get bytes by their address; answer with [`SiteEvent::Fetched`].
+    Fetch {
+        /// The address.
+        digest: Digest,
+        /// How many bytes there will be.
+        bytes: u64,
+    },
+    /// This payload is settled.
+    Forget(Digest),
+    /// Send the coordinator this.
+    Report(Box<Status>),
+    /// There is nothing more to do.
+    Stop(Stop),
+}
+
+/// Why a site is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The run is finished.
+    Finished,
+    /// The operator wanted it.
+    Left,
+    /// Another process has joined as this site.
+    Superseded,
+}
+
+/// What a site is doing, for the operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SiteState {
+    /// Fetching the model.
+    Loading,
+    /// Taking inner steps.
+    Training,
+    /// Out of leased samples, usually because the coordinator is away.
+    Starved,
+    /// Handing in the last work.
+    Closing,
+    /// Done.
+    Finished,
+}
+
+/// What makes a site's work different from another's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SiteSettings {
+    /// Weights of each fragment.
+    pub fragment_lens: Vec<usize>,
+    /// Codec of the way up.
+    pub up: Codec,
+    /// The dataset it brings.
+    pub dataset: DatasetId,
+    /// Samples in one epoch of it.
+    pub samples: u64,
+    /// Samples that one inner step uses.
+    pub samples_per_step: u64,
+    /// A session number higher than any before, such as the time of day.
+    pub session: u64,
+}
+
+/// A site.
+#[derive(Debug)]
+pub struct Site {
+    settings: SiteSettings,
+    fragments: Vec<Fragment>,
+    outstanding: BTreeMap<u64, Outstanding>,
+    number: u64,
+    contributions: u64,
+    seen: u64,
+    leases_seen: u64,
+    unspent: u64,
+    /// Trained on and in no contribution yet.
+    trained: Ranges,
+    steps_per_round: u32,
+    phase: Phase,
+    connected: bool,
+    leaving: bool,
+    busy: bool,
+    stopped: bool,
+    progress: f32,
+    vitals: Vitals,
+    started: Option<Time>,
+    evaluation: Option<(u64, Evaluated)>,
+    evaluating: u64,
+    reported: Option<Time>,
+    news: bool,
+}
+
+#[derive(Debug, Default)]
+struct Fragment {
+    held: Option<(u64, Digest)>,
+    /// Step and token counts when its last contribution was taken.
+    since: (u64, u64),
+    /// Step count at which the next contribution is due.
+    due: u64,
+    /// A new contribution needs at least this version, which holds the last one.
+    needs: u64,
+    moving: Option<Move>,
+    /// The contribution being encoded.
+    taken: Option<Taken>,
+}
+
+/// What a contribution that is being encoded stands for.
+#[derive(Debug)]
+struct Taken {
+    base: u64,
+    steps: u64,
+    tokens: u64,
+    ranges: Ranges,
+}
+
+/// Bytes under way that will change a fragment.
+#[derive(Debug, Clone)]
+enum Move {
+    Commit(Notice),
+    Install(u64, Digest),
+}
+
+impl Move {
+    fn digest(&self) -> Digest {
+        match self {
+            Move::Commit(notice) => notice.delta,
+            Move::Install(_, digest) => *digest,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Outstanding {
+    receipt: Receipt,
+    upload: Upload,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Upload {
+    Idle,
+    Moving,
+    /// The coordinator had it before it heard this status.
+    Done(u64),
+}
+
+/// Seconds between two reports when nothing in particular happens.
+const REPORT_SECONDS: f64 = 0.5;
+/// Rounds for which a site would like to hold leases.
+const ROUNDS_IN_HAND: u64 = 3;
+
+impl Site {
+    /// A site that knows nothing of the run yet.
+    pub fn new(settings: SiteSettings) -> Self {
+        let fragments = settings.fragment_lens.iter().map(|_| Fragment::default()).collect();
+        Self {
+            settings,
+            fragments,
+            outstanding: BTreeMap::new(),
+            number: 0,
+            contributions: 0,
+            seen: 0,
+            leases_seen: 0,
+            unspent: 0,
+            trained: Ranges::new(),
+            steps_per_round: 1,
+            phase: Phase::Training,
+            connected: false,
+            leaving: false,
+            busy: false,
+            stopped: false,
+            progress: 0.0,
+            vitals: Vitals::default(),
+            started: None,
+            evaluation: None,
+            evaluating: 0,
+            reported: None,
+            news: true,
+        }
+    }
+
+    /// What the site is doing.
+    pub fn state(&self) -> SiteState {
+        match self.phase {
+            Phase::Finished => SiteState::Finished,
+            Phase::Closing => SiteState::Closing,
+            Phase::Training if !self.is_whole() => SiteState::Loading,
+            Phase::Training if self.busy || self.unspent >= self.settings.samples_per_step => SiteState::Training,
+            Phase::Training => SiteState::Starved,
+        }
+    }
+
+    /// How the site is doing.
+    pub fn vitals(&self) -> &Vitals {
+        &self.vitals
+    }
+
+    /// How far the run has come, as last heard.
+    pub fn progress(&self) -> f32 {
+        self.progress
+    }
+
+    /// Version and digest of each fragment held.
+    pub fn held(&self) -> impl Iterator<Item = Option<(u64, Digest)>> + '_ {
+        self.fragments.iter().map(|fragment| fragment.held)
+    }
+
+    /// Takes in what happened and says what to do.
+    pub fn handle(&mut self, now: Time, event: SiteEvent) -> Vec<SiteOrder> {
+        let mut orders = Vec::new();
+        match event {
+            SiteEvent::Connected => self.connect(),
+            SiteEvent::Disconnected => self.disconnect(),
+            SiteEvent::Standing(standing) => self.hear(&standing, &mut orders),
+            SiteEvent::Stepped { progress, trained, seconds } => self.step(now, progress, &trained, seconds),
+            SiteEvent::Contributed { fragment, payload, bytes, norm } => {
+                self.contributed(fragment, payload, bytes, norm, &mut orders);
+            }
+            SiteEvent::Uploaded(payload, done) => self.uploaded(payload, done),
+            SiteEvent::Fetched(digest, done) => self.fetched(digest, done, &mut orders),
+            SiteEvent::Applied { fragment, version, digest } => self.applied(fragment, version, digest),
+            SiteEvent::Evaluated(request, evaluated) => {
+                self.evaluation = Some((request, evaluated));
+                self.news = true;
+            }
+            SiteEvent::Leave => (self.leaving, self.news) = (true, true),
+            SiteEvent::Tick => {}
+        }
+        self.advance(now, &mut orders);
+        orders
+    }
+
+    fn connect(&mut self) {
+        // Standings of one connection arrive in order; a restarted coordinator counts from the start.
+        (self.connected, self.seen, self.news) = (true, 0, true);
+    }
+
+    fn disconnect(&mut self) {
+        self.connected = false;
+        self.fragments.iter_mut().for_each(|fragment| fragment.moving = None);
+        for outstanding in self.outstanding.values_mut().filter(|o| o.upload == Upload::Moving) {
+            outstanding.upload = Upload::Idle;
+        }
+    }
+
+    // ---- the coordinator speaks ----
+
+    fn hear(&mut self, standing: &Standing, orders: &mut Vec<SiteOrder>) {
+        if standing.number <= self.seen || standing.session < self.settings.session {
+            return;
+        }
+        self.seen = standing.number;
+        if standing.session > self.settings.session {
+            self.stopped = true;
+            orders.push(SiteOrder::Stop(Stop::Superseded));
+            return;
+        }
+        if !standing.open {
+            self.start_over(standing.session + 1, orders);
+            return;
+        }
+        self.phase = standing.phase;
+        self.steps_per_round = standing.steps.max(1);
+        self.progress = standing.progress;
+        orders.push(SiteOrder::Progress(standing.progress));
+        self.take_leases(standing, orders);
+        self.settle(standing, orders);
+        self.resend(standing, orders);
+        self.follow(standing, orders);
+        if let Some(request) = standing.evaluate.filter(|&request| request > self.evaluating && self.is_whole()) {
+            self.evaluating = request;
+            orders.push(SiteOrder::Evaluate(request));
+        }
+    }
+
+    /// The session was closed while the site was away: its unsettled work went back to the pool.
+    fn start_over(&mut self, session: u64, orders: &mut Vec<SiteOrder>) {
+        self.settings.session = session;
+        for (_, outstanding) in std::mem::take(&mut self.outstanding) {
+            orders.push(SiteOrder::Forget(outstanding.receipt.payload));
+        }
+        self.trained = Ranges::new();
+        (self.leases_seen, self.unspent, self.number, self.contributions) = (0, 0, 0, 0);
+        orders.push(SiteOrder::DropLeases);
+        for fragment in &mut self.fragments {
+            (fragment.held, fragment.moving, fragment.taken, fragment.needs) = (None, None, None, 0);
+        }
+        (self.news, self.evaluation, self.evaluating) = (true, None, 0);
+    }
+
+    fn take_leases(&mut self, standing: &Standing, orders: &mut Vec<SiteOrder>) {
+        for (number, ranges) in &standing.leases {
+            if *number == self.leases_seen + 1 {
+                self.leases_seen = *number;
+                self.unspent += ranges.len();
+                self.news = true;
+                orders.push(SiteOrder::Grant(ranges.clone()));
+            }
+        }
+    }
+
+    fn settle(&mut self, standing: &Standing, orders: &mut Vec<SiteOrder>) {
+        for (number, settled) in &standing.settled {
+            let Some(outstanding) = self.outstanding.remove(number) else { continue };
+            let fragment = outstanding.receipt.fragment;
+            orders.push(SiteOrder::Forget(outstanding.receipt.payload));
+            match settled {
+                Settled::Committed(version) => self.fragments[fragment.index()].needs = *version,
+                Settled::Refused(_) => orders.push(SiteOrder::Rebase(fragment)),
+            }
+            self.news = true;
+        }
+    }
+
+    fn resend(&mut self, standing: &Standing, orders: &mut Vec<SiteOrder>) {
+        for number in &standing.wanted {
+            let Some(outstanding) = self.outstanding.get_mut(number) else { continue };
+            let lost = match outstanding.upload {
+                Upload::Idle => true,
+                Upload::Moving => false,
+                Upload::Done(before) => standing.heard >= before,
+            };
+            if lost {
+                outstanding.upload = Upload::Moving;
+                orders.push(SiteOrder::Upload(outstanding.receipt.payload));
+            }
+        }
+    }
+
+    /// Fetches what each fragment needs next: the next delta if it is to be had, else all weights.
+    fn follow(&mut self, standing: &Standing, orders: &mut Vec<SiteOrder>) {
+        for (index, &(version, digest)) in standing.fragments.iter().enumerate().take(self.fragments.len()) {
+            let id = FragmentId(index as u16);
+            let fragment = &mut self.fragments[index];
+            if fragment.moving.is_some() {
+                continue;
+            }
+            let next = fragment.held.map(|(held, _)| held + 1);
+            let notice = standing.notices.iter().find(|notice| notice.fragment == id && Some(notice.version) == next);
+            let step = match (fragment.held, notice) {
+                (Some((held, own)), _) if held == version && own != digest => Move::Install(version, digest),
+                (Some((held, _)), _) if held >= version => continue,
+                (Some(_), Some(notice)) => Move::Commit(notice.clone()),
+                _ => Move::Install(version, digest),
+            };
+            let bytes = match &step {
+                Move::Commit(notice) => notice.bytes,
+                Move::Install(..) => self.settings.fragment_lens[index] as u64 * 4,
+            };
+            orders.push(SiteOrder::Fetch { digest: step.digest(), bytes });
+            fragment.moving = Some(step);
+        }
+    }
+
+    // ---- the engine and the network answer ----
+
+    fn step(&mut self, now: Time, progress: Progress, trained: &Ranges, seconds: f64) {
+        self.busy = false;
+        let steps = f64::from(progress.steps.max(1));
+        let began = self.started.get_or_insert(Time(now.0.saturating_sub((seconds * 1e6) as u64)));
+        let vitals = &mut self.vitals;
+        vitals.wall_seconds = now.seconds_since(*began);
+        vitals.steps += u64::from(progress.steps);
+        vitals.tokens += progress.tokens;
+        vitals.busy_seconds += seconds;
+        vitals.step_seconds = plan::smooth(vitals.step_seconds, seconds / steps, 0.1);
+        vitals.loss = plan::smooth(vitals.loss, progress.loss, 0.1);
+        self.unspent = self.unspent.saturating_sub(trained.len());
+        self.trained.insert(trained);
+    }
+
+    fn contributed(&mut self, id: FragmentId, payload: Digest, bytes: u64, norm: f64, orders: &mut Vec<SiteOrder>) {
+        let Some(taken) = self.fragments[id.index()].taken.take() else { return };
+        self.contributions += 1;
+        let receipt = Receipt {
+            number: self.contributions,
+            fragment: id,
+            base: taken.base,
+            steps: taken.steps,
+            tokens: taken.tokens,
+            norm,
+            payload,
+            bytes,
+            ranges: taken.ranges,
+        };
+        let upload = if self.connected { Upload::Moving } else { Upload::Idle };
+        self.outstanding.insert(receipt.number, Outstanding { receipt, upload });
+        self.news = true;
+        if self.connected {
+            self.report_now(orders);
+            orders.push(SiteOrder::Upload(payload));
+        }
+    }
+
+    fn uploaded(&mut self, payload: Digest, done: bool) {
+        let next = self.number + 1;
+        for outstanding in self.outstanding.values_mut().filter(|o| o.receipt.payload == payload) {
+            outstanding.upload = if done { Upload::Done(next) } else { Upload::Idle };
+            self.news = true;
+        }
+    }
+
+    fn fetched(&mut self, digest: Digest, done: bool, orders: &mut Vec<SiteOrder>) {
+        for (index, fragment) in self.fragments.iter_mut().enumerate() {
+            let Some(step) = fragment.moving.as_ref().filter(|step| step.digest() == digest) else { continue };
+            match (done, step) {
+                (false, _) => fragment.moving = None,
+                (true, Move::Commit(notice)) => orders.push(SiteOrder::Commit(notice.clone())),
+                (true, Move::Install(version, digest)) => {
+                    orders.push(SiteOrder::Install(FragmentId(index as u16), *version, *digest));
+                }
+            }
+            self.news = true;
+        }
+    }
+
+    fn applied(&mut self, id: FragmentId, version: u64, digest: Digest) {
+        let stagger = self.stagger(id);
+        let now_at = (self.vitals.steps, self.vitals.tokens);
+        let fragment = &mut self.fragments[id.index()];
+        let Some(step) = fragment.moving.take() else { return };
+        self.news = true;
+        let announced = match &step {
+            Move::Commit(notice) => notice.digest,
+            Move::Install(_, digest) => *digest,
+        };
+        if digest != announced {
+            self.vitals.digest_mismatches += 1;
+            fragment.held = None;
+            return;
+        }
+        if matches!(step, Move::Install(..)) {
+            fragment.since = now_at;
+            fragment.due = now_at.0 + stagger;
+        }
+        fragment.held = Some((version, digest));
+    }
+
+    /// First due step of a fragment, so that fragments are spread evenly over a round.
+    fn stagger(&self, id: FragmentId) -> u64 {
+        let count = self.fragments.len() as u64;
+        (u64::from(self.steps_per_round) * (id.index() as u64 + 1)).div_ceil(count)
+    }
+
+    // ---- what to do next ----
+
+    fn advance(&mut self, now: Time, orders: &mut Vec<SiteOrder>) {
+        if self.stopped {
+            return;
+        }
+        if self.leaving || self.phase == Phase::Finished {
+            self.report_now(orders);
+            self.stopped = true;
+            orders.push(SiteOrder::Stop(if self.leaving { Stop::Left } else { Stop::Finished }));
+            return;
+        }
+        if self.busy {
+            return;
+        }
+        for index in 0..self.fragments.len() {
+            if self.is_due(index) {
+                self.take(index);
+                orders.push(SiteOrder::Contribute(FragmentId(index as u16), self.settings.up));
+            }
+        }
+        let overdue = self.reported.is_none_or(|at| now.seconds_since(at) >= REPORT_SECONDS);
+        if self.connected && (self.news || overdue) {
+            self.reported = Some(now);
+            self.report_now(orders);
+        }
+        if self.may_train() {
+            self.busy = true;
+            orders.push(SiteOrder::Train(1));
+        }
+    }
+
+    /// Notes what a contribution of fragment number `index` stands for at this moment.
+    fn take(&mut self, index: usize) {
+        let round = u64::from(self.steps_per_round);
+        let fragment = &mut self.fragments[index];
+        let (steps, tokens) = (self.vitals.steps, self.vitals.tokens);
+        fragment.taken = Some(Taken {
+            base: fragment.held.map_or(0, |(version, _)| version),
+            steps: steps - fragment.since.0,
+            tokens: tokens - fragment.since.1,
+            ranges: std::mem::take(&mut self.trained),
+        });
+        fragment.since = (steps, tokens);
+        // Keep the stagger unless the fragment has fallen behind by a whole round.
+        fragment.due = if fragment.due + round > steps { fragment.due + round } else { steps + round };
+    }
+
+    /// Whether the fragment's steps are done and its last contribution is behind it.
+    fn is_due(&self, index: usize) -> bool {
+        let fragment = &self.fragments[index];
+        let steps = self.vitals.steps - fragment.since.0;
+        let settled = fragment.held.is_some_and(|(version, _)| version >= fragment.needs)
+            && !self.outstanding.values().any(|o| o.receipt.fragment.index() == index);
+        let time = self.vitals.steps >= fragment.due || self.phase == Phase::Closing;
+        steps > 0 && settled && time && fragment.taken.is_none()
+    }
+
+    fn may_train(&self) -> bool {
+        self.phase == Phase::Training && self.is_whole() && self.unspent >= self.settings.samples_per_step
+    }
+
+    fn is_whole(&self) -> bool {
+        self.fragments.iter().all(|fragment| fragment.held.is_some())
+    }
+
+    fn is_drained(&self) -> bool {
+        let untouched = |fragment: &Fragment| fragment.since.0 == self.vitals.steps;
+        let encoding = self.fragments.iter().any(|fragment| fragment.taken.is_some());
+        self.outstanding.is_empty() && !encoding && (self.vitals.steps == 0 || self.fragments.iter().all(untouched))
+    }
+
+    fn report_now(&mut self, orders: &mut Vec<SiteOrder>) {
+        self.number += 1;
+        self.news = false;
+        let wants = ROUNDS_IN_HAND * u64::from(self.steps_per_round) * self.settings.samples_per_step;
+        orders.push(SiteOrder::Report(Box::new(Status {
+            session: self.settings.session,
+            number: self.number,
+            dataset: self.settings.dataset,
+            samples: self.settings.samples,
+            fragments: self.held().collect(),
+            outstanding: self.outstanding.values().map(|outstanding| outstanding.receipt.clone()).collect(),
+            leases_seen: self.leases_seen,
+            unspent: self.unspent,
+            wants: if self.phase == Phase::Training { wants } else { 0 },
+            evaluation: self.evaluation,
+            drained: self.is_drained(),
+            leaving: self.leaving,
+            vitals: self.vitals.clone(),
+        })));
+    }
+
+    /// Payloads that must be kept because they are not settled.
+    pub fn needed(&self) -> BTreeSet<Digest> {
+        self.outstanding.values().map(|outstanding| outstanding.receipt.payload).collect()
+    }
+}
