@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::codec::{self, Codec, CodecError};
 use crate::delta::{add, cosine, norm};
 use crate::hash::Digest;
+use crate::journal::{Accepted, Commit};
 use crate::manifest::{FragmentId, Manifest};
 use crate::model::TensorKind;
 
@@ -77,6 +78,34 @@ pub struct Step {
     pub cosines: Vec<f64>,
 }
 
+/// Why an outer step could not be computed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// A payload is gone.
+    #[error("the payload {0} of a contribution is missing")]
+    Missing(Digest),
+    /// A payload does not decode, or the change is not finite.
+    #[error("{payload}: {source}")]
+    Codec {
+        /// Which payload.
+        payload: Digest,
+        /// Why.
+        source: CodecError,
+    },
+    /// Doing it again gave something else.
+    #[error("{fragment} version {version} was {journaled} and is now {computed}")]
+    Differs {
+        /// The fragment.
+        fragment: FragmentId,
+        /// The version.
+        version: u64,
+        /// Digest in the journal.
+        journaled: Digest,
+        /// Digest computed.
+        computed: Digest,
+    },
+}
+
 /// Merges `deltas`, in the order given, into one pseudo-gradient of `fragment`.
 pub fn merge(manifest: &Manifest, fragment: FragmentId, deltas: &[Weighted]) -> Vec<f32> {
     let mut merged = vec![0.0f32; manifest.fragment_len(fragment).unwrap_or(0)];
@@ -138,6 +167,47 @@ impl Global {
     /// Weights by tensor, as Hugging Face orders them.
     pub fn tensors(&self) -> Vec<Vec<f32>> {
         self.manifest.scatter(&self.theta)
+    }
+
+    /// Computes the outer step for `contributions`, whose payloads `payload` finds by address.
+    ///
+    /// # Errors
+    /// If a payload is missing or useless; then nothing has changed.
+    pub fn perform(
+        &mut self,
+        fragment: FragmentId,
+        contributions: &[Accepted],
+        rule: OuterRule,
+        codec: Codec,
+        payload: &dyn Fn(Digest) -> Option<Vec<u8>>,
+    ) -> Result<Step, StepError> {
+        let count = self.theta[fragment.index()].len();
+        let weighted = |accepted: &Accepted| {
+            let bytes = payload(accepted.payload).ok_or(StepError::Missing(accepted.payload))?;
+            let delta = codec::decode(&bytes, count)
+                .map_err(|source| StepError::Codec { payload: accepted.payload, source })?;
+            Ok(Weighted { weight: accepted.weight, delta })
+        };
+        let deltas: Vec<Weighted> = contributions.iter().map(weighted).collect::<Result<_, StepError>>()?;
+        let first = contributions.first().map_or(Digest::default(), |accepted| accepted.payload);
+        self.step(fragment, &deltas, rule, codec).map_err(|source| StepError::Codec { payload: first, source })
+    }
+
+    /// Computes a journaled commit again and compares.
+    ///
+    /// # Errors
+    /// If a payload is missing or the result is not the journaled one.
+    pub fn replay(&mut self, commit: &Commit, payload: &dyn Fn(Digest) -> Option<Vec<u8>>) -> Result<Step, StepError> {
+        let step = self.perform(commit.fragment, &commit.contributions, commit.rule, commit.codec, payload)?;
+        if step.digest != commit.digest {
+            return Err(StepError::Differs {
+                fragment: commit.fragment,
+                version: commit.version,
+                journaled: commit.digest,
+                computed: step.digest,
+            });
+        }
+        Ok(step)
     }
 
     /// Merges `deltas` and moves `fragment`.

@@ -183,6 +183,8 @@ struct Fragment {
     /// A new contribution needs at least this version, which holds the last one.
     needs: u64,
     moving: Option<Move>,
+    /// The bytes are here and the engine has been told to take them.
+    applying: bool,
     /// The contribution being encoded.
     taken: Option<Taken>,
 }
@@ -208,6 +210,12 @@ impl Move {
         match self {
             Move::Commit(notice) => notice.delta,
             Move::Install(_, digest) => *digest,
+        }
+    }
+
+    fn version(&self) -> u64 {
+        match self {
+            Move::Commit(Notice { version, .. }) | Move::Install(version, _) => *version,
         }
     }
 }
@@ -319,7 +327,8 @@ impl Site {
 
     fn disconnect(&mut self) {
         self.connected = false;
-        self.fragments.iter_mut().for_each(|fragment| fragment.moving = None);
+        let travelling = self.fragments.iter_mut().filter(|fragment| !fragment.applying);
+        travelling.for_each(|fragment| fragment.moving = None);
         for outstanding in self.outstanding.values_mut().filter(|o| o.upload == Upload::Moving) {
             outstanding.upload = Upload::Idle;
         }
@@ -485,6 +494,10 @@ impl Site {
     fn fetched(&mut self, digest: Digest, done: bool, orders: &mut Vec<SiteOrder>) {
         for (index, fragment) in self.fragments.iter_mut().enumerate() {
             let Some(step) = fragment.moving.as_ref().filter(|step| step.digest() == digest) else { continue };
+            if fragment.applying {
+                continue;
+            }
+            fragment.applying = done;
             match (done, step) {
                 (false, _) => fragment.moving = None,
                 (true, Move::Commit(notice)) => orders.push(SiteOrder::Commit(notice.clone())),
@@ -500,7 +513,8 @@ impl Site {
         let stagger = self.stagger(id);
         let now_at = (self.vitals.steps, self.vitals.tokens);
         let fragment = &mut self.fragments[id.index()];
-        let Some(step) = fragment.moving.take() else { return };
+        fragment.applying = false;
+        let Some(step) = fragment.moving.take_if(|step| step.version() == version) else { return };
         self.news = true;
         let announced = match &step {
             Move::Commit(notice) => notice.digest,

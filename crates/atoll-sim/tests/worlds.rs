@@ -1,0 +1,32 @@
+//! Worlds that must end well. A failing seed goes into `seeds.txt` and stays there.
+
+use atoll_sim::{Hardships, simulate};
+
+#[test]
+fn two_hundred_hostile_worlds_keep_every_invariant() {
+    let broken: Vec<String> = (0..200).filter_map(|seed| simulate(seed, Hardships::of(seed)).err()).collect();
+    assert!(broken.is_empty(), "{} of 200 worlds broke:\n{}", broken.len(), broken.join("\n"));
+}
+
+#[test]
+fn seeds_that_once_failed_hold() {
+    for line in include_str!("seeds.txt").lines().filter(|line| !line.starts_with('#')) {
+        let seed = line.split_whitespace().next().and_then(|seed| seed.parse().ok()).expect("a seed per line");
+        simulate(seed, Hardships::of(seed)).unwrap();
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_world() {
+    for seed in [3, 14, 159] {
+        assert_eq!(simulate(seed, Hardships::of(seed)), simulate(seed, Hardships::of(seed)));
+    }
+}
+
+#[test]
+fn a_calm_world_learns_the_target() {
+    for seed in 0..20 {
+        let outcome = simulate(seed, Hardships::NONE).unwrap();
+        assert!(outcome.error < 0.1, "seed {seed}: {outcome:?}");
+    }
+}
