@@ -146,7 +146,6 @@ impl Shard {
         let damaged = |reason: String| DataError::DamagedShard { path: path.clone(), reason };
         let map = Map::open(&path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => damaged("the file is missing".to_string()),
-            std::io::ErrorKind::InvalidInput => damaged("the file is empty".to_string()),
             _ => DataError::unreadable(&path, error),
         })?;
         let width = map.get(12).map_or(0, |&width| usize::from(width));

@@ -104,10 +104,7 @@ fn load_file(
     tensors: &[Tensor],
     weights: &mut [Option<Vec<f32>>],
 ) -> Result<(), HfError> {
-    let map = Map::open(path).map_err(|error| match error.kind() {
-        io::ErrorKind::InvalidInput => HfError::damaged(path, "the file is empty"),
-        _ => HfError::unreadable(path, error),
-    })?;
+    let map = Map::open(path).map_err(|error| HfError::unreadable(path, error))?;
     let file = SafeTensors::deserialize(&map).map_err(|error| HfError::damaged(path, error))?;
     let places: BTreeMap<&str, usize> = tensors.iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
     for (name, view) in file.tensors() {
