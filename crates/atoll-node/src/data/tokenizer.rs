@@ -27,7 +27,7 @@ pub const END_OF_TEXT: [&str; 5] = ["<|endoftext|>", "</s>", "<|end_of_text|>", 
 pub const VOCABULARY_MIN: usize = 257;
 
 /// A text longer than this is cut before it is encoded, where a cut cannot change the tokens.
-const PIECE_BYTES: usize = 64 << 10;
+const PIECE_BYTES: usize = 8 << 10;
 
 /// A tokenizer and its name.
 #[derive(Debug, Clone)]
@@ -38,7 +38,8 @@ pub struct Tokenizer {
     end_of_text: (u32, &'static str),
     /// Bytes of text by token; its length is the size of the vocabulary.
     token_bytes: Vec<u32>,
-    is_byte_level: bool,
+    /// Whether long texts may be encoded in pieces.
+    may_cut: bool,
 }
 
 impl Tokenizer {
@@ -56,7 +57,8 @@ impl Tokenizer {
         let end_of_text = END_OF_TEXT.iter().find_map(named).ok_or(DataError::NoEndOfText)?;
         let is_byte_level = pieces::is_byte_level(&json);
         let token_bytes = pieces::token_bytes(&inner, is_byte_level, end_of_text.0);
-        Ok(Self { hash: Digest::of(&json), inner, json, end_of_text, token_bytes, is_byte_level })
+        let may_cut = is_byte_level && pieces::may_cut(&json);
+        Ok(Self { hash: Digest::of(&json), inner, json, end_of_text, token_bytes, may_cut })
     }
 
     /// Trains a byte-level BPE of `vocab_size` tokens, or fewer if the sample has too few pairs to merge.
@@ -91,7 +93,7 @@ impl Tokenizer {
             let encoding = self.inner.encode_fast(piece, false).map_err(DataError::bad_tokenizer)?;
             Ok(encoding.get_ids().to_vec())
         };
-        if !self.is_byte_level || text.len() < 2 * PIECE_BYTES {
+        if !self.may_cut || text.len() < 2 * PIECE_BYTES {
             return encode(text);
         }
         let pieces: Result<Vec<_>, _> = pieces::cut(text, PIECE_BYTES).into_par_iter().map(encode).collect();
@@ -185,6 +187,13 @@ mod tests {
         let whole = tokenizer.inner.encode_fast(text.as_str(), false).unwrap();
         assert!(pieces::cut(&text, PIECE_BYTES).len() > 3);
         assert_eq!(tokenizer.encode(&text).unwrap(), whole.get_ids());
+    }
+
+    #[test]
+    fn a_tokenizer_that_marks_the_start_of_a_text_sees_it_whole() {
+        let spaced = edited(|json| json["pre_tokenizer"]["add_prefix_space"] = json!(true)).unwrap();
+        let normalized = edited(|json| json["normalizer"] = json!({"type": "Prepend", "prepend": "x"})).unwrap();
+        assert!(trained().may_cut && !spaced.may_cut && !normalized.may_cut);
     }
 
     #[test]

@@ -10,6 +10,14 @@ pub(super) fn is_byte_level(json: &[u8]) -> bool {
     is(decoder) || decoder["decoders"].as_array().is_some_and(|parts| parts.iter().any(is))
 }
 
+/// Whether that `tokenizer.json` treats the start of a text like any other place.
+pub(super) fn may_cut(json: &[u8]) -> bool {
+    let json: serde_json::Value = serde_json::from_slice(json).unwrap_or_default();
+    let normalizer = &json["normalizer"];
+    let is_local = normalizer.is_null() || normalizer["type"] == "NFC";
+    is_local && !json["pre_tokenizer"].to_string().contains("\"add_prefix_space\":true")
+}
+
 /// The bytes of text that each token stands for. Special tokens stand for none.
 pub(super) fn token_bytes(tokenizer: &Tokenizer, is_byte_level: bool, end_of_text: u32) -> Vec<u32> {
     let vocabulary = tokenizer.get_vocab(true);
