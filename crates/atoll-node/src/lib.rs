@@ -1,1 +1,4 @@
 //! TBD
+
+pub mod data;
+pub mod hf;
