@@ -321,6 +321,7 @@ impl Site {
     }
 
     fn connect(&mut self) {
+        self.disconnect(); // Whatever an earlier connection was carrying is lost.
         // Standings of one connection arrive in order; a restarted coordinator counts from the start.
         (self.connected, self.seen, self.news) = (true, 0, true);
     }
