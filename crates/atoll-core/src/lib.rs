@@ -8,7 +8,17 @@
 //! | [`model`] | the shape of the Llama that all sites train |
 //! | [`manifest`] | its tensors, their fragments, the layout's fingerprint |
 //! | [`data`] | sample ranges, the keyed permutation, leases and the ledger |
+//! | [`training`] | batch, context, inner optimizer |
 //! | [`engine`] | the trait behind which a device trains, and its conformance suite |
+//! | [`delta`] | a site's copy of Θ, pseudo-gradients, carry |
+//! | [`codec`] | weights to bytes and back |
+//! | [`round`] | the machines of site and coordinator |
+//! | [`plan`] | arithmetic of pace |
+//! | [`outer`] | merge and outer step |
+//! | [`journal`] | entries, and the book that is their sum |
+//! | [`wire`] | frames |
+//!
+//! Beside them: [`hash`] (content addresses), [`site`] (names, time), [`rng`].
 
 pub mod codec;
 pub mod data;
@@ -23,3 +33,5 @@ pub mod plan;
 pub mod rng;
 pub mod round;
 pub mod site;
+pub mod training;
+pub mod wire;

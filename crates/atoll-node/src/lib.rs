@@ -1,4 +1,28 @@
-//! TBD
+//! Atoll's node: everything that touches a disk, a socket or a clock. The decisions are made by the
+//! machines of `atoll-core`; the shells here carry them out.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`data`] | text to token shards to leased batches |
+//! | [`hf`] | Hugging Face folders |
+//! | [`run`] | the run folder and `run.toml` |
+//! | [`identity`] | keys and tickets |
+//! | [`link`] | TLS connections that carry frames |
+//! | [`journal`] | the journal on disk |
+//! | [`store`] | payloads on disk, by content address |
+//! | [`snapshot`] | the model and the book on disk; recovery |
+//! | [`coordinator`] | the coordinator's shell |
+//! | [`site`] | the site's shell |
+//! | [`report`] | what an operator sees |
 
+pub mod coordinator;
 pub mod data;
 pub mod hf;
+pub mod identity;
+pub mod journal;
+pub mod link;
+pub mod report;
+pub mod run;
+pub mod site;
+pub mod snapshot;
+pub mod store;

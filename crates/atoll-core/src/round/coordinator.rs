@@ -25,6 +25,8 @@ pub enum Event {
     Useless(Digest, String),
     /// A merge that was ordered is done.
     Merged(Merged),
+    /// A merge that was ordered failed on this payload.
+    Unmergeable(FragmentId, Digest, String),
     /// Time has passed.
     Tick,
 }
@@ -247,6 +249,12 @@ impl Coordinator {
             }
             Event::Useless(payload, why) => self.refuse_payload(payload, &why, &mut orders),
             Event::Merged(merged) => self.commit(now, &merged, &mut orders),
+            Event::Unmergeable(fragment, payload, why) => {
+                if let Some(round) = self.rounds.get_mut(fragment.index()) {
+                    round.merging = None;
+                }
+                self.refuse_payload(payload, &why, &mut orders);
+            }
             Event::Tick => {}
         }
         self.advance(now, &mut orders);

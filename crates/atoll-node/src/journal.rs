@@ -1,0 +1,131 @@
+//! The journal on disk: one line per entry, appended and synced before anything that follows from it
+//! is announced. A line that a crash cut short was never announced and is dropped; damage anywhere
+//! else is an error, because nothing after it can be trusted.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use atoll_core::journal::{Chain, Entry};
+
+/// An open journal.
+#[derive(Debug)]
+pub struct JournalFile {
+    path: PathBuf,
+    file: File,
+    /// Hash over all lines so far.
+    pub chain: Chain,
+    /// Bytes of all lines so far.
+    pub offset: u64,
+}
+
+impl JournalFile {
+    /// Opens the journal behind `offset`, where its hash was `chain`, and hands each entry from there
+    /// on to `visit`. A torn last line is cut off.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is damaged before its last line.
+    pub fn open(path: &Path, offset: u64, chain: Chain, mut visit: impl FnMut(Entry) -> Result<()>) -> Result<Self> {
+        let place = || format!("the journal {}", path.display());
+        let file = OpenOptions::new().read(true).append(true).create(true).open(path).with_context(place)?;
+        let length = file.metadata().with_context(place)?.len();
+        if length < offset {
+            bail!("{} has {length} bytes, its snapshot speaks of {offset}\nhint: restore it from a backup", place());
+        }
+        let mut journal = Self { path: path.to_path_buf(), file, chain, offset };
+        let mut reader = BufReader::new(File::open(path).with_context(place)?);
+        reader.seek(SeekFrom::Start(offset)).with_context(place)?;
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line).with_context(place)? > 0 {
+            if line.last() != Some(&b'\n') {
+                break; // Cut short by a crash: it was never announced.
+            }
+            let text = String::from_utf8_lossy(&line[..line.len() - 1]);
+            let entry = journal.chain.read(&text).map_err(|error| {
+                let at = journal.offset;
+                anyhow::anyhow!("{} is damaged at byte {at}: {error}\nhint: restore it from a backup", place())
+            })?;
+            journal.offset += line.len() as u64;
+            line.clear();
+            visit(entry)?;
+        }
+        if journal.offset < length {
+            journal.file.set_len(journal.offset).with_context(place)?;
+            journal.file.sync_all().with_context(place)?;
+        }
+        Ok(journal)
+    }
+
+    /// Appends entries and waits until the disk has them.
+    ///
+    /// # Errors
+    /// If the disk does not take them; then none of them may be acted upon.
+    pub fn append(&mut self, entries: &[Entry]) -> Result<()> {
+        let mut chain = self.chain;
+        let mut text = String::new();
+        for entry in entries {
+            text.push_str(&chain.write(entry));
+            text.push('\n');
+        }
+        let write = self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data());
+        if let Err(error) = write {
+            // Leave no half line behind, if the disk still lets us.
+            let _ = self.file.set_len(self.offset);
+            return Err(error).with_context(|| {
+                format!("the journal {} cannot be written\nhint: make room on the disk and start again; nothing is lost", self.path.display())
+            });
+        }
+        (self.chain, self.offset) = (chain, self.offset + text.len() as u64);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use atoll_core::hash::Digest;
+    use std::fs;
+
+    fn entries() -> Vec<Entry> {
+        let began = Entry::Began { run: "r".into(), seed: 1, context: 8, layout: Digest::of(b"l"), theta: vec![] };
+        vec![began, Entry::Finished]
+    }
+
+    fn read(path: &Path) -> Result<Vec<Entry>> {
+        let mut seen = Vec::new();
+        JournalFile::open(path, 0, Chain::default(), |entry| {
+            seen.push(entry);
+            Ok(())
+        })?;
+        Ok(seen)
+    }
+
+    #[test]
+    fn every_cut_of_the_last_line_leaves_the_lines_before_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.jsonl");
+        JournalFile::open(&path, 0, Chain::default(), |_| Ok(())).unwrap().append(&entries()).unwrap();
+        let whole = fs::read(&path).unwrap();
+        assert_eq!(read(&path).unwrap(), entries());
+        let first = whole.iter().position(|&byte| byte == b'\n').unwrap() + 1;
+        for cut in first..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            assert_eq!(read(&path).unwrap(), entries()[..1]);
+            assert_eq!(fs::read(&path).unwrap().len(), first, "the torn line must be gone");
+        }
+    }
+
+    #[test]
+    fn damage_is_named_and_nothing_is_thrown_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.jsonl");
+        JournalFile::open(&path, 0, Chain::default(), |_| Ok(())).unwrap().append(&entries()).unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[30] ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        let error = format!("{:#}", read(&path).unwrap_err());
+        assert!(error.contains("damaged at byte 0") && error.contains("hint:"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), bytes);
+    }
+}

@@ -1,0 +1,333 @@
+//! The run folder, and `run.toml`: what the operator decides about a run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use atoll_core::manifest::Manifest;
+use atoll_core::model::{ModelConfig, PRESETS};
+use atoll_core::round::{Goal, Sync};
+use atoll_core::training::Training;
+use serde::{Deserialize, Serialize};
+
+/// Everything that `run.toml` says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunConfig {
+    /// Name of the run.
+    pub name: String,
+    /// Seed of first weights and sample order.
+    pub seed: u64,
+    /// The model.
+    pub model: ModelSection,
+    /// Batch, context, inner optimizer.
+    pub training: Training,
+    /// Rounds and outer step.
+    pub sync: Sync,
+    /// When the run is done.
+    pub goal: Goal,
+    /// How text becomes tokens.
+    pub data: DataSection,
+    /// The coordinator's housekeeping.
+    pub coordinator: CoordinatorSection,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self {
+            name: "run".to_string(),
+            seed: 1,
+            model: ModelSection::default(),
+            training: Training::default(),
+            sync: Sync::default(),
+            goal: Goal { tokens: Some(100_000_000), minutes: None },
+            data: DataSection::default(),
+            coordinator: CoordinatorSection::default(),
+        }
+    }
+}
+
+/// The `[model]` table: a preset, and whatever is to be different from it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[expect(missing_docs, reason = "the fields are those of ModelConfig")]
+pub struct ModelSection {
+    pub preset: String,
+    pub hidden_size: Option<usize>,
+    pub intermediate_size: Option<usize>,
+    pub num_hidden_layers: Option<usize>,
+    pub num_attention_heads: Option<usize>,
+    pub num_key_value_heads: Option<usize>,
+    pub head_dim: Option<usize>,
+    pub rope_theta: Option<f32>,
+    pub rms_norm_eps: Option<f32>,
+    pub tie_word_embeddings: Option<bool>,
+}
+
+impl Default for ModelSection {
+    fn default() -> Self {
+        Self {
+            preset: "micro".to_string(),
+            hidden_size: None,
+            intermediate_size: None,
+            num_hidden_layers: None,
+            num_attention_heads: None,
+            num_key_value_heads: None,
+            head_dim: None,
+            rope_theta: None,
+            rms_norm_eps: None,
+            tie_word_embeddings: None,
+        }
+    }
+}
+
+impl ModelSection {
+    /// The model for a vocabulary and a context, or every reason why there is none.
+    ///
+    /// # Errors
+    /// The reasons.
+    pub fn resolve(&self, vocab_size: usize, context: usize) -> Result<ModelConfig, Vec<String>> {
+        let Some(mut model) = ModelConfig::preset(&self.preset, vocab_size, context) else {
+            let names: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
+            return Err(vec![format!("model.preset = \"{}\" is none of {}", self.preset, names.join(", "))]);
+        };
+        fn set<T: Copy>(field: &mut T, wish: Option<T>) {
+            *field = wish.unwrap_or(*field);
+        }
+        set(&mut model.hidden_size, self.hidden_size);
+        set(&mut model.intermediate_size, self.intermediate_size);
+        set(&mut model.num_hidden_layers, self.num_hidden_layers);
+        set(&mut model.num_attention_heads, self.num_attention_heads);
+        set(&mut model.num_key_value_heads, self.num_key_value_heads);
+        set(&mut model.head_dim, self.head_dim);
+        set(&mut model.rope_theta, self.rope_theta);
+        set(&mut model.rms_norm_eps, self.rms_norm_eps);
+        set(&mut model.tie_word_embeddings, self.tie_word_embeddings);
+        let problems = model.problems();
+        if problems.is_empty() { Ok(model) } else { Err(problems) }
+    }
+}
+
+/// The `[data]` table.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataSection {
+    /// Share of the documents that is never trained on.
+    pub held_out: f64,
+    /// Field or column that holds the text in .jsonl and .parquet files.
+    pub text_field: String,
+}
+
+impl Default for DataSection {
+    fn default() -> Self {
+        Self { held_out: 0.02, text_field: "text".to_string() }
+    }
+}
+
+/// The `[coordinator]` table.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CoordinatorSection {
+    /// Address that tickets name, if it is not the one listened on: `host:port`.
+    pub advertise: Option<String>,
+    /// Seconds between two snapshots.
+    pub snapshot_seconds: f64,
+    /// Snapshots kept.
+    pub snapshots: usize,
+    /// Which contributions are kept so that commits can be computed again.
+    pub keep: Keep,
+}
+
+impl Default for CoordinatorSection {
+    fn default() -> Self {
+        Self { advertise: None, snapshot_seconds: 60.0, snapshots: 2, keep: Keep::Snapshots }
+    }
+}
+
+/// Which payloads are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Keep {
+    /// Those since the oldest snapshot kept.
+    Snapshots,
+    /// All, so that the run can be replayed from its first commit.
+    All,
+}
+
+impl RunConfig {
+    /// Reads `run.toml`.
+    ///
+    /// # Errors
+    /// If it cannot be read, is no TOML or says something unknown.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| {
+            format!("{} cannot be read\nhint: `atoll new DIR` makes a run folder", path.display())
+        })?;
+        toml::from_str(&text).map_err(|error| {
+            anyhow::anyhow!("{} is malformed: {error}\nhint: `atoll new` writes a commented example", path.display())
+        })
+    }
+
+    /// Every problem that can be seen without looking at a tokenizer's size.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = [self.sync.problems(), self.training.problems()].concat();
+        if let Err(more) = self.model.resolve(1 << 12, self.training.context) {
+            problems.extend(more);
+        }
+        if self.goal.tokens.is_none() && self.goal.minutes.is_none() {
+            problems.push("goal: neither tokens nor minutes is set, so the run would never end".to_string());
+        }
+        if self.goal.minutes.is_some_and(|minutes| !(minutes.is_finite() && minutes > 0.0)) {
+            problems.push("goal.minutes must be positive".to_string());
+        }
+        if self.goal.tokens == Some(0) {
+            problems.push("goal.tokens must be positive".to_string());
+        }
+        if !(0.0..1.0).contains(&self.data.held_out) {
+            problems.push(format!("data.held_out = {} must be at least 0 and below 1", self.data.held_out));
+        }
+        let seconds = self.coordinator.snapshot_seconds;
+        if !(seconds.is_finite() && seconds > 0.0) {
+            problems.push(format!("coordinator.snapshot_seconds = {seconds} must be positive"));
+        }
+        if self.coordinator.snapshots == 0 {
+            problems.push("coordinator.snapshots must be at least 1".to_string());
+        }
+        problems
+    }
+
+    /// The manifest of `model` under this configuration.
+    pub fn manifest(&self, model: &ModelConfig) -> Manifest {
+        Manifest::balanced(model.tensors(), self.sync.fragments)
+    }
+}
+
+/// What a site is told of the run: its configuration and the model that follows from it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Terms {
+    /// The configuration.
+    pub config: RunConfig,
+    /// The model, with the tokenizer's vocabulary.
+    pub model: ModelConfig,
+}
+
+/// The folder of a run at its coordinator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunDir(pub PathBuf);
+
+#[expect(missing_docs, reason = "each method names the file it names")]
+impl RunDir {
+    pub fn config(&self) -> PathBuf {
+        self.0.join("run.toml")
+    }
+
+    pub fn key(&self) -> PathBuf {
+        self.0.join("coordinator.key")
+    }
+
+    pub fn tokenizer(&self) -> PathBuf {
+        self.0.join("tokenizer.json")
+    }
+
+    pub fn tickets(&self) -> PathBuf {
+        self.0.join("tickets")
+    }
+
+    pub fn journal(&self) -> PathBuf {
+        self.0.join("journal.jsonl")
+    }
+
+    pub fn payloads(&self) -> PathBuf {
+        self.0.join("payloads")
+    }
+
+    pub fn snapshots(&self) -> PathBuf {
+        self.0.join("snapshots")
+    }
+
+    pub fn model(&self) -> PathBuf {
+        self.0.join("model")
+    }
+
+    pub fn status(&self) -> PathBuf {
+        self.0.join("status.json")
+    }
+
+    pub fn report(&self) -> PathBuf {
+        self.0.join("report.json")
+    }
+
+    pub fn events(&self) -> PathBuf {
+        self.0.join("events.jsonl")
+    }
+
+    pub fn lock(&self) -> PathBuf {
+        self.0.join(".lock")
+    }
+
+    /// Keeps every other process from working on this folder until the file is dropped.
+    ///
+    /// # Errors
+    /// If another process holds it.
+    pub fn hold(&self) -> Result<fs::File> {
+        let path = self.lock();
+        let file = fs::File::create(&path).with_context(|| format!("{} cannot be written", path.display()))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(fs::TryLockError::WouldBlock) => bail!(
+                "{} is in use by another process\nhint: `atoll status {}` shows it; stop it first",
+                self.0.display(),
+                self.0.display()
+            ),
+            Err(fs::TryLockError::Error(error)) => {
+                Err(error).with_context(|| format!("{} cannot be locked", path.display()))
+            }
+        }
+    }
+}
+
+/// Writes a file so that it is either the old one or the whole new one, whatever happens.
+///
+/// # Errors
+/// If the disk does not take it.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let new = parent.join(format!(".{name}.new"));
+    let write = || -> std::io::Result<()> {
+        let mut file = fs::File::create(&new)?;
+        std::io::Write::write_all(&mut file, bytes)?;
+        file.sync_data()?;
+        fs::rename(&new, path)
+    };
+    write().with_context(|| {
+        format!("{} cannot be written\nhint: is the disk full, or the folder read-only?", path.display())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_have_no_problem_and_survive_toml() {
+        let config = RunConfig::default();
+        assert_eq!(config.problems(), Vec::<String>::new());
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(toml::from_str::<RunConfig>(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn all_problems_come_at_once() {
+        let text = "[model]\npreset = 'huge'\n[sync]\nsteps = 0\nfragments = 0\n[goal]\nminutes = -1.0\n";
+        let config: RunConfig = toml::from_str(text).unwrap();
+        assert_eq!(config.problems().len(), 4, "{:?}", config.problems());
+    }
+
+    #[test]
+    fn a_preset_can_be_changed_in_part() {
+        let section = ModelSection { num_hidden_layers: Some(2), ..ModelSection::default() };
+        let model = section.resolve(1000, 64).unwrap();
+        assert_eq!((model.num_hidden_layers, model.hidden_size, model.vocab_size), (2, 256, 1000));
+    }
+}
