@@ -127,11 +127,16 @@ impl Shared {
     }
 }
 
-/// Rows and columns of a tile: large, so that packing is cheap, but enough tiles for some threads.
+/// Rows and columns of a tile: large, so that packing is cheap, but enough tiles for some threads. Tall
+/// tiles go first, because transposing the columns' operand is the dearest part of packing.
 fn tile_size(m: usize, n: usize) -> (usize, usize) {
     let (mut rows, mut cols) = (512, 512);
-    while m.div_ceil(rows) * n.div_ceil(cols) < 8 && (rows > 64 || cols > 64) {
-        if m.min(rows) >= n.min(cols) && rows > 64 || cols <= 64 { rows /= 2 } else { cols /= 2 }
+    let tiles = |rows: usize, cols: usize| m.div_ceil(rows) * n.div_ceil(cols);
+    while tiles(rows, cols) < 8 && cols > 128 {
+        cols /= 2;
+    }
+    while tiles(rows, cols) < 8 && rows > 64 {
+        rows /= 2;
     }
     (rows, cols)
 }

@@ -12,6 +12,7 @@ use crate::attention::{self, Heads, Inputs, Outputs};
 use crate::engine::thread_pool;
 use crate::gemm::{Mat, Write, matmul};
 use crate::layout::{Layer, Layout};
+use crate::math::max;
 use crate::rope::{Rope, Turn};
 use crate::{norm, swiglu};
 
@@ -151,17 +152,20 @@ fn draw(logits: &[f32], sampling: &Sampling, rng: &mut Rng) -> u32 {
         order.select_nth_unstable_by(kept - 1, likeliest_first);
         order.truncate(kept);
     }
-    order.sort_unstable_by(likeliest_first);
+    // Sorting a whole vocabulary costs as much as a small network, so it is done only where order counts.
+    if order.len() < logits.len() || sampling.top_p < 1.0 {
+        order.sort_unstable_by(likeliest_first);
+    }
     if order.len() == 1 {
         return order[0] as u32;
     }
-    let most = logits[order[0]];
+    let most = max(logits);
     let weight = |&token: &usize| f64::from((logits[token] - most) / sampling.temperature).exp();
     let weights: Vec<f64> = order.iter().map(weight).collect();
     order[pick(&weights, f64::from(sampling.top_p), rng)] as u32
 }
 
-/// An index drawn by these descending weights, among the first that make up `share` of their sum.
+/// An index drawn by these weights, among the first that make up `share` of their sum.
 fn pick(weights: &[f64], share: f64, rng: &mut Rng) -> usize {
     let index_at = |target: f64| {
         let mut sum = 0.0;
