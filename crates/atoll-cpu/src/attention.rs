@@ -69,13 +69,10 @@ pub(crate) struct Outputs<'a> {
 
 /// Attention inside each row of `length` tokens.
 pub(crate) fn forward(heads: Heads, length: usize, inputs: Inputs<'_>, outputs: Outputs<'_>) {
-    let (q, kv) = (heads.q_width(), heads.kv_width());
     let Outputs { out, log_sum } = outputs;
-    let rows = out.par_chunks_mut(length * q).zip(log_sum.par_chunks_mut(length * heads.queries));
-    let rows = rows.zip(inputs.q.par_chunks(length * q));
-    let rows = rows.zip(inputs.k.par_chunks(length * kv)).zip(inputs.v.par_chunks(length * kv));
-    rows.for_each(|((((out, log_sum), q), k), v)| {
-        continued(heads, 0, Inputs { q, k, v }, Outputs { out, log_sum });
+    let rows = out.par_chunks_mut(length * heads.q_width()).zip(log_sum.par_chunks_mut(length * heads.queries));
+    rows.enumerate().for_each(|(row, (out, log_sum))| {
+        continued(heads, 0, inputs.row(heads, length, row), Outputs { out, log_sum });
     });
 }
 

@@ -10,6 +10,15 @@
 //!
 //! The backward pass reads what [`Activations`] kept and computes the cheap rest again (norms,
 //! SwiGLU, probabilities). Gradients of q, k, v, gate and up overwrite the activations they belong to.
+//!
+//! The numbers, for preset `mini` (12.6 M parameters, V 8192) on 8 × 256 tokens:
+//!
+//! ```text
+//! kept      2·D + 2·Q + 2·KV + 2·I = 3840 floats per token and layer      6 layers: 189 MB
+//! work      4·D + 2·Q + 2·KV + I = 3584 floats per token, and the logits            46 MB
+//! weights, gradient, two moments                                                   201 MB
+//! work of a token: 6 × parameters = 76 MFLOP, attention 5 MFLOP                    166 GFLOP a step
+//! ```
 
 use atoll_core::model::ModelConfig;
 use rayon::prelude::*;
