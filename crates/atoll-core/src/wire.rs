@@ -240,7 +240,13 @@ mod tests {
     }
 
     fn hello() -> Hello {
-        Hello { purpose: Purpose::Control, secret: None, layout: Some(Digest([7; 32])), engine: "e".into(), device: "d".into() }
+        Hello {
+            purpose: Purpose::Control,
+            secret: None,
+            layout: Some(Digest([7; 32])),
+            engine: "e".into(),
+            device: "d".into(),
+        }
     }
 
     #[test]

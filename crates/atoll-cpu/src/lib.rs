@@ -1,1 +1,44 @@
-//! TBD
+//! The engine that runs everywhere: a Llama trained and sampled on the CPU, its forward and backward
+//! passes written by hand over flat `f32` vectors. All weights are one vector, all gradients another,
+//! laid out so that a manifest's fragment is one contiguous piece; activations are allocated once.
+//!
+//! One inner step of [`CpuEngine`]:
+//!
+//! ```text
+//! feed → tokens → embedding → L × (attention, SwiGLU) → norm → logits, loss     llama (forward)
+//!                     gradient ← backward, the same road in reverse               llama (backward)
+//!                     norm of the gradient → clip → AdamW → weights               optimizer
+//! ```
+//!
+//! **The bits do not depend on the number of threads.** Work is cut into tiles whose size follows from
+//! the shapes alone, each tile is computed by one thread, and partial sums are added in a fixed order.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `gemm` | matrix products; the only `unsafe` |
+//! | `math` | vectorized `exp`, dot products |
+//! | `layout` | where each tensor lies in the flat vectors |
+//! | `norm`, `rope`, `attention`, `swiglu`, `loss` | the parts of a Llama, forward and backward |
+//! | `llama` | the parts put together over a batch |
+//! | `optimizer` | clipping, AdamW |
+//! | [`engine`](CpuEngine) | `atoll_core`'s engine trait |
+//! | [`generate`](Generator) | a key–value cache and sampling |
+
+mod attention;
+mod engine;
+mod gemm;
+mod generate;
+mod layout;
+mod llama;
+mod loss;
+mod math;
+mod norm;
+mod optimizer;
+mod rope;
+mod swiglu;
+
+pub use engine::{CpuEngine, Gradients, NoFeed, Options};
+pub use generate::{Generator, Sampling, Tokens};
+
+/// Rows that one task of an elementwise pass takes; fixed, so that the threads cannot change the bits.
+const TILE_ROWS: usize = 32;

@@ -46,14 +46,15 @@ impl Identity {
     /// If the file cannot be read or holds no ed25519 key.
     pub fn load(path: &Path) -> Result<Self> {
         let key = PrivateKeyDer::from_pem_file(path).map_err(|error| {
-            anyhow!("{} holds no key: {error}\nhint: restore it from a backup; a new key is a new identity", path.display())
+            anyhow!(
+                "{} holds no key: {error}\nhint: restore it from a backup; a new key is a new identity",
+                path.display()
+            )
         })?;
-        let signing = rustls::crypto::ring::sign::any_eddsa_type(
-            &match key {
-                PrivateKeyDer::Pkcs8(key) => key,
-                _ => bail!("{} holds no ed25519 key in PKCS #8", path.display()),
-            },
-        )
+        let signing = rustls::crypto::ring::sign::any_eddsa_type(&match key {
+            PrivateKeyDer::Pkcs8(key) => key,
+            _ => bail!("{} holds no ed25519 key in PKCS #8", path.display()),
+        })
         .map_err(|error| anyhow!("{} holds no ed25519 key: {error}", path.display()))?;
         let public = signing.public_key().ok_or_else(|| anyhow!("{} has no public key", path.display()))?;
         let certificate = CertificateDer::from(public.as_ref().to_vec());

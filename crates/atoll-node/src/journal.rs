@@ -73,7 +73,10 @@ impl JournalFile {
             // Leave no half line behind, if the disk still lets us.
             let _ = self.file.set_len(self.offset);
             return Err(error).with_context(|| {
-                format!("the journal {} cannot be written\nhint: make room on the disk and start again; nothing is lost", self.path.display())
+                format!(
+                    "the journal {} cannot be written\nhint: make room on the disk and start again; nothing is lost",
+                    self.path.display()
+                )
             });
         }
         (self.chain, self.offset) = (chain, self.offset + text.len() as u64);

@@ -160,9 +160,8 @@ impl RunConfig {
     /// # Errors
     /// If it cannot be read, is no TOML or says something unknown.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).with_context(|| {
-            format!("{} cannot be read\nhint: `atoll new DIR` makes a run folder", path.display())
-        })?;
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("{} cannot be read\nhint: `atoll new DIR` makes a run folder", path.display()))?;
         toml::from_str(&text).map_err(|error| {
             anyhow::anyhow!("{} is malformed: {error}\nhint: `atoll new` writes a commented example", path.display())
         })

@@ -61,7 +61,8 @@ impl Store {
     /// # Errors
     /// If the folder cannot be read.
     pub fn sweep(&self, needed: &BTreeSet<Digest>) -> Result<()> {
-        let listing = fs::read_dir(&self.folder).with_context(|| format!("{} cannot be read", self.folder.display()))?;
+        let listing =
+            fs::read_dir(&self.folder).with_context(|| format!("{} cannot be read", self.folder.display()))?;
         for file in listing.flatten() {
             let name = file.file_name().to_string_lossy().into_owned();
             let kept = name.parse().is_ok_and(|digest| needed.contains(&digest));

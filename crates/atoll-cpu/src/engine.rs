@@ -1,0 +1,261 @@
+//! The CPU as an engine of Atoll. A step asks the feed once for all of its rows, so it starves as a
+//! whole or not at all; then it adds up the gradients of its micro-batches, looks for anything that is
+//! not finite, and only then touches weights and moments.
+
+use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress};
+use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_core::model::ModelConfig;
+use atoll_core::training::AdamW;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::layout::Layout;
+use crate::llama::{Llama, Windows};
+use crate::optimizer::{Moments, clip_factor, squares};
+
+/// How an engine trains.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    /// The model.
+    pub model: ModelConfig,
+    /// The inner optimizer.
+    pub optimizer: AdamW,
+    /// Rows of a micro-batch.
+    pub rows: usize,
+    /// Micro-batches of an inner step.
+    pub accumulate: usize,
+    /// Threads; 0 takes one per core. Results do not depend on it.
+    pub threads: usize,
+}
+
+/// Trains a Llama on the CPU.
+pub struct CpuEngine {
+    options: Options,
+    manifest: Manifest,
+    pool: ThreadPool,
+    feed: Box<dyn Feed>,
+    llama: Llama,
+    weights: Vec<f32>,
+    gradient: Vec<f32>,
+    moments: Moments,
+    /// The present step's rows.
+    batch: Batch,
+}
+
+/// A loss and its gradient.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients {
+    /// Mean loss per token in nats.
+    pub loss: f64,
+    /// One vector per tensor, in the manifest's order.
+    pub tensors: Vec<Vec<f32>>,
+}
+
+/// A feed without samples: for engines that only evaluate.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoFeed;
+
+impl Feed for NoFeed {
+    fn next(&mut self, rows: usize, _: &mut Batch) -> Result<(), EngineError> {
+        Err(EngineError::Starved { wanted: rows })
+    }
+}
+
+impl CpuEngine {
+    /// An engine with the weights `fragments`, one vector per fragment as [`Manifest::gather`] makes
+    /// them, that trains on what `feed` gives.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] if the options are unsound or the manifest describes another model;
+    /// [`EngineError::Layout`] if the weights do not fit the manifest.
+    pub fn new(
+        options: Options,
+        manifest: Manifest,
+        fragments: Vec<Vec<f32>>,
+        feed: Box<dyn Feed>,
+    ) -> Result<Self, EngineError> {
+        check(&options, &manifest)?;
+        let layout = Layout::by_fragment(&options.model, &manifest);
+        let weights = join(&manifest, fragments)?;
+        Ok(Self {
+            pool: thread_pool(options.threads)?,
+            llama: Llama::new(options.model.clone(), layout),
+            gradient: vec![0.0; weights.len()],
+            moments: Moments::new(weights.len()),
+            batch: Batch::default(),
+            options,
+            manifest,
+            feed,
+            weights,
+        })
+    }
+
+    /// Inner steps that this engine has taken.
+    pub fn steps(&self) -> u64 {
+        self.moments.steps
+    }
+
+    /// Loss and gradient of the present weights on `batch`, to compare with other frameworks.
+    ///
+    /// # Errors
+    /// [`EngineError::Data`] if the batch does not fit the model.
+    pub fn gradients(&mut self, batch: &Batch) -> Result<Gradients, EngineError> {
+        let nats = self.accumulate(batch, batch.rows)?;
+        let tensors = self.llama.layout.tensors.iter().map(|place| self.gradient[place.clone()].to_vec()).collect();
+        Ok(Gradients { loss: nats / (batch.rows * batch.length) as f64, tensors })
+    }
+
+    /// One inner step; returns the tokens and their summed loss.
+    fn step(&mut self) -> Result<(u64, f64), EngineError> {
+        let mut batch = std::mem::take(&mut self.batch);
+        let result = self.step_on(&mut batch);
+        self.batch = batch;
+        result
+    }
+
+    fn step_on(&mut self, batch: &mut Batch) -> Result<(u64, f64), EngineError> {
+        self.feed.next(self.options.rows * self.options.accumulate, batch)?;
+        let nats = self.accumulate(batch, self.options.rows)?;
+        let norm = self.finite_norm(nats)?;
+        let Self { options, pool, llama, manifest, weights, gradient, moments, .. } = self;
+        let clip = clip_factor(options.optimizer.clip_norm, norm);
+        let tensors = (manifest.tensors(), llama.layout.tensors.as_slice());
+        pool.install(|| moments.step(&options.optimizer, batch.progress, clip, tensors, weights, gradient));
+        Ok(((batch.rows * batch.length) as u64, nats))
+    }
+
+    /// Writes the gradient of the mean loss of `batch`, `rows` rows at a time; returns the summed loss.
+    fn accumulate(&mut self, batch: &Batch, rows: usize) -> Result<f64, EngineError> {
+        check_batch(&self.options.model, batch)?;
+        let Self { pool, llama, weights, gradient, .. } = self;
+        let scale = 1.0 / (batch.rows * batch.length) as f32;
+        Ok(pool.install(|| {
+            gradient.fill(0.0);
+            micro_batches(batch, rows).map(|windows| llama.nats_and_gradient(weights, windows, scale, gradient)).sum()
+        }))
+    }
+
+    /// Norm of the gradient, if the loss and every tensor's gradient are finite.
+    fn finite_norm(&self, nats: f64) -> Result<f64, EngineError> {
+        let refuse = |what: &str| EngineError::NonFinite { what: what.to_string(), step: self.steps() + 1 };
+        if !nats.is_finite() {
+            return Err(refuse("the loss"));
+        }
+        let Self { pool, gradient, llama, .. } = self;
+        let squares = pool.install(|| squares(gradient, &llama.layout.tensors));
+        match squares.iter().position(|square| !square.is_finite()) {
+            Some(tensor) => Err(refuse(&format!("the gradient of {}", self.manifest.tensors()[tensor].name))),
+            None => Ok(squares.iter().sum::<f64>().sqrt()),
+        }
+    }
+
+    /// The weights of `fragment`, if there are `len` of them.
+    fn fragment(&mut self, fragment: FragmentId, len: usize) -> Result<&mut [f32], EngineError> {
+        let place = self.llama.layout.fragments.get(fragment.index()).filter(|place| place.len() == len);
+        let place = place.ok_or(EngineError::Layout { fragment, len })?;
+        Ok(&mut self.weights[place.clone()])
+    }
+}
+
+impl Engine for CpuEngine {
+    fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    fn train(&mut self, steps: u32) -> Result<Progress, EngineError> {
+        let (mut tokens, mut nats) = (0, 0.0);
+        for _ in 0..steps {
+            let step = self.step()?;
+            tokens += step.0;
+            nats += step.1;
+        }
+        Ok(Progress { steps, tokens, loss: nats / tokens.max(1) as f64 })
+    }
+
+    fn read(&mut self, fragment: FragmentId, weights: &mut [f32]) -> Result<(), EngineError> {
+        weights.copy_from_slice(self.fragment(fragment, weights.len())?);
+        Ok(())
+    }
+
+    fn write(&mut self, fragment: FragmentId, weights: &[f32]) -> Result<(), EngineError> {
+        self.fragment(fragment, weights.len())?.copy_from_slice(weights);
+        Ok(())
+    }
+
+    fn evaluate(&mut self, batch: &Batch) -> Result<Evaluation, EngineError> {
+        check_batch(&self.options.model, batch)?;
+        let Self { options, pool, llama, weights, .. } = self;
+        let nats = pool.install(|| micro_batches(batch, options.rows).map(|w| llama.nats(weights, w)).sum());
+        Ok(Evaluation { nats, tokens: (batch.rows * batch.length) as u64 })
+    }
+}
+
+/// `batch` in pieces of at most `rows` rows.
+fn micro_batches(batch: &Batch, rows: usize) -> impl Iterator<Item = Windows<'_>> {
+    let window = batch.length + 1;
+    let pieces = batch.tokens.chunks(rows.max(1) * window);
+    pieces.map(move |tokens| Windows { rows: tokens.len() / window, length: batch.length, tokens })
+}
+
+/// A pool of an engine's own, so that nobody else's work sits on its threads.
+pub(crate) fn thread_pool(threads: usize) -> Result<ThreadPool, EngineError> {
+    let name = |index| format!("atoll-cpu-{index}");
+    let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build();
+    pool.map_err(|error| EngineError::Device(format!("cannot start {threads} threads: {error}")))
+}
+
+/// The fragments one after the other, if they are the manifest's.
+fn join(manifest: &Manifest, fragments: Vec<Vec<f32>>) -> Result<Vec<f32>, EngineError> {
+    if fragments.len() != manifest.fragments().len() {
+        let (have, want) = (fragments.len(), manifest.fragments().len());
+        return Err(EngineError::Device(format!("{have} fragments of weights for a manifest of {want}")));
+    }
+    let mut weights = Vec::with_capacity(manifest.parameters());
+    for (fragment, part) in manifest.fragments().zip(fragments) {
+        if manifest.fragment_len(fragment) != Some(part.len()) {
+            return Err(EngineError::Layout { fragment, len: part.len() });
+        }
+        weights.extend(part);
+    }
+    Ok(weights)
+}
+
+fn check(options: &Options, manifest: &Manifest) -> Result<(), EngineError> {
+    let mut problems = options.model.problems();
+    problems.extend(options.optimizer.problems());
+    for (name, value) in [("rows", options.rows), ("accumulate", options.accumulate)] {
+        if value == 0 {
+            problems.push(format!("{name} = 0 must be at least 1"));
+        }
+    }
+    if problems.is_empty() {
+        problems.extend(difference(&options.model, manifest));
+    }
+    if problems.is_empty() { Ok(()) } else { Err(EngineError::Device(problems.join("\n"))) }
+}
+
+/// The first tensor in which the manifest is not the model's.
+fn difference(model: &ModelConfig, manifest: &Manifest) -> Option<String> {
+    let (ours, theirs) = (model.tensors(), manifest.tensors());
+    let first = ours.iter().zip(theirs).find(|(ours, theirs)| ours != theirs);
+    let describe = |(ours, theirs): (&atoll_core::model::Tensor, &atoll_core::model::Tensor)| {
+        let ((a, b), (c, d)) = ((&ours.name, &ours.shape), (&theirs.name, &theirs.shape));
+        format!("the manifest has {c} {d:?} where the model has {a} {b:?}")
+    };
+    let count = || format!("the manifest has {} tensors, the model {}", theirs.len(), ours.len());
+    first.map(describe).or_else(|| (ours.len() != theirs.len()).then(count))
+}
+
+fn check_batch(model: &ModelConfig, batch: &Batch) -> Result<(), EngineError> {
+    let Batch { rows, length, .. } = *batch;
+    let wrong = |what: String| Err(EngineError::Data(what));
+    if rows == 0 || length == 0 || batch.tokens.len() != rows * (length + 1) {
+        return wrong(format!("{} tokens are not {rows} windows of {length} + 1", batch.tokens.len()));
+    }
+    if length > model.max_position_embeddings {
+        return wrong(format!("windows of {length} tokens for a context of {}", model.max_position_embeddings));
+    }
+    match batch.tokens.iter().find(|&&token| token as usize >= model.vocab_size) {
+        Some(token) => wrong(format!("token {token} is outside of the vocabulary of {}", model.vocab_size)),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,239 @@
+//! What an engine promises: the conformance suite, bits that do not depend on threads, gradients that
+//! finite differences confirm, learning, and steps that happen wholly or not at all.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use atoll_core::engine::conformance::{check, weights};
+use atoll_core::engine::{Batch, Engine, EngineError, Feed};
+use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_core::model::ModelConfig;
+use atoll_core::rng::Rng;
+use atoll_core::training::AdamW;
+use atoll_cpu::{CpuEngine, NoFeed, Options};
+
+use common::{ListFeed, RandomFeed, engine, lively_weights, options, random_batch, tiny};
+
+#[test]
+fn conforms() {
+    let model = tiny();
+    let weights = model.initial_weights(3);
+    let mut make = || -> Box<dyn Engine> {
+        Box::new(engine(options(&model), &weights, Box::new(RandomFeed::new(17, model.vocab_size))))
+    };
+    let batch = random_batch(5, 13, model.vocab_size, &mut Rng::new(4));
+    assert_eq!(check(&mut make, &batch), Ok(()));
+}
+
+/// Loss and all weights, as bits, after some steps on shapes that fill several tiles and blocks.
+fn bits(threads: usize) -> (u64, Vec<u32>) {
+    let model = ModelConfig { tie_word_embeddings: false, vocab_size: 700, ..tiny() };
+    let options = Options { threads, accumulate: 2, ..options(&model) };
+    let feed = RandomFeed::new(151, model.vocab_size);
+    let mut engine = engine(options, &lively_weights(&model, 5), Box::new(feed));
+    let loss = engine.train(3).unwrap().loss;
+    (loss.to_bits(), weights(&mut engine).unwrap().concat().iter().map(|w| w.to_bits()).collect())
+}
+
+#[test]
+fn the_bits_do_not_depend_on_threads() {
+    let one = bits(1);
+    for threads in [2, 3, 5] {
+        assert!(bits(threads) == one, "{threads} threads");
+    }
+}
+
+/// For each tensor, the slope of the loss along a random direction and along single weights must be
+/// what the gradient says.
+fn gradients_are_slopes(model: &ModelConfig) {
+    let weights = lively_weights(model, 1);
+    let mut rng = Rng::new(2);
+    let batch = random_batch(3, 11, model.vocab_size, &mut rng);
+    let mut engine = engine(options(model), &weights, Box::new(NoFeed));
+    let gradients = engine.gradients(&batch).unwrap();
+    assert!((gradients.loss - loss_at(&mut engine, &weights, &batch)).abs() < 1e-6);
+    for (index, tensor) in model.tensors().iter().enumerate() {
+        let gradient = &gradients.tensors[index];
+        let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+        let mut directions = vec![(0..tensor.len()).map(|_| rng.normal() as f32).collect::<Vec<f32>>()];
+        for _ in 0..3 {
+            let mut single = vec![0.0; tensor.len()];
+            single[rng.below(tensor.len() as u64) as usize] = 1.0;
+            directions.push(single);
+        }
+        // Central differences; the step is short along long directions.
+        for direction in directions {
+            let length = direction.iter().map(|x| x * x).sum::<f32>().sqrt();
+            let step = 2e-2 / length;
+            let mut moved = |sign: f32| {
+                let mut weights = weights.clone();
+                weights[index].iter_mut().zip(&direction).for_each(|(w, d)| *w += sign * step * d);
+                loss_at(&mut engine, &weights, &batch)
+            };
+            let slope = (moved(1.0) - moved(-1.0)) / f64::from(2.0 * step * length);
+            let product: f64 = gradient.iter().zip(&direction).map(|(&g, &d)| f64::from(g) * f64::from(d)).sum();
+            let expected = product / f64::from(length);
+            let error = (slope - expected).abs();
+            assert!(error < 1e-4 + 5e-3 * norm.max(expected.abs()), "{}: {slope} is not {expected}", tensor.name);
+        }
+    }
+}
+
+fn loss_at(engine: &mut CpuEngine, weights: &[Vec<f32>], batch: &Batch) -> f64 {
+    let fragments = engine.manifest().gather(weights);
+    for (index, fragment) in fragments.iter().enumerate() {
+        engine.write(FragmentId(index as u16), fragment).unwrap();
+    }
+    let evaluation = engine.evaluate(batch).unwrap();
+    evaluation.nats / evaluation.tokens as f64
+}
+
+#[test]
+fn gradients_are_slopes_with_tied_embeddings() {
+    gradients_are_slopes(&tiny());
+}
+
+#[test]
+fn gradients_are_slopes_with_a_head_of_its_own() {
+    let full_heads = ModelConfig { num_key_value_heads: 6, tie_word_embeddings: false, ..tiny() };
+    gradients_are_slopes(&full_heads);
+    gradients_are_slopes(&ModelConfig { num_key_value_heads: 1, tie_word_embeddings: false, ..tiny() });
+}
+
+/// Micro-batches change the order of additions, nothing else; nor does a batch of more than one chunk of logits.
+#[test]
+fn accumulation_is_one_larger_batch() {
+    let model = tiny();
+    let weights_after = |rows, accumulate| {
+        let options = Options { rows, accumulate, ..options(&model) };
+        let feed = RandomFeed::new(151, model.vocab_size);
+        let mut engine = engine(options, &lively_weights(&model, 6), Box::new(feed));
+        let loss = engine.train(2).unwrap().loss;
+        (loss, weights(&mut engine).unwrap().concat())
+    };
+    let (whole, parts) = (weights_after(9, 1), weights_after(3, 3));
+    assert!((whole.0 - parts.0).abs() < 1e-6, "{} {}", whole.0, parts.0);
+    let apart = whole.1.iter().zip(&parts.1).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart < 1e-6, "{apart}");
+}
+
+#[test]
+fn a_repeating_pattern_is_learned() {
+    /// Rows of 0 1 2 … 6 0 1 2 …, each from another start.
+    struct Pattern;
+    impl Feed for Pattern {
+        fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError> {
+            let tokens = (0..rows).flat_map(|row| (row..row + 25).map(|i| (i % 7) as u32)).collect();
+            *batch = Batch { rows, length: 24, tokens, progress: 0.0 };
+            Ok(())
+        }
+    }
+    let model = tiny();
+    let optimizer = AdamW { learning_rate: 1e-2, warmup_steps: 5, ..AdamW::default() };
+    let options = Options { optimizer, ..options(&model) };
+    let mut engine = engine(options, &model.initial_weights(1), Box::new(Pattern));
+    let first = engine.train(1).unwrap().loss;
+    engine.train(100).unwrap();
+    let last = engine.train(1).unwrap().loss;
+    assert!((first - (61f64).ln()).abs() < 0.1 && last < 0.2, "{first} → {last}");
+}
+
+#[test]
+fn a_starved_step_changes_nothing() {
+    let model = tiny();
+    let options = Options { accumulate: 2, ..options(&model) };
+    let start = |rows_left| {
+        let feed = RandomFeed { rows_left, ..RandomFeed::new(9, model.vocab_size) };
+        engine(options.clone(), &model.initial_weights(1), Box::new(feed))
+    };
+    let (mut plenty, mut scarce) = (start(100), start(11));
+    plenty.train(2).unwrap();
+    assert_eq!(scarce.train(5), Err(EngineError::Starved { wanted: 4 }));
+    assert_eq!(scarce.steps(), 2);
+    assert!(weights(&mut scarce) == weights(&mut plenty));
+}
+
+#[test]
+fn nothing_that_is_not_finite_reaches_the_weights() {
+    let model = tiny();
+    let start = || {
+        let feed = RandomFeed::new(9, model.vocab_size);
+        engine(options(&model), &model.initial_weights(1), Box::new(feed))
+    };
+    let (mut untouched, mut poisoned) = (start(), start());
+    untouched.train(1).unwrap();
+    poisoned.train(1).unwrap();
+    let fragment = FragmentId(1);
+    let mut good = vec![0.0; poisoned.manifest().fragment_len(fragment).unwrap()];
+    poisoned.read(fragment, &mut good).unwrap();
+    let mut bad = good.clone();
+    let middle = bad.len() / 2;
+    bad[middle] = f32::NAN;
+    poisoned.write(fragment, &bad).unwrap();
+    let before = weights(&mut poisoned).unwrap().concat();
+    let error = poisoned.train(1).unwrap_err();
+    assert_eq!(error, EngineError::NonFinite { what: "the loss".to_string(), step: 2 });
+    let after = weights(&mut poisoned).unwrap().concat();
+    assert!(before.iter().zip(&after).all(|(a, b)| a.to_bits() == b.to_bits()));
+
+    // With the weights mended, it goes on as if nothing had happened; the step's samples are spent.
+    poisoned.write(fragment, &good).unwrap();
+    let mut skipped = RandomFeed::new(9, model.vocab_size);
+    let batches: Vec<Batch> = (0..3)
+        .map(|_| {
+            let mut batch = Batch::default();
+            skipped.next(2, &mut batch).unwrap();
+            batch
+        })
+        .collect();
+    let list = vec![batches[0].clone(), batches[2].clone()];
+    let mut same = engine(options(&model), &model.initial_weights(1), Box::new(ListFeed(list.into_iter())));
+    same.train(2).unwrap();
+    poisoned.train(1).unwrap();
+    assert!(weights(&mut same) == weights(&mut poisoned));
+}
+
+/// Finite weights whose loss is finite and whose gradient is not.
+#[test]
+fn a_gradient_that_is_not_finite_is_named() {
+    let model = ModelConfig { tie_word_embeddings: false, ..tiny() };
+    let mut weights = model.initial_weights(1);
+    // A residual stream of zeros hides a huge head from the loss, but not from its gradient.
+    weights.first_mut().unwrap().fill(0.0);
+    let head = weights.last_mut().unwrap().chunks_mut(model.hidden_size);
+    head.enumerate().for_each(|(token, row)| row.fill(if token % 2 == 0 { 3e38 } else { -3e38 }));
+    let mut engine = engine(options(&model), &weights, Box::new(RandomFeed::new(9, model.vocab_size)));
+    match engine.train(1) {
+        Err(EngineError::NonFinite { what, step: 1 }) => assert!(what.starts_with("the gradient of model."), "{what}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_in_words() {
+    let model = tiny();
+    let refusal = |options: Options, manifest: Manifest| {
+        let fragments = manifest.gather(&tiny().initial_weights(1));
+        match CpuEngine::new(options, manifest, fragments, Box::new(NoFeed)) {
+            Err(EngineError::Device(text)) => text,
+            _ => panic!("accepted"),
+        }
+    };
+    let manifest = Manifest::balanced(model.tensors(), 2);
+    let wider = ModelConfig { hidden_size: 24, ..model.clone() };
+    assert_eq!(
+        refusal(options(&wider), manifest.clone()),
+        "the manifest has model.embed_tokens.weight [61, 20] where the model has model.embed_tokens.weight [61, 24]"
+    );
+    let bad = Options { rows: 0, accumulate: 0, ..options(&model) };
+    assert_eq!(refusal(bad, manifest).lines().count(), 2);
+
+    let mut engine = engine(options(&model), &model.initial_weights(1), Box::new(NoFeed));
+    assert_eq!(engine.train(1), Err(EngineError::Starved { wanted: 2 }));
+    let said = |engine: &mut CpuEngine, batch: Batch| engine.evaluate(&batch).unwrap_err().to_string();
+    let batch = Batch { rows: 1, length: 2, tokens: vec![1, 2, 61], progress: 0.0 };
+    assert_eq!(said(&mut engine, batch), "token 61 is outside of the vocabulary of 61");
+    let batch = Batch { rows: 1, length: 161, tokens: vec![0; 162], progress: 0.0 };
+    assert_eq!(said(&mut engine, batch), "windows of 161 tokens for a context of 160");
+    assert_eq!(said(&mut engine, Batch::default()), "0 tokens are not 0 windows of 0 + 1");
+}

@@ -1,0 +1,131 @@
+//! The witness: logits, loss, gradients and a short training as Hugging Face's Llama and PyTorch's AdamW
+//! compute them (`golden/make_golden.py` writes the numbers).
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use atoll_core::engine::conformance::weights;
+use atoll_core::engine::{Batch, Engine};
+use atoll_core::manifest::Manifest;
+use atoll_core::model::ModelConfig;
+use atoll_core::training::AdamW;
+use atoll_cpu::{CpuEngine, Generator, NoFeed, Options};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use common::{ListFeed, engine};
+
+struct Golden {
+    numbers: Value,
+    bytes: Vec<u8>,
+    model: ModelConfig,
+}
+
+impl Golden {
+    fn load(name: &str) -> Self {
+        let file = |end: &str| format!("{}/tests/golden/{name}.{end}", env!("CARGO_MANIFEST_DIR"));
+        let numbers: Value = serde_json::from_slice(&std::fs::read(file("json")).unwrap()).unwrap();
+        let model = serde_json::from_value(numbers["model"].clone()).unwrap();
+        Self { numbers, bytes: std::fs::read(file("safetensors")).unwrap(), model }
+    }
+
+    fn words(&self, name: &str) -> Vec<[u8; 4]> {
+        let tensors = SafeTensors::deserialize(&self.bytes).unwrap();
+        tensors.tensor(name).unwrap().data().as_chunks().0.to_vec()
+    }
+
+    fn floats(&self, name: &str) -> Vec<f32> {
+        self.words(name).into_iter().map(f32::from_le_bytes).collect()
+    }
+
+    /// Weights or gradients, one vector per tensor.
+    fn tensors(&self, what: &str) -> Vec<Vec<f32>> {
+        self.model.tensors().iter().map(|tensor| self.floats(&format!("{what}.{}", tensor.name))).collect()
+    }
+
+    fn number(&self, key: &str) -> usize {
+        self.numbers[key].as_u64().unwrap() as usize
+    }
+
+    fn list(&self, key: &str) -> Vec<f64> {
+        self.numbers[key].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+    }
+
+    /// The batch of each step; step i of n is at progress i/n.
+    fn batches(&self) -> Vec<Batch> {
+        let tokens: Vec<u32> = self.words("tokens").into_iter().map(u32::from_le_bytes).collect();
+        let (rows, length) = (self.number("rows"), self.number("length"));
+        let steps = tokens.chunks(rows * (length + 1));
+        let count = steps.len() as f32;
+        let batch = |(step, tokens): (usize, &[u32])| Batch {
+            rows,
+            length,
+            tokens: tokens.to_vec(),
+            progress: step as f32 / count,
+        };
+        steps.enumerate().map(batch).collect()
+    }
+
+    fn engine(&self, feed: Box<dyn atoll_core::engine::Feed>) -> CpuEngine {
+        let optimizer: AdamW = serde_json::from_value(self.numbers["optimizer"].clone()).unwrap();
+        let options =
+            Options { model: self.model.clone(), optimizer, rows: self.number("rows"), accumulate: 1, threads: 2 };
+        engine(options, &self.tensors("weight"), feed)
+    }
+}
+
+fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+fn check(name: &str) {
+    let golden = Golden::load(name);
+    forward_and_backward(&golden);
+    training(&golden);
+}
+
+fn forward_and_backward(golden: &Golden) {
+    let batch = golden.batches()[0].clone();
+    let mut generator = Generator::new(&golden.model, &golden.tensors("weight"), 1).unwrap();
+    let inputs = batch.tokens.chunks(batch.length + 1).map(|window| &window[..batch.length]);
+    let logits: Vec<f32> = inputs.flat_map(|tokens| generator.logits(tokens).unwrap()).collect();
+    let apart = farthest(&logits, &golden.floats("logits"));
+    assert!(apart < 1e-5, "logits are {apart} apart");
+
+    let gradients = golden.engine(Box::new(NoFeed)).gradients(&batch).unwrap();
+    let loss = golden.numbers["loss"].as_f64().unwrap();
+    assert!((gradients.loss - loss).abs() < 1e-6, "{} is not {loss}", gradients.loss);
+    for ((ours, theirs), tensor) in gradients.tensors.iter().zip(golden.tensors("gradient")).zip(golden.model.tensors())
+    {
+        let apart = farthest(ours, &theirs);
+        assert!(apart < 2e-6, "gradients of {} are {apart} apart", tensor.name);
+    }
+}
+
+fn training(golden: &Golden) {
+    let mut engine = golden.engine(Box::new(ListFeed(golden.batches().into_iter())));
+    for (step, theirs) in golden.list("losses").into_iter().enumerate() {
+        let ours = engine.train(1).unwrap().loss;
+        assert!((ours - theirs).abs() < 1e-5, "step {step}: loss {ours} is not {theirs}");
+    }
+    let manifest: Manifest = engine.manifest().clone();
+    let tensors = manifest.scatter(&weights(&mut engine).unwrap());
+    for (tensor, weights) in manifest.tensors().iter().zip(&tensors) {
+        let norm = weights.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>().sqrt();
+        let projection: f64 = weights.iter().enumerate().map(|(i, &w)| f64::from(w) * (i as f64).cos()).sum();
+        let theirs = |kind: &str| golden.numbers[kind][&tensor.name].as_f64().unwrap();
+        assert!((norm - theirs("final_norms")).abs() < 1e-5, "norm of {}: {norm}", tensor.name);
+        assert!((projection - theirs("final_projections")).abs() < 2e-5, "projection of {}: {projection}", tensor.name);
+    }
+}
+
+#[test]
+fn a_tied_llama_is_the_one_of_pytorch() {
+    check("tied");
+}
+
+#[test]
+fn an_untied_llama_is_the_one_of_pytorch() {
+    check("untied");
+}

@@ -1,0 +1,714 @@
+//! The coordinator's shell. One task, the heart, owns the machine, the journal and the clock; around it
+//! are connections ([`gate`]), outer steps on blocking threads, and files. Nothing is told to a site
+//! before the entries it rests on are on disk.
+
+mod gate;
+mod shelf;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow, bail};
+use atoll_core::hash::Digest;
+use atoll_core::journal::{Book, Chain, Entry};
+use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_core::model::ModelConfig;
+use atoll_core::outer::{Global, StepError};
+use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase, Status, Waiting};
+use atoll_core::site::{SiteId, Time};
+use atoll_core::wire::{Frame, Welcome};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+
+use crate::data::Tokenizer;
+use crate::hf;
+use crate::identity::{Identity, Ticket};
+use crate::journal::JournalFile;
+use crate::link::{Gate, Traffic};
+use crate::report::{Report, SiteReport};
+use crate::run::{Keep, RunConfig, RunDir, Terms, write_atomically};
+use crate::snapshot;
+use crate::store::Store;
+use gate::{House, Input, Knock};
+use shelf::Shelf;
+pub(crate) use shelf::lock;
+
+/// How a coordinator ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ending {
+    /// The run reached its goal.
+    Finished(Box<Report>),
+    /// The operator stopped it; the same command goes on.
+    Stopped(Box<Report>),
+}
+
+/// Seconds between two looks that are written to `status.json`.
+const STATUS_SECONDS: f64 = 0.5;
+/// Seconds that sites are given to say goodbye when the run is finished.
+const GOODBYE_SECONDS: f64 = 5.0;
+
+/// A run folder that has been read and found sound.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The folder.
+    pub dir: RunDir,
+    /// What `run.toml` says.
+    pub config: RunConfig,
+    /// The model that follows from it.
+    pub model: ModelConfig,
+    /// Its layout.
+    pub manifest: Manifest,
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+}
+
+impl Prepared {
+    /// Reads a run folder and lists everything that is wrong with it.
+    ///
+    /// # Errors
+    /// All problems, one per line.
+    pub fn read(dir: &RunDir) -> Result<Self> {
+        let config = RunConfig::load(&dir.config())?;
+        let mut problems = config.problems();
+        let tokenizer = fs::read(dir.tokenizer())
+            .map_err(|error| anyhow!("{} cannot be read: {error}", dir.tokenizer().display()))
+            .and_then(|bytes| Tokenizer::from_bytes(bytes).map_err(anyhow::Error::from));
+        let vocab = match &tokenizer {
+            Ok(tokenizer) => tokenizer.vocab_size(),
+            Err(error) => {
+                problems.push(format!("{error:#}"));
+                1
+            }
+        };
+        let model = config.model.resolve(vocab, config.training.context);
+        match (tokenizer, model) {
+            (Ok(tokenizer), Ok(model)) if problems.is_empty() => {
+                let manifest = config.manifest(&model);
+                Ok(Self { dir: dir.clone(), config, model, manifest, tokenizer })
+            }
+            _ => bail!(
+                "{} has {} problem{}:\n  - {}\nhint: edit {} and look again with `atoll check`",
+                dir.0.display(),
+                problems.len(),
+                if problems.len() == 1 { "" } else { "s" },
+                problems.join("\n  - "),
+                dir.config().display()
+            ),
+        }
+    }
+}
+
+/// Coordinates the run in `dir` until it is finished or `stop` turns true.
+///
+/// # Errors
+/// If the folder is unsound, the port is taken, or the disk fails.
+pub async fn coordinate(dir: &RunDir, listen: &str, stop: watch::Receiver<bool>) -> Result<Ending> {
+    let prepared = Prepared::read(dir)?;
+    let _hold = dir.hold()?;
+    let identity = Identity::load(&dir.key())?;
+    let listener = TcpListener::bind(listen).await.with_context(|| {
+        format!("the address {listen} cannot be listened on\nhint: is another process using the port? choose one with --listen")
+    })?;
+    let address = listener.local_addr()?.to_string();
+    let (inputs, incoming) = mpsc::channel(1024);
+    let mut heart = Heart::new(prepared, address.clone())?;
+    if heart.machine.phase() == Phase::Finished {
+        bail!(
+            "the run in {} is finished\nhint: `atoll generate {0}` speaks with it; a new run needs a new folder",
+            dir.0.display()
+        );
+    }
+    let house = Arc::new(House {
+        gate: Gate::new(&identity)?,
+        inputs,
+        shelf: heart.shelf.clone(),
+        store: heart.store.clone(),
+        fragment_lens: heart.fragment_lens(),
+        arriving: Mutex::default(),
+        links: Default::default(),
+    });
+    tracing::info!("listening on {address}");
+    let server = tokio::spawn(gate::serve(house, listener));
+    let ending = heart.beat(incoming, stop).await;
+    server.abort();
+    ending
+}
+
+/// A clock that starts at the time of day and then never goes back.
+struct Clock {
+    start: Instant,
+    unix: Duration,
+}
+
+impl Clock {
+    fn new() -> Self {
+        Self { start: Instant::now(), unix: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() }
+    }
+
+    fn now(&self) -> Time {
+        Time((self.unix + self.start.elapsed()).as_micros() as u64)
+    }
+}
+
+/// What blocking threads tell the heart.
+enum Done {
+    Merged(Merged, Arc<Vec<u8>>),
+    Unmergeable(FragmentId, Digest, String),
+    Snapshot,
+    Failed(anyhow::Error),
+}
+
+struct Heart {
+    dir: RunDir,
+    config: RunConfig,
+    model: ModelConfig,
+    terms: String,
+    layout: Digest,
+    clock: Clock,
+    machine: Coordinator,
+    journal: JournalFile,
+    global: Arc<Mutex<Global>>,
+    store: Store,
+    shelf: Arc<Shelf>,
+    peers: BTreeMap<SiteId, Peer>,
+    done: (mpsc::UnboundedSender<Done>, mpsc::UnboundedReceiver<Done>),
+    /// Outer steps being computed.
+    merging: usize,
+    /// Outer steps that wait for a snapshot to be taken.
+    waiting_merges: Vec<Merge>,
+    snapshot: SnapshotState,
+    /// Payloads of the commits since the oldest snapshot, by entry number.
+    payloads: BTreeMap<u64, Vec<Digest>>,
+    report: Report,
+    events: fs::File,
+}
+
+/// What the heart knows of a site's connections.
+#[derive(Default)]
+struct Peer {
+    /// The living control connection.
+    control: Option<(u64, mpsc::Sender<Frame>)>,
+    traffic: Vec<Arc<Traffic>>,
+    sent_before: u64,
+    received_before: u64,
+    engine: String,
+    device: String,
+    steps_before: u64,
+    steps: u64,
+    session: u64,
+    tokens_per_second: f64,
+    utilization: f64,
+    digest_mismatches: u64,
+    loss: f64,
+}
+
+#[derive(PartialEq)]
+enum SnapshotState {
+    Due(Time),
+    Waiting,
+    Writing,
+}
+
+impl Heart {
+    fn new(prepared: Prepared, address: String) -> Result<Self> {
+        let Prepared { dir, config, model, manifest, tokenizer } = prepared;
+        let store = Store::open(dir.payloads())?;
+        let recovered = match snapshot::recover(&dir, &model, &manifest, &store)? {
+            Some(recovered) => recovered,
+            None => begin(&dir, &config, &model, &manifest)?,
+        };
+        let snapshot::Recovered { journal, book, global, payloads } = recovered;
+        if config.coordinator.keep == Keep::Snapshots {
+            store.sweep(&snapshot::needed(&payloads, &book))?;
+        }
+        let current = book.fragments.iter().map(|fragment| fragment.digest).collect();
+        let global = Arc::new(Mutex::new(global));
+        let shelf = Arc::new(Shelf::new(global.clone(), store.clone(), tokenizer.json().to_vec(), current));
+        let terms = serde_json::to_string(&Terms { config: config.clone(), model: model.clone() })?;
+        let old = Report::load(&dir.status()).ok();
+        let peers = old.iter().flat_map(|report| &report.sites).filter_map(Peer::remembered).collect();
+        let report = Report {
+            run: book.run.clone(),
+            listen: Some(address),
+            parameters: manifest.parameters() as u64,
+            ..old.unwrap_or_default()
+        };
+        let events = fs::OpenOptions::new().create(true).append(true).open(dir.events());
+        let clock = Clock::new();
+        Ok(Self {
+            layout: manifest.fingerprint(),
+            machine: Coordinator::new(config.sync.clone(), config.goal, book),
+            snapshot: SnapshotState::Due(clock.now().after(config.coordinator.snapshot_seconds)),
+            events: events.with_context(|| format!("{} cannot be written", dir.events().display()))?,
+            dir,
+            config,
+            model,
+            terms,
+            clock,
+            journal,
+            global,
+            store,
+            shelf,
+            peers,
+            done: mpsc::unbounded_channel(),
+            merging: 0,
+            waiting_merges: Vec::new(),
+            payloads,
+            report,
+        })
+    }
+
+    fn fragment_lens(&self) -> Vec<usize> {
+        lock(&self.global).theta.iter().map(Vec::len).collect()
+    }
+
+    /// Lives until the run is finished or stopped.
+    async fn beat(&mut self, mut incoming: mpsc::Receiver<Input>, mut stop: watch::Receiver<bool>) -> Result<Ending> {
+        let mut status = tokio::time::interval(Duration::from_secs_f64(STATUS_SECONDS));
+        let mut finished: Option<Time> = None;
+        loop {
+            let now = self.clock.now();
+            let (wake, _why) = self.machine.wake_at(now);
+            let sleep = Duration::from_micros(wake.0.saturating_sub(now.0));
+            tokio::select! {
+                biased;
+                _ = stop.wait_for(|stop| *stop) => return self.end("stopped").await.map(Ending::Stopped),
+                Some(done) = self.done.1.recv() => self.finish(done)?,
+                Some(input) = incoming.recv() => self.take(input)?,
+                _ = status.tick() => self.write_status()?,
+                () = tokio::time::sleep(sleep) => self.handle(Event::Tick)?,
+            }
+            self.look_after_snapshot();
+            if self.machine.phase() == Phase::Finished {
+                let since = *finished.get_or_insert(self.clock.now());
+                let gone = self.peers.values().all(|peer| peer.control.is_none());
+                if gone || self.clock.now().seconds_since(since) > GOODBYE_SECONDS {
+                    return self.end("finished").await.map(Ending::Finished);
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) -> Result<()> {
+        match input {
+            Input::Knock(knock) => self.answer(knock),
+            Input::Connected { site, link, outbox } => {
+                tracing::info!("{site} is connected");
+                self.note(&serde_json::json!({"event": "connected", "site": site}));
+                self.peers.entry(site).or_default().control = Some((link, outbox));
+                Ok(())
+            }
+            Input::Heard { site, status } => {
+                self.hear(&site, &status);
+                self.handle(Event::Heard(site, status))
+            }
+            Input::Gone { site, link } => {
+                let Some(peer) = self.peers.get_mut(&site) else { return Ok(()) };
+                if peer.control.as_ref().is_none_or(|(living, _)| *living != link) {
+                    return Ok(()); // A newer connection has taken over.
+                }
+                peer.control = None;
+                tracing::info!("{site} is gone");
+                self.note(&serde_json::json!({"event": "gone", "site": site}));
+                self.handle(Event::Gone(site))
+            }
+            Input::Arrived(payload) => self.handle(Event::Arrived(payload)),
+            Input::Useless(payload, why) => {
+                tracing::warn!("a payload is useless: {why}");
+                self.handle(Event::Useless(payload, why))
+            }
+        }
+    }
+
+    /// Lets a site in or tells it why not.
+    fn answer(&mut self, knock: Knock) -> Result<()> {
+        let claim = knock.hello.secret.and_then(|secret| Ticket::claim(&self.dir, &secret));
+        let forged = knock.hello.secret.is_some() && claim.is_none();
+        let answer = match self.machine.admit(knock.key, claim) {
+            Ok((site, entry)) => {
+                if let Some(entry) = entry {
+                    self.journal.append(std::slice::from_ref(&entry))?;
+                    tracing::info!("{site} was admitted with its ticket");
+                    self.note(&serde_json::json!({"event": "admitted", "site": site}));
+                }
+                match knock.hello.layout {
+                    Some(layout) if layout != self.layout => Err(format!(
+                        "the site's engine has layout {}, the run has {}\nhint: build the engine from the run's own model description",
+                        layout.short(),
+                        self.layout.short()
+                    )),
+                    _ => Ok(self.welcome(site, &knock)),
+                }
+            }
+            Err(_) if forged => {
+                Err("the ticket is not one of this run's\nhint: ask the operator for a new one, `atoll ticket`"
+                    .to_string())
+            }
+            Err(refusal) => Err(refusal.to_string()),
+        };
+        let _ = knock.reply.send(answer); // The peer may have hung up meanwhile.
+        Ok(())
+    }
+
+    fn welcome(&mut self, site: SiteId, knock: &Knock) -> Welcome {
+        let peer = self.peers.entry(site.clone()).or_default();
+        peer.traffic.push(knock.traffic.clone());
+        if !knock.hello.engine.is_empty() {
+            (peer.engine, peer.device) = (knock.hello.engine.clone(), knock.hello.device.clone());
+        }
+        let (tokenizer, tokenizer_bytes) = self.shelf.tokenizer();
+        Welcome {
+            run: self.machine.book().run.clone(),
+            session: self.machine.book().sites.get(&site).map_or(0, |member| member.session),
+            site,
+            config: self.terms.clone(),
+            layout: self.layout,
+            tokenizer,
+            tokenizer_bytes,
+        }
+    }
+
+    fn handle(&mut self, event: Event) -> Result<()> {
+        let now = self.clock.now();
+        let orders = self.machine.handle(now, event);
+        let entries: Vec<Entry> = orders
+            .iter()
+            .filter_map(|order| if let Order::Record(entry) = order { Some(entry.clone()) } else { None })
+            .collect();
+        if !entries.is_empty() {
+            self.journal.append(&entries)?;
+            let first = self.machine.book().entries - entries.len() as u64 + 1;
+            (first..).zip(&entries).for_each(|(number, entry)| self.recorded(number, entry));
+        }
+        for order in orders {
+            match order {
+                Order::Record(_) => {}
+                Order::Tell(site, standing) => {
+                    if let Some((_, outbox)) = self.peers.get(&site).and_then(|peer| peer.control.as_ref()) {
+                        // A full outbox drops it; the next standing says it all again.
+                        let _ = outbox.try_send(Frame::Standing(standing));
+                    }
+                }
+                Order::Merge(merge) if self.snapshot == SnapshotState::Waiting => self.waiting_merges.push(merge),
+                Order::Merge(merge) => self.merge(merge),
+                Order::Forget(payload) => self.forget(payload),
+            }
+        }
+        Ok(())
+    }
+
+    /// What an entry means for the shell, now that it is on disk.
+    fn recorded(&mut self, number: u64, entry: &Entry) {
+        match entry {
+            Entry::Committed(commit) => {
+                let payloads = commit.contributions.iter().map(|accepted| accepted.payload);
+                self.payloads.insert(number, payloads.chain([commit.delta]).collect());
+                self.shelf.committed(commit.fragment.index(), commit.digest);
+                let sites: Vec<&SiteId> = commit.contributions.iter().map(|accepted| &accepted.site).collect();
+                self.note(&serde_json::json!({
+                    "event": "commit", "fragment": commit.fragment, "version": commit.version, "sites": sites,
+                    "bytes": commit.bytes, "digest": commit.digest, "seconds": commit.seconds,
+                }));
+            }
+            Entry::Refused { site, why, .. } => {
+                tracing::warn!("a contribution of {site} was refused: {why}");
+                self.note(&serde_json::json!({"event": "refused", "site": site, "why": why}));
+            }
+            Entry::Returned { site, why } => {
+                tracing::info!("{site}: {why}");
+                self.note(&serde_json::json!({"event": "returned", "site": site, "why": why}));
+            }
+            Entry::Evaluated(evaluated) => {
+                self.report.bits_per_byte.note(evaluated.bits_per_byte());
+                tracing::info!("held-out bits per byte: {:.4}", evaluated.bits_per_byte());
+            }
+            Entry::Finished => tracing::info!("the run has reached its goal"),
+            Entry::Began { .. } | Entry::Admitted { .. } | Entry::Joined { .. } | Entry::Leased { .. } => {}
+        }
+    }
+
+    fn forget(&mut self, payload: Digest) {
+        let committed = self.payloads.values().rev().take(64).flatten().any(|kept| *kept == payload);
+        if !committed {
+            self.store.remove(payload);
+        }
+    }
+
+    fn merge(&mut self, merge: Merge) {
+        self.merging += 1;
+        let (global, store) = (self.global.clone(), self.store.clone());
+        let (rule, codec, done) = (self.config.sync.outer, self.config.sync.down, self.done.0.clone());
+        tokio::task::spawn_blocking(move || {
+            let find = |digest| store.get(digest);
+            let result = lock(&global).perform(merge.fragment, &merge.contributions, rule, codec, &find);
+            let answer = match result {
+                Ok(step) => match store.put(step.delta, &step.payload) {
+                    Ok(()) => {
+                        let merged = Merged {
+                            fragment: merge.fragment,
+                            delta: step.delta,
+                            bytes: step.payload.len() as u64,
+                            digest: step.digest,
+                            cosines: step.cosines,
+                        };
+                        Done::Merged(merged, Arc::new(step.payload))
+                    }
+                    Err(error) => Done::Failed(error),
+                },
+                Err(error @ (StepError::Codec { payload, .. } | StepError::Missing(payload))) => {
+                    Done::Unmergeable(merge.fragment, payload, error.to_string())
+                }
+                Err(error) => Done::Failed(anyhow!(error)),
+            };
+            let _ = done.send(answer); // The heart may have stopped.
+        });
+    }
+
+    fn finish(&mut self, done: Done) -> Result<()> {
+        match done {
+            Done::Merged(merged, payload) => {
+                self.merging -= 1;
+                self.shelf.offer(merged.delta, payload);
+                self.handle(Event::Merged(merged))
+            }
+            Done::Unmergeable(fragment, payload, why) => {
+                self.merging -= 1;
+                self.handle(Event::Unmergeable(fragment, payload, why))
+            }
+            Done::Snapshot => {
+                self.retire_payloads();
+                let next = self.clock.now().after(self.config.coordinator.snapshot_seconds);
+                self.snapshot = SnapshotState::Due(next);
+                Ok(())
+            }
+            Done::Failed(error) => Err(error),
+        }
+    }
+
+    // ---- snapshots ----
+
+    /// Takes a snapshot when one is due and no outer step is half done.
+    fn look_after_snapshot(&mut self) {
+        if matches!(self.snapshot, SnapshotState::Due(at) if self.clock.now() >= at) {
+            self.snapshot = SnapshotState::Waiting;
+        }
+        if self.snapshot != SnapshotState::Waiting || self.merging > 0 {
+            return;
+        }
+        self.snapshot = SnapshotState::Writing;
+        let save = self.snapshot_job();
+        let done = self.done.0.clone();
+        tokio::task::spawn_blocking(move || {
+            let _ = done.send(match save() {
+                Ok(_) => Done::Snapshot,
+                Err(error) => Done::Failed(error),
+            });
+        });
+        std::mem::take(&mut self.waiting_merges).into_iter().for_each(|merge| self.merge(merge));
+    }
+
+    /// The work of writing the present state down, cut off from the heart.
+    fn snapshot_job(&self) -> impl FnOnce() -> Result<PathBuf> + Send + use<> {
+        let global = lock(&self.global).clone();
+        let (dir, model, book) = (self.dir.clone(), self.model.clone(), self.machine.book().clone());
+        let (chain, offset) = (self.journal.chain, self.journal.offset);
+        move || snapshot::save(&dir, &model, &global, &book, chain, offset)
+    }
+
+    /// Drops snapshots and payloads that are too old to be needed.
+    fn retire_payloads(&mut self) {
+        if self.config.coordinator.keep == Keep::All {
+            return;
+        }
+        let oldest = snapshot::prune(&self.dir, self.config.coordinator.snapshots);
+        let later = self.payloads.split_off(&(oldest + 1));
+        let old = std::mem::replace(&mut self.payloads, later);
+        let needed: BTreeSet<Digest> = snapshot::needed(&self.payloads, self.machine.book());
+        old.into_values()
+            .flatten()
+            .filter(|digest| !needed.contains(digest))
+            .for_each(|digest| self.store.remove(digest));
+    }
+
+    /// Ends in an orderly way: everything on disk, the report written.
+    async fn end(&mut self, state: &str) -> Result<Box<Report>> {
+        while self.merging > 0 || self.snapshot == SnapshotState::Writing {
+            let Some(done) = self.done.1.recv().await else { break };
+            self.finish(done)?;
+        }
+        let save = self.snapshot_job();
+        tokio::task::spawn_blocking(save).await??;
+        self.retire_payloads();
+        self.look(state);
+        self.report.listen = None;
+        let report = serde_json::to_vec_pretty(&self.report)?;
+        if state == "finished" {
+            let tensors = lock(&self.global).tensors();
+            hf::save(&self.dir.model(), &self.model, &tensors, fs::read(self.dir.tokenizer()).ok().as_deref())?;
+        }
+        write_atomically(&self.dir.status(), &report)?;
+        write_atomically(&self.dir.report(), &report)?;
+        Ok(Box::new(self.report.clone()))
+    }
+
+    // ---- what the operator sees ----
+
+    fn hear(&mut self, site: &SiteId, status: &Status) {
+        let peer = self.peers.entry(site.clone()).or_default();
+        let vitals = &status.vitals;
+        if peer.session != status.session {
+            (peer.steps_before, peer.steps, peer.session) = (peer.steps_before + peer.steps, 0, status.session);
+        }
+        peer.steps = vitals.steps;
+        peer.digest_mismatches = peer.digest_mismatches.max(vitals.digest_mismatches);
+        if vitals.wall_seconds > 0.0 {
+            peer.tokens_per_second = vitals.tokens as f64 / vitals.wall_seconds;
+            peer.utilization = vitals.busy_seconds / vitals.wall_seconds;
+        }
+        if vitals.steps > 0 {
+            peer.loss = vitals.loss;
+        }
+    }
+
+    /// Brings the report up to date.
+    fn look(&mut self, state: &str) {
+        let now = self.clock.now();
+        let live: BTreeMap<SiteId, bool> =
+            self.machine.sites(now).map(|(site, _, living)| (site.clone(), living)).collect();
+        let book = self.machine.book();
+        let sites = book.sites.iter().map(|(site, member)| {
+            let mut seen = self.peers.get_mut(site).map(Peer::look).unwrap_or_default();
+            seen.name = site.to_string();
+            seen.tokens = member.tokens;
+            seen.contributions = member.contributions;
+            let connected = self.peers.get(site).is_some_and(|peer| peer.control.is_some());
+            seen.state = match (connected, live.get(site)) {
+                (false, _) => "away",
+                (true, None) => "loading",
+                (true, Some(true)) => "training",
+                (true, Some(false)) => "silent",
+            }
+            .to_string();
+            seen
+        });
+        self.report.sites = sites.collect();
+        self.report.state = state.to_string();
+        (self.report.tokens, self.report.commits, self.report.digest) = (book.tokens, book.commits(), book.digest());
+        (self.report.seconds, self.report.progress) = (self.machine.seconds(), self.machine.progress());
+        self.report.at = now.0 as f64 / 1e6;
+        self.report.seconds_left = (self.report.progress > 0.01)
+            .then(|| self.report.seconds * (1.0 - self.report.progress) / self.report.progress);
+        self.report.rounds =
+            (0..book.fragments.len()).map(|index| wait_text(&self.machine.waiting(now, index), now)).collect();
+        let losses: Vec<f64> = self.peers.values().filter(|peer| peer.steps > 0).map(|peer| peer.loss).collect();
+        if !losses.is_empty() {
+            self.report.note_loss(losses.iter().sum::<f64>() / losses.len() as f64);
+        }
+    }
+
+    fn write_status(&mut self) -> Result<()> {
+        let state = match self.machine.phase() {
+            Phase::Training => "training",
+            Phase::Closing => "closing",
+            Phase::Finished => "finished",
+        };
+        self.look(state);
+        let new = self.dir.0.join(".status.json.new");
+        let write =
+            fs::write(&new, serde_json::to_vec(&self.report)?).and_then(|()| fs::rename(&new, self.dir.status()));
+        write.with_context(|| format!("{} cannot be written\nhint: is the disk full?", self.dir.status().display()))
+    }
+
+    /// Adds a line to `events.jsonl`.
+    fn note(&mut self, event: &serde_json::Value) {
+        let mut line = event.clone();
+        line["at"] = (self.clock.now().0 as f64 / 1e6).into();
+        if let Err(error) = writeln!(self.events, "{line}") {
+            tracing::warn!("events.jsonl cannot be written: {error}");
+        }
+    }
+}
+
+impl Peer {
+    /// What an earlier coordinator had counted.
+    fn remembered(site: &SiteReport) -> Option<(SiteId, Peer)> {
+        let peer = Peer {
+            sent_before: site.bytes_sent,
+            received_before: site.bytes_received,
+            engine: site.engine.clone(),
+            device: site.device.clone(),
+            steps_before: site.steps,
+            tokens_per_second: site.tokens_per_second,
+            utilization: site.utilization,
+            digest_mismatches: site.digest_mismatches,
+            loss: site.loss,
+            ..Peer::default()
+        };
+        Some((site.name.parse().ok()?, peer))
+    }
+
+    fn look(&mut self) -> SiteReport {
+        // What the coordinator receives is what the site sends. Closed connections are summed up.
+        let (mut sent, mut received) = (self.sent_before, self.received_before);
+        self.traffic.retain(|traffic| {
+            let closed = Arc::strong_count(traffic) == 1;
+            let (out, back) = (traffic.received.load(Ordering::Relaxed), traffic.sent.load(Ordering::Relaxed));
+            (sent, received) = (sent + out, received + back);
+            if closed {
+                self.sent_before += out;
+                self.received_before += back;
+            }
+            !closed
+        });
+        SiteReport {
+            engine: self.engine.clone(),
+            device: self.device.clone(),
+            steps: self.steps_before + self.steps,
+            tokens_per_second: self.tokens_per_second,
+            utilization: self.utilization,
+            bytes_sent: sent,
+            bytes_received: received,
+            digest_mismatches: self.digest_mismatches,
+            loss: self.loss,
+            ..SiteReport::default()
+        }
+    }
+}
+
+fn wait_text(waiting: &Waiting, now: Time) -> String {
+    match waiting {
+        Waiting::Contributions => "waits for contributions".to_string(),
+        Waiting::Quorum { here, needed } => format!("waits for a quorum: {here} of {needed} sites"),
+        Waiting::Grace { until, missing } => {
+            let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
+            format!("gives {} another {:.1} s", names.join(", "), until.seconds_since(now))
+        }
+        Waiting::Merge => "is being merged".to_string(),
+    }
+}
+
+/// The first entries and the first snapshot of a run.
+fn begin(dir: &RunDir, config: &RunConfig, model: &ModelConfig, manifest: &Manifest) -> Result<snapshot::Recovered> {
+    let global = Global::new(manifest.clone(), manifest.gather(&model.initial_weights(config.seed)));
+    let began = Entry::Began {
+        run: config.name.clone(),
+        seed: config.seed,
+        context: config.training.context as u64,
+        layout: manifest.fingerprint(),
+        theta: global.digests(),
+    };
+    let mut book = Book::default();
+    book.apply(&began).map_err(|error| anyhow!("{error}"))?;
+    // The snapshot comes first: a journal without one could not be understood.
+    let mut chain = Chain::default();
+    let line = chain.write(&began);
+    snapshot::save(dir, model, &global, &book, chain, line.len() as u64 + 1)?;
+    let mut journal = JournalFile::open(&dir.journal(), 0, Chain::default(), |_| bail!("the run has begun before"))?;
+    journal.append(&[began])?;
+    Ok(snapshot::Recovered { journal, book, global, payloads: BTreeMap::new() })
+}

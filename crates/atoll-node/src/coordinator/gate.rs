@@ -1,0 +1,231 @@
+//! The coordinator's side of each connection: greeting, then either status and standing (control) or
+//! payloads (data). Every connection is a task of its own; what they learn goes to the heart.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Result, anyhow, bail};
+use atoll_core::codec;
+use atoll_core::data::Ranges;
+use atoll_core::hash::Digest;
+use atoll_core::round::Status;
+use atoll_core::site::SiteId;
+use atoll_core::wire::{Frame, Hello, PROTOCOL, Purpose, Welcome};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
+
+use super::shelf::{Shelf, lock};
+use crate::link::{Gate, Link, Traffic, read_frame, write_frame};
+use crate::store::Store;
+
+/// What connections tell the heart.
+pub(super) enum Input {
+    Knock(Knock),
+    Connected { site: SiteId, link: u64, outbox: mpsc::Sender<Frame> },
+    Heard { site: SiteId, status: Box<Status> },
+    Gone { site: SiteId, link: u64 },
+    Arrived(Digest),
+    Useless(Digest, String),
+}
+
+/// Somebody wants to come in.
+pub(super) struct Knock {
+    pub(super) key: Digest,
+    pub(super) hello: Hello,
+    pub(super) traffic: Arc<Traffic>,
+    pub(super) reply: oneshot::Sender<Result<Welcome, String>>,
+}
+
+/// What every connection needs.
+pub(super) struct House {
+    pub(super) gate: Gate,
+    pub(super) inputs: mpsc::Sender<Input>,
+    pub(super) shelf: Arc<Shelf>,
+    pub(super) store: Store,
+    /// Weights of each fragment.
+    pub(super) fragment_lens: Vec<usize>,
+    /// Payloads that are arriving, by site.
+    pub(super) arriving: Mutex<BTreeMap<SiteId, BTreeMap<Digest, Assembly>>>,
+    pub(super) links: AtomicU64,
+}
+
+/// Frames that may wait for a slow reader; further standings are dropped, since the next says it all.
+const OUTBOX: usize = 64;
+
+/// Takes connections until the task is dropped.
+pub(super) async fn serve(house: Arc<House>, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((tcp, from)) => {
+                let house = house.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = receive(&house, tcp).await {
+                        tracing::debug!("connection from {from}: {error:#}");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!("no connection could be taken: {error}");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn receive(house: &Arc<House>, tcp: TcpStream) -> Result<()> {
+    let (mut link, key) = house.gate.accept(tcp).await?;
+    let greeting = tokio::time::timeout(std::time::Duration::from_secs(15), read_frame(&mut link)).await??;
+    let hello = match greeting {
+        Some(Frame::Hello { hello: Some(hello), .. }) => hello,
+        Some(Frame::Hello { protocol, hello: None }) => {
+            let newer = if protocol > PROTOCOL { "the coordinator's Atoll" } else { "the site's Atoll" };
+            return refuse(&mut link, format!(
+                "the site speaks protocol {protocol}, the coordinator {PROTOCOL}\nhint: bring {newer} up to the other's version"
+            )).await;
+        }
+        _ => bail!("the first frame was no greeting"),
+    };
+    let (reply, answer) = oneshot::channel();
+    let traffic = link.get_ref().0.traffic.clone();
+    let purpose = hello.purpose;
+    house.inputs.send(Input::Knock(Knock { key, hello, traffic, reply })).await.map_err(|_| closed())?;
+    let welcome = match answer.await.map_err(|_| closed())? {
+        Ok(welcome) => welcome,
+        Err(why) => return refuse(&mut link, why).await,
+    };
+    let site = welcome.site.clone();
+    write_frame(&mut link, &Frame::Welcome(Box::new(welcome))).await?;
+    match purpose {
+        Purpose::Control => control(house, site, link).await,
+        Purpose::Data | Purpose::Enlist => data(house, &site, link).await,
+    }
+}
+
+fn closed() -> anyhow::Error {
+    anyhow!("the coordinator is stopping")
+}
+
+async fn refuse(link: &mut Link, why: String) -> Result<()> {
+    tracing::info!("turned away: {}", why.lines().next().unwrap_or_default());
+    write_frame(link, &Frame::Refused(why)).await?;
+    use tokio::io::AsyncWriteExt;
+    link.shutdown().await?;
+    Ok(())
+}
+
+async fn control(house: &Arc<House>, site: SiteId, link: Link) -> Result<()> {
+    let number = house.links.fetch_add(1, Ordering::Relaxed) + 1;
+    let (outbox, mut frames) = mpsc::channel(OUTBOX);
+    let (mut reader, mut writer) = tokio::io::split(link);
+    house.inputs.send(Input::Connected { site: site.clone(), link: number, outbox }).await.map_err(|_| closed())?;
+    let write = async {
+        while let Some(frame) = frames.recv().await {
+            write_frame(&mut writer, &frame).await?;
+        }
+        anyhow::Ok(()) // A newer connection of this site has taken over.
+    };
+    let read = async {
+        while let Some(frame) = read_frame(&mut reader).await? {
+            let Frame::Status(status) = frame else { bail!("a control connection carries statuses") };
+            house.inputs.send(Input::Heard { site: site.clone(), status }).await.map_err(|_| closed())?;
+        }
+        anyhow::Ok(())
+    };
+    let result = tokio::select! { result = write => result, result = read => result };
+    lock(&house.arriving).remove(&site);
+    let _ = house.inputs.send(Input::Gone { site, link: number }).await;
+    result
+}
+
+async fn data(house: &Arc<House>, site: &SiteId, mut link: Link) -> Result<()> {
+    while let Some(frame) = read_frame(&mut link).await? {
+        match frame {
+            Frame::Get { digest, offset, length } => {
+                let shelf = house.shelf.clone();
+                let bytes = tokio::task::spawn_blocking(move || shelf.get(digest)).await?;
+                let range = |bytes: &Arc<Vec<u8>>| {
+                    let start = usize::try_from(offset).ok()?;
+                    bytes.get(start..start.checked_add(length as usize)?).map(<[u8]>::to_vec)
+                };
+                let answer = match bytes.as_ref().and_then(range) {
+                    Some(bytes) => Frame::Chunk { digest, offset, bytes },
+                    None => Frame::Missing(digest),
+                };
+                write_frame(&mut link, &answer).await?;
+            }
+            Frame::Put { digest, total, offset, bytes } => {
+                if let Some(answer) = take_in(house, site, digest, total, offset, &bytes).await? {
+                    write_frame(&mut link, &answer).await?;
+                }
+            }
+            _ => bail!("a data connection carries puts and gets"),
+        }
+    }
+    Ok(())
+}
+
+/// A payload of which some bytes are here.
+pub(super) struct Assembly {
+    buffer: Vec<u8>,
+    here: Ranges,
+}
+
+/// Adds bytes to a payload; when it is whole, checks and keeps it and says so.
+async fn take_in(
+    house: &Arc<House>,
+    site: &SiteId,
+    digest: Digest,
+    total: u64,
+    offset: u64,
+    bytes: &[u8],
+) -> Result<Option<Frame>> {
+    let largest = house.fragment_lens.iter().map(|&len| codec::Codec::F32.payload_len(len) as u64).max().unwrap_or(0);
+    let end = offset.saturating_add(bytes.len() as u64);
+    if total > largest || end > total {
+        bail!("{site} sends {total} bytes for a payload of at most {largest}");
+    }
+    let whole = {
+        let mut arriving = lock(&house.arriving);
+        let mine = arriving.entry(site.clone()).or_default();
+        // Two payloads per fragment are more than a site ever has under way.
+        if !mine.contains_key(&digest) && mine.len() >= 2 * house.fragment_lens.len() + 2 {
+            return Ok(Some(Frame::Missing(digest)));
+        }
+        let assembly =
+            mine.entry(digest).or_insert_with(|| Assembly { buffer: vec![0; total as usize], here: Ranges::new() });
+        if assembly.buffer.len() as u64 != total {
+            bail!("{site} changed the length of a payload");
+        }
+        assembly.buffer[offset as usize..end as usize].copy_from_slice(bytes);
+        assembly.here.insert_span(offset, end);
+        if assembly.here.contains_span(0, total) { mine.remove(&digest) } else { None }
+    };
+    let Some(assembly) = whole else { return Ok(None) };
+    let (store, lens) = (house.store.clone(), house.fragment_lens.clone());
+    let kept = tokio::task::spawn_blocking(move || keep(&store, &lens, digest, &assembly.buffer)).await?;
+    let input = match kept? {
+        None => Input::Arrived(digest),
+        Some(why) => Input::Useless(digest, why),
+    };
+    house.inputs.send(input).await.map_err(|_| closed())?;
+    Ok(Some(Frame::Have(digest)))
+}
+
+/// Keeps a payload on disk, or says why it is useless.
+fn keep(store: &Store, lens: &[usize], digest: Digest, payload: &[u8]) -> Result<Option<String>> {
+    if Digest::of(payload) != digest {
+        return Ok(Some("its bytes are not those that its name promises".to_string()));
+    }
+    let Some(count) = payload.get(1..5).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize) else {
+        return Ok(Some("it is too short to be a payload".to_string()));
+    };
+    if !lens.contains(&count) {
+        return Ok(Some(format!("no fragment has {count} weights")));
+    }
+    if let Err(error) = codec::decode(payload, count) {
+        return Ok(Some(error.to_string()));
+    }
+    store.put(digest, payload)?;
+    Ok(None)
+}

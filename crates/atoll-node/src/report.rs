@@ -1,0 +1,124 @@
+//! What an operator sees: `status.json` while a run lives, `report.json` when it is done. Both have
+//! the same shape, so every view and every script needs to know only one.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use atoll_core::hash::Digest;
+use serde::{Deserialize, Serialize};
+
+/// The first and the latest value of something.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct FirstLast {
+    /// The first.
+    pub first: Option<f64>,
+    /// The latest.
+    pub last: Option<f64>,
+}
+
+impl FirstLast {
+    /// Notes a newer value.
+    pub fn note(&mut self, value: f64) {
+        self.first.get_or_insert(value);
+        self.last = Some(value);
+    }
+}
+
+/// A run, seen from its coordinator.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Name of the run.
+    pub run: String,
+    /// `training`, `closing`, `finished` or `stopped`.
+    pub state: String,
+    /// Where the coordinator listens, while it does.
+    pub listen: Option<String>,
+    /// Number of parameters of the model.
+    pub parameters: u64,
+    /// Tokens in the model.
+    pub tokens: u64,
+    /// Commits, over all fragments.
+    pub commits: u64,
+    /// Digest of the global model.
+    pub digest: Digest,
+    /// Training loss, nats per token.
+    pub loss: FirstLast,
+    /// Held-out bits per byte of text.
+    pub bits_per_byte: FirstLast,
+    /// Seconds of training.
+    pub seconds: f64,
+    /// Share of the goal that is reached, 0 to 1.
+    pub progress: f64,
+    /// Seconds to go, if that can be told.
+    pub seconds_left: Option<f64>,
+    /// Seconds since 1970 of this look.
+    pub at: f64,
+    /// What each fragment's round is waiting for.
+    pub rounds: Vec<String>,
+    /// Sites by name.
+    pub sites: Vec<SiteReport>,
+    /// Training loss over time: seconds and loss.
+    pub history: Vec<(f64, f64)>,
+}
+
+/// A site, seen from the coordinator.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct SiteReport {
+    /// Its name.
+    pub name: String,
+    /// Its engine.
+    pub engine: String,
+    /// Its device.
+    pub device: String,
+    /// `training`, `loading`, `silent`, `away`.
+    pub state: String,
+    /// Tokens it brought into the model.
+    pub tokens: u64,
+    /// Inner steps it took, as far as this coordinator has heard.
+    pub steps: u64,
+    /// Tokens trained on per second of its present session.
+    pub tokens_per_second: f64,
+    /// Share of wall time in inner steps.
+    pub utilization: f64,
+    /// Bytes it sent, TLS included.
+    pub bytes_sent: u64,
+    /// Bytes it received, TLS included.
+    pub bytes_received: u64,
+    /// Contributions in the model.
+    pub contributions: u64,
+    /// Times that its copy of the model had another digest than announced.
+    pub digest_mismatches: u64,
+    /// Its latest training loss.
+    pub loss: f64,
+}
+
+impl Report {
+    /// Reads a report or status file.
+    ///
+    /// # Errors
+    /// If it is not there or no report.
+    pub fn load(path: &Path) -> Result<Self> {
+        let bytes = fs::read(path).with_context(|| {
+            format!("{} cannot be read\nhint: the coordinator writes it once it runs", path.display())
+        })?;
+        serde_json::from_slice(&bytes).with_context(|| format!("{} is no report", path.display()))
+    }
+
+    /// Adds a point to the history, thinning it out so that it stays small.
+    pub fn note_loss(&mut self, loss: f64) {
+        const POINTS_MAX: usize = 512;
+        self.loss.note(loss);
+        let step = self.history.last().map_or(0.0, |_| self.seconds / POINTS_MAX as f64).max(1.0);
+        if self.history.last().is_none_or(|(at, _)| self.seconds - at >= step) {
+            self.history.push((self.seconds, loss));
+        }
+        if self.history.len() > 2 * POINTS_MAX {
+            let mut keep = false;
+            self.history.retain(|_| {
+                keep = !keep;
+                keep
+            });
+        }
+    }
+}

@@ -1,0 +1,498 @@
+//! The site's shell. One thread, the trainer, owns the machine and the engine and never waits for the
+//! network: between two inner steps it takes in what has arrived and carries out what the machine
+//! orders. Connections live on other threads ([`net`]).
+
+mod net;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow, bail};
+use atoll_core::delta::Local;
+use atoll_core::engine::{Batch, Engine, EngineError, Feed, Progress};
+use atoll_core::hash::Digest;
+use atoll_core::journal::Evaluated;
+use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_core::round::{Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
+use atoll_core::site::Time;
+use atoll_core::wire::Hello;
+
+use crate::data::{Dataset, IngestOptions, IngestProgress, LeasedFeed, Leases, Source, Split, TextField, Tokenizer};
+use crate::data::{corpus, ingest, is_dataset};
+use crate::identity::{Identity, Ticket};
+use crate::link::Dialer;
+use crate::run::{Terms, write_atomically};
+use net::{Command, Incoming, Route};
+
+/// What the operator of a site decides.
+#[derive(Debug, Clone)]
+pub struct SiteOptions {
+    /// The site's own folder: key, cached tokens.
+    pub dir: PathBuf,
+    /// The ticket.
+    pub ticket: Ticket,
+    /// Text or an ingested dataset; without it the default corpus.
+    pub data: Option<PathBuf>,
+    /// Samples per micro-batch, if not the run's.
+    pub rows: Option<usize>,
+    /// Share of the device's time that training may take, above 0 and at most 1.
+    pub share: f64,
+    /// Data connections.
+    pub streams: usize,
+    /// Name of the engine, for people.
+    pub engine: String,
+    /// Name of the device, for people.
+    pub device: String,
+}
+
+/// What an engine is built from.
+pub struct Parts {
+    /// The run's terms.
+    pub terms: Terms,
+    /// The layout.
+    pub manifest: Manifest,
+    /// Samples per micro-batch.
+    pub rows: usize,
+    /// Where its batches come from.
+    pub feed: Box<dyn Feed>,
+}
+
+/// Says what is going on before training starts.
+pub type Notice<'a> = &'a mut dyn FnMut(&str);
+
+/// Rows of held-out text that a look at the global model reads.
+const HELD_OUT_ROWS: u64 = 32;
+/// The trainer looks up at least this often when it has nothing to train on.
+const IDLE_SECONDS: f64 = 0.1;
+
+/// Joins a run and trains until it is finished or `stop` turns true.
+///
+/// # Errors
+/// If the site is refused, its data is unusable, or the engine fails.
+pub fn join(
+    options: &SiteOptions,
+    make_engine: impl FnOnce(Parts) -> Result<Box<dyn Engine>>,
+    stop: &Arc<AtomicBool>,
+    notice: Notice<'_>,
+) -> Result<Stop> {
+    fs::create_dir_all(&options.dir).with_context(|| format!("{} cannot be made", options.dir.display()))?;
+    let _hold = crate::run::RunDir(options.dir.clone()).hold()?;
+    let identity = Identity::load_or_create(&options.dir.join("site.key"))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let mut route = Route {
+        dialer: Dialer::new(&identity, options.ticket.coordinator)?,
+        addresses: options.ticket.addresses.clone(),
+        hello: Hello {
+            purpose: atoll_core::wire::Purpose::Enlist,
+            secret: Some(options.ticket.secret.0),
+            layout: None,
+            engine: options.engine.clone(),
+            device: options.device.clone(),
+        },
+        streams: options.streams,
+    };
+    let Some((welcome, tokenizer)) = runtime.block_on(enlist(&route, options, stop, notice))? else {
+        return Ok(Stop::Left);
+    };
+    let terms: Terms = serde_json::from_str(&welcome.config).map_err(|error| {
+        anyhow!(
+            "the run's terms are not understood: {error}\nhint: site and coordinator need the same version of Atoll"
+        )
+    })?;
+    let tokenizer = Tokenizer::from_bytes(tokenizer)?;
+    let dataset = Arc::new(open_data(options, &terms, &tokenizer, notice)?);
+    let manifest = terms.config.manifest(&terms.model);
+    let context = terms.config.training.context;
+    let leases = Leases::new();
+    let feed = LeasedFeed::new(dataset.clone(), leases.clone(), terms.config.seed, context)?;
+    let rows = options.rows.unwrap_or(terms.config.training.rows);
+    let engine = make_engine(Parts { terms: terms.clone(), manifest: manifest.clone(), rows, feed: Box::new(feed) })?;
+    route.hello.layout = Some(engine.manifest().fingerprint());
+    let machine = Site::new(SiteSettings {
+        fragment_lens: manifest.fragments().map(|id| manifest.fragment_len(id).unwrap_or(0)).collect(),
+        up: terms.config.sync.up,
+        dataset: dataset.id(),
+        samples: dataset.samples(context),
+        samples_per_step: (rows * terms.config.training.accumulate) as u64,
+        session: next_session(&options.dir, welcome.session)?,
+    });
+    let (commands, receiver) = tokio::sync::mpsc::unbounded_channel();
+    let (sender, inbox) = mpsc::channel();
+    runtime.spawn(net::keep_connected(route, receiver, sender));
+    let trainer = Trainer {
+        machine,
+        local: Local::new(engine.as_ref()),
+        held_out: held_out(&dataset, &tokenizer, context, rows)?,
+        engine,
+        leases,
+        commands,
+        inbox,
+        stop: stop.clone(),
+        share: options.share,
+        start: Instant::now(),
+        payloads: BTreeMap::new(),
+        fetched: BTreeMap::new(),
+        events: VecDeque::new(),
+        steps_ordered: 0,
+        ended: None,
+    };
+    let result = trainer.run();
+    // Give the last status a moment to leave.
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    result
+}
+
+async fn enlist(
+    route: &Route,
+    options: &SiteOptions,
+    stop: &Arc<AtomicBool>,
+    notice: Notice<'_>,
+) -> Result<Option<(atoll_core::wire::Welcome, Vec<u8>)>> {
+    let path = |digest: Digest| options.dir.join(format!("tokenizer-{}.json", digest.short()));
+    let have = |digest| fs::read(path(digest)).ok().filter(|bytes| Digest::of(bytes) == digest);
+    let mut told = false;
+    let attempt = route.enlist(have, |error| {
+        if !std::mem::replace(&mut told, true) {
+            notice(&format!("{error:#}; trying again until the coordinator answers"));
+        }
+    });
+    let stopped = async {
+        while !stop.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let (welcome, tokenizer) = tokio::select! {
+        result = attempt => result?,
+        () = stopped => return Ok(None),
+    };
+    if have(welcome.tokenizer).is_none() {
+        write_atomically(&path(welcome.tokenizer), &tokenizer)?;
+    }
+    Ok(Some((welcome, tokenizer)))
+}
+
+/// Opens the operator's dataset, or makes one of the operator's text in the site's folder.
+fn open_data(options: &SiteOptions, terms: &Terms, tokenizer: &Tokenizer, notice: Notice<'_>) -> Result<Dataset> {
+    if let Some(path) = options.data.as_deref().filter(|path| is_dataset(path)) {
+        let dataset = Dataset::open(path)?;
+        dataset.check_tokenizer(tokenizer.hash())?;
+        return Ok(dataset);
+    }
+    let source = match &options.data {
+        Some(path) => Source::open(path)?,
+        None => corpus::source()?,
+    };
+    let settings = IngestOptions {
+        held_out: terms.config.data.held_out,
+        text_field: TextField(terms.config.data.text_field.clone()),
+        ..IngestOptions::default()
+    };
+    let folder = options.dir.join(format!("tokens-{}", tokenizer.hash().short()));
+    let mut last = Instant::now();
+    let mut progress = |progress: IngestProgress| {
+        if last.elapsed() > Duration::from_secs(2) {
+            last = Instant::now();
+            notice(&format!(
+                "reading text: {} of {} files, {} tokens",
+                progress.files_done, progress.files, progress.tokens
+            ));
+        }
+    };
+    Ok(ingest(&source, tokenizer, &folder, &settings, &mut progress)?)
+}
+
+/// A session number above all earlier ones, even if the clock was set back.
+fn next_session(dir: &Path, known: u64) -> Result<u64> {
+    let path = dir.join("session");
+    let stored = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
+    let session = clock.max(known + 1).max(stored + 1);
+    write_atomically(&path, session.to_string().as_bytes())?;
+    Ok(session)
+}
+
+/// Held-out batches, the same at every site that brings the same text.
+#[derive(Debug)]
+pub struct HeldOut {
+    /// Windows, in batches of equal length.
+    pub batches: Vec<Batch>,
+    /// Bytes of text that their targets stand for.
+    pub bytes: u64,
+}
+
+/// At most [`HELD_OUT_ROWS`] windows, spread evenly over the held-out text.
+fn held_out(dataset: &Dataset, tokenizer: &Tokenizer, context: usize, rows: usize) -> Result<HeldOut> {
+    let windows = dataset.held_out_samples(context);
+    let count = windows.min(HELD_OUT_ROWS);
+    held_out_windows(dataset, tokenizer, context, rows, (0..count).map(|row| row * windows / count.max(1)))
+}
+
+/// Batches of the held-out windows of these numbers.
+///
+/// # Errors
+/// If a shard cannot be read.
+pub fn held_out_windows(
+    dataset: &Dataset,
+    tokenizer: &Tokenizer,
+    context: usize,
+    rows: usize,
+    windows: impl Iterator<Item = u64>,
+) -> Result<HeldOut> {
+    let mut held_out = HeldOut { batches: Vec::new(), bytes: 0 };
+    let mut window = Vec::new();
+    for index in windows {
+        window.clear();
+        dataset.window(Split::HeldOut, index, context, &mut window)?;
+        held_out.bytes += window[1..].iter().map(|&token| tokenizer.token_bytes(token) as u64).sum::<u64>();
+        let length = window.len() - 1;
+        match held_out.batches.last_mut().filter(|batch| batch.length == length && batch.rows < rows) {
+            Some(batch) => {
+                batch.rows += 1;
+                batch.tokens.extend_from_slice(&window);
+            }
+            None => held_out.batches.push(Batch { rows: 1, length, tokens: window.clone(), progress: 0.0 }),
+        }
+    }
+    Ok(held_out)
+}
+
+struct Trainer {
+    machine: Site,
+    engine: Box<dyn Engine>,
+    local: Local,
+    held_out: HeldOut,
+    leases: Leases,
+    commands: tokio::sync::mpsc::UnboundedSender<Command>,
+    inbox: mpsc::Receiver<Incoming>,
+    stop: Arc<AtomicBool>,
+    share: f64,
+    start: Instant,
+    /// Encoded contributions that are not settled.
+    payloads: BTreeMap<Digest, Arc<Vec<u8>>>,
+    /// Fetched bytes that the engine has not taken yet.
+    fetched: BTreeMap<Digest, Vec<u8>>,
+    /// Events that the machine has not seen yet.
+    events: VecDeque<SiteEvent>,
+    steps_ordered: u32,
+    ended: Option<Stop>,
+}
+
+impl Trainer {
+    fn run(mut self) -> Result<Stop> {
+        let mut leaving = false;
+        loop {
+            if self.stop.load(Ordering::Relaxed) && !std::mem::replace(&mut leaving, true) {
+                self.events.push_back(SiteEvent::Leave);
+            }
+            self.receive()?;
+            self.attend()?;
+            match self.ended {
+                Some(Stop::Superseded) => bail!(
+                    "another process has joined as this site\nhint: one ticket and one folder belong to one process; stop one of the two"
+                ),
+                Some(stop) => return Ok(stop),
+                None => {}
+            }
+            let steps = std::mem::take(&mut self.steps_ordered);
+            if steps > 0 {
+                self.train(steps)?;
+            }
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time(self.start.elapsed().as_micros() as u64)
+    }
+
+    /// Takes in what has arrived; waits for something only if there is nothing to train.
+    fn receive(&mut self) -> Result<()> {
+        while let Ok(incoming) = self.inbox.try_recv() {
+            self.note(incoming)?;
+        }
+        if self.steps_ordered == 0 && self.events.is_empty() {
+            match self.inbox.recv_timeout(Duration::from_secs_f64(IDLE_SECONDS)) {
+                Ok(incoming) => self.note(incoming)?,
+                Err(mpsc::RecvTimeoutError::Timeout) => self.events.push_back(SiteEvent::Tick),
+                Err(mpsc::RecvTimeoutError::Disconnected) => bail!("the site's network thread has stopped"),
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, incoming: Incoming) -> Result<()> {
+        let event = match incoming {
+            Incoming::Connected => SiteEvent::Connected,
+            Incoming::Disconnected => SiteEvent::Disconnected,
+            Incoming::Standing(standing) => SiteEvent::Standing(standing),
+            Incoming::Uploaded(digest, done) => SiteEvent::Uploaded(digest, done),
+            Incoming::Fetched(digest, bytes) => {
+                let done = bytes.is_some();
+                if let Some(bytes) = bytes {
+                    self.fetched.insert(digest, bytes);
+                }
+                SiteEvent::Fetched(digest, done)
+            }
+            Incoming::Refused(why) => return Err(anyhow!(why)),
+        };
+        self.events.push_back(event);
+        Ok(())
+    }
+
+    /// Shows the machine all events and does what it orders.
+    fn attend(&mut self) -> Result<()> {
+        while let Some(event) = self.events.pop_front() {
+            let now = self.now();
+            for order in self.machine.handle(now, event) {
+                self.obey(order)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self, order: SiteOrder) -> Result<()> {
+        match order {
+            SiteOrder::Train(steps) => self.steps_ordered = steps,
+            SiteOrder::Grant(ranges) => self.leases.grant(&ranges),
+            SiteOrder::Progress(progress) => self.leases.set_progress(progress),
+            SiteOrder::DropLeases => {
+                self.leases.clear();
+                self.leases.take_trained();
+            }
+            SiteOrder::Contribute(fragment, codec) => self.contribute(fragment, codec)?,
+            SiteOrder::Rebase(fragment) => self.local.rebase(self.engine.as_mut(), fragment)?,
+            SiteOrder::Commit(notice) => {
+                let payload = self.fetched.remove(&notice.delta).unwrap_or_default();
+                let applied = self.local.commit(self.engine.as_mut(), notice.fragment, &payload);
+                self.applied(notice.fragment, notice.version, applied.map_err(Into::into));
+            }
+            SiteOrder::Install(fragment, version, digest) => {
+                let bytes = self.fetched.get(&digest).cloned().unwrap_or_default();
+                let weights: Vec<f32> =
+                    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                let applied = self.local.install(self.engine.as_mut(), fragment, &weights);
+                self.applied(fragment, version, applied.map_err(Into::into));
+                if !self.machine.held().any(|held| held.is_none()) {
+                    self.fetched.clear();
+                }
+            }
+            SiteOrder::Evaluate(request) => self.evaluate(request)?,
+            SiteOrder::Upload(digest) => {
+                if let Some(bytes) = self.payloads.get(&digest) {
+                    self.command(Command::Upload(digest, bytes.clone()));
+                }
+            }
+            SiteOrder::Fetch { digest, bytes } => self.command(Command::Fetch(digest, bytes)),
+            SiteOrder::Forget(digest) => {
+                self.payloads.remove(&digest);
+            }
+            SiteOrder::Report(status) => self.command(Command::Report(status)),
+            SiteOrder::Stop(stop) => self.ended = Some(stop),
+        }
+        Ok(())
+    }
+
+    /// A network that has stopped is noticed where its answers are missed.
+    fn command(&self, command: Command) {
+        let _ = self.commands.send(command);
+    }
+
+    fn contribute(&mut self, fragment: FragmentId, codec: atoll_core::codec::Codec) -> Result<()> {
+        let payload = match self.local.contribute(self.engine.as_mut(), fragment, codec) {
+            Ok(payload) => payload,
+            Err(error) => {
+                self.give_up();
+                return Err(anyhow!(error).context(
+                    "the engine's weights cannot be contributed, and the site leaves; the run goes on without it",
+                ));
+            }
+        };
+        let event = SiteEvent::Contributed {
+            fragment,
+            payload: payload.digest,
+            bytes: payload.bytes.len() as u64,
+            norm: payload.norm,
+        };
+        self.payloads.insert(payload.digest, Arc::new(payload.bytes));
+        self.events.push_front(event);
+        Ok(())
+    }
+
+    fn applied(&mut self, fragment: FragmentId, version: u64, applied: Result<Digest>) {
+        let digest = applied.unwrap_or_else(|error| {
+            tracing::warn!("{fragment} version {version} cannot be applied: {error:#}; it is fetched anew");
+            Digest::default()
+        });
+        self.events.push_front(SiteEvent::Applied { fragment, version, digest });
+    }
+
+    fn evaluate(&mut self, request: u64) -> Result<()> {
+        let evaluation = self.local.evaluate(self.engine.as_mut(), &self.held_out.batches)?;
+        let commits = self.machine.held().flatten().map(|(version, _)| version).sum();
+        let evaluated =
+            Evaluated { commits, nats: evaluation.nats, tokens: evaluation.tokens, bytes: self.held_out.bytes };
+        self.events.push_back(SiteEvent::Evaluated(request, evaluated));
+        Ok(())
+    }
+
+    fn train(&mut self, steps: u32) -> Result<()> {
+        let (began, cpu) = (Instant::now(), cpu_time::ProcessTime::now());
+        let progress = match self.engine.train(steps) {
+            Ok(progress) => progress,
+            Err(EngineError::Starved { .. }) => Progress::default(),
+            Err(error) => {
+                self.give_up();
+                let commits: u64 = self.machine.held().flatten().map(|(version, _)| version).sum();
+                return Err(anyhow!(error).context(format!(
+                    "training stopped; the global model of {commits} commits is good and the run goes on without this site"
+                )));
+            }
+        };
+        self.pace(began, cpu.elapsed());
+        let event = SiteEvent::Stepped {
+            progress,
+            trained: self.leases.take_trained(),
+            seconds: began.elapsed().as_secs_f64(),
+        };
+        self.events.push_front(event);
+        if self.machine.state() == SiteState::Finished {
+            tracing::debug!("a step ended after the run did");
+        }
+        Ok(())
+    }
+
+    /// Stretches a step so that the site uses no more than its share of the device. What counts is the
+    /// processor time that the step took, not the wall time: a neighbour must not slow us down twice.
+    fn pace(&mut self, began: Instant, cpu: Duration) {
+        if self.share >= 1.0 {
+            return;
+        }
+        let end = began + cpu.div_f64(self.share);
+        while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+            match self.inbox.recv_timeout(left) {
+                Ok(Incoming::Refused(why)) => {
+                    tracing::error!("{why}");
+                    return;
+                }
+                Ok(incoming) => {
+                    // Only a refusal is an error here, and that one was handled.
+                    let _ = self.note(incoming);
+                }
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Tells the coordinator that this site is leaving, so that its leases go back at once.
+    fn give_up(&mut self) {
+        let now = self.now();
+        for order in self.machine.handle(now, SiteEvent::Leave) {
+            if let SiteOrder::Report(status) = order {
+                self.command(Command::Report(status));
+            }
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! The site's connections, on threads of their own: one control connection and several data
+//! connections that live and die together. When one breaks all are made anew, and the machine sends
+//! again what is still wanted.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, mpsc::Sender};
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, bail};
+use atoll_core::data::Ranges;
+use atoll_core::hash::Digest;
+use atoll_core::round::{Standing, Status};
+use atoll_core::wire::{CHUNK, Frame, Hello, Purpose, Welcome};
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::coordinator::lock;
+use crate::link::{Dialer, Link, is_foreign_key, read_frame, write_frame};
+
+/// What comes in from the network.
+#[derive(Debug)]
+pub(super) enum Incoming {
+    Connected,
+    Disconnected,
+    Standing(Box<Standing>),
+    Uploaded(Digest, bool),
+    Fetched(Digest, Option<Vec<u8>>),
+    /// The coordinator does not want this site; no retry will help.
+    Refused(String),
+}
+
+/// What the site wants from the network.
+#[derive(Debug)]
+pub(super) enum Command {
+    Report(Box<Status>),
+    Upload(Digest, Arc<Vec<u8>>),
+    Fetch(Digest, u64),
+}
+
+/// How to reach the coordinator.
+#[derive(Clone)]
+pub(super) struct Route {
+    pub(super) dialer: Dialer,
+    pub(super) addresses: Vec<String>,
+    pub(super) hello: Hello,
+    /// Data connections.
+    pub(super) streams: usize,
+}
+
+/// A refusal, told apart from failures that a retry may mend.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Refused(pub(super) String);
+
+/// Gets that may be unanswered per data connection.
+const GETS_AHEAD: usize = 8;
+/// A status is repeated after this many seconds, so that a long step does not look like silence.
+const REPEAT_SECONDS: u64 = 1;
+const RETRY_SECONDS_MAX: f64 = 5.0;
+
+impl Route {
+    /// Connects and introduces itself.
+    pub(super) async fn greet(&self, purpose: Purpose) -> Result<(Link, Welcome)> {
+        let mut problem = anyhow!("the ticket names no address");
+        for address in &self.addresses {
+            match self.dialer.dial(address).await {
+                Ok(mut link) => {
+                    let hello = Hello { purpose, ..self.hello.clone() };
+                    write_frame(&mut link, &Frame::hello(hello)).await?;
+                    return match read_frame(&mut link).await? {
+                        Some(Frame::Welcome(welcome)) => Ok((link, *welcome)),
+                        Some(Frame::Refused(why)) => Err(Refused(why).into()),
+                        _ => bail!("the coordinator at {address} hung up"),
+                    };
+                }
+                Err(error) if is_foreign_key(&error) => {
+                    return Err(Refused(format!(
+                        "the coordinator at {address} has another key than the ticket names\nhint: ask the operator for a new ticket; if the key was not changed on purpose, somebody else is answering there"
+                    ))
+                    .into());
+                }
+                Err(error) => problem = error,
+            }
+        }
+        Err(problem)
+    }
+
+    /// Connects once, patiently, and fetches the tokenizer unless `have` says that it is known.
+    pub(super) async fn enlist(
+        &self,
+        have: impl Fn(Digest) -> Option<Vec<u8>>,
+        mut waiting: impl FnMut(&anyhow::Error),
+    ) -> Result<(Welcome, Vec<u8>)> {
+        let mut pause = 0.2;
+        loop {
+            let attempt = async {
+                let (link, welcome) = self.greet(Purpose::Enlist).await?;
+                let tokenizer = match have(welcome.tokenizer) {
+                    Some(tokenizer) => tokenizer,
+                    None => fetch_alone(link, welcome.tokenizer, welcome.tokenizer_bytes).await?,
+                };
+                anyhow::Ok((welcome, tokenizer))
+            };
+            match attempt.await {
+                Ok(done) => return Ok(done),
+                Err(error) if error.is::<Refused>() => return Err(error),
+                Err(error) => waiting(&error),
+            }
+            tokio::time::sleep(Duration::from_secs_f64(pause)).await;
+            pause = f64::min(pause * 1.5, RETRY_SECONDS_MAX);
+        }
+    }
+}
+
+/// Fetches some bytes over a connection that is used for nothing else.
+async fn fetch_alone(mut link: Link, digest: Digest, bytes: u64) -> Result<Vec<u8>> {
+    const BYTES_MAX: u64 = 256 << 20;
+    if bytes > BYTES_MAX {
+        bail!("the coordinator announces a tokenizer of {bytes} bytes");
+    }
+    let mut buffer = Vec::new();
+    while (buffer.len() as u64) < bytes {
+        let length = (bytes - buffer.len() as u64).min(CHUNK as u64) as u32;
+        write_frame(&mut link, &Frame::Get { digest, offset: buffer.len() as u64, length }).await?;
+        match read_frame(&mut link).await? {
+            Some(Frame::Chunk { bytes, .. }) if !bytes.is_empty() => buffer.extend(bytes),
+            _ => bail!("the coordinator does not send the tokenizer"),
+        }
+    }
+    if Digest::of(&buffer) != digest {
+        bail!("the tokenizer arrived damaged");
+    }
+    Ok(buffer)
+}
+
+/// Keeps a connection alive until the site is refused or the trainer has hung up.
+pub(super) async fn keep_connected(
+    route: Route,
+    mut commands: mpsc::UnboundedReceiver<Command>,
+    inbox: Sender<Incoming>,
+) {
+    let mut pause = 0.1;
+    loop {
+        match connect(&route).await {
+            Ok((control, data)) => {
+                pause = 0.1;
+                if inbox.send(Incoming::Connected).is_err() {
+                    return;
+                }
+                let end = talk(control, data, &mut commands, &inbox).await;
+                if inbox.send(Incoming::Disconnected).is_err() || matches!(end, Ok(())) {
+                    return;
+                }
+                tracing::warn!("the connection to the coordinator is lost; training goes on");
+            }
+            Err(error) if error.is::<Refused>() => {
+                let _ = inbox.send(Incoming::Refused(error.to_string()));
+                return;
+            }
+            Err(error) => tracing::debug!("no connection: {error:#}"),
+        }
+        tokio::time::sleep(Duration::from_secs_f64(pause)).await;
+        pause = f64::min(pause * 1.5, RETRY_SECONDS_MAX);
+        // What was meant for the lost connection would only mislead the next.
+        while commands.try_recv().is_ok() {}
+    }
+}
+
+async fn connect(route: &Route) -> Result<(Link, Vec<Link>)> {
+    let (control, _) = route.greet(Purpose::Control).await?;
+    let mut data = Vec::new();
+    for _ in 0..route.streams.max(1) {
+        data.push(route.greet(Purpose::Data).await?.0);
+    }
+    Ok((control, data))
+}
+
+/// A piece of a payload to move.
+#[derive(Debug, Clone)]
+enum Work {
+    Put { digest: Digest, bytes: Arc<Vec<u8>>, offset: usize },
+    Get { digest: Digest, offset: u64, length: u32 },
+}
+
+type Fetches = Arc<Mutex<BTreeMap<Digest, Fetch>>>;
+
+struct Fetch {
+    buffer: Vec<u8>,
+    here: Ranges,
+}
+
+/// Runs all connections until one breaks (an error) or the trainer hangs up.
+async fn talk(
+    control: Link,
+    data: Vec<Link>,
+    commands: &mut mpsc::UnboundedReceiver<Command>,
+    inbox: &Sender<Incoming>,
+) -> Result<()> {
+    let (work, queue) = mpsc::unbounded_channel();
+    let queue = Arc::new(tokio::sync::Mutex::new(queue));
+    let fetches = Fetches::default();
+    let mut streams = tokio::task::JoinSet::new();
+    for link in data {
+        streams.spawn(carry(link, queue.clone(), fetches.clone(), inbox.clone()));
+    }
+    let (mut reader, mut writer) = tokio::io::split(control);
+    let read = async {
+        loop {
+            match read_frame(&mut reader).await? {
+                Some(Frame::Standing(standing)) => {
+                    inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the trainer has stopped"))?;
+                }
+                _ => bail!("the coordinator hung up"),
+            }
+        }
+    };
+    let write = async {
+        let mut last: Option<Frame> = None;
+        loop {
+            let pause = tokio::time::sleep(Duration::from_secs(REPEAT_SECONDS));
+            let command = tokio::select! {
+                command = commands.recv() => command,
+                () = pause => {
+                    if let Some(frame) = &last {
+                        write_frame(&mut writer, frame).await?;
+                    }
+                    continue;
+                }
+            };
+            match command {
+                None => return anyhow::Ok(()),
+                Some(Command::Report(status)) => {
+                    let frame = Frame::Status(status);
+                    write_frame(&mut writer, &frame).await?;
+                    last = Some(frame);
+                }
+                Some(Command::Upload(digest, bytes)) => {
+                    for offset in (0..bytes.len()).step_by(CHUNK) {
+                        work.send(Work::Put { digest, bytes: bytes.clone(), offset })?;
+                    }
+                }
+                Some(Command::Fetch(digest, bytes)) => {
+                    let fetch = Fetch { buffer: vec![0; usize::try_from(bytes)?], here: Ranges::new() };
+                    lock(&fetches).insert(digest, fetch);
+                    for offset in (0..bytes).step_by(CHUNK) {
+                        let length = (bytes - offset).min(CHUNK as u64) as u32;
+                        work.send(Work::Get { digest, offset, length })?;
+                    }
+                }
+            }
+        }
+    };
+    tokio::select! {
+        result = read => result,
+        result = write => result,
+        Some(result) = streams.join_next() => result?.and_then(|()| bail!("a data connection ended")),
+    }
+}
+
+/// One data connection: takes work from the common queue, so that a slow stream takes less of it.
+async fn carry(
+    link: Link,
+    queue: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Work>>>,
+    fetches: Fetches,
+    inbox: Sender<Incoming>,
+) -> Result<()> {
+    let (mut reader, mut writer) = tokio::io::split(link);
+    let ahead = Arc::new(Semaphore::new(GETS_AHEAD));
+    let answered = ahead.clone();
+    let write = async {
+        loop {
+            // Wait for room first, so that a stalled stream leaves the work to the others.
+            let permit = ahead.acquire().await?;
+            let work = queue.lock().await.recv().await;
+            let Some(work) = work else { return anyhow::Ok(()) };
+            match work {
+                Work::Put { digest, bytes, offset } => {
+                    let end = bytes.len().min(offset + CHUNK);
+                    let frame = Frame::Put {
+                        digest,
+                        total: bytes.len() as u64,
+                        offset: offset as u64,
+                        bytes: bytes[offset..end].to_vec(),
+                    };
+                    write_frame(&mut writer, &frame).await?;
+                }
+                Work::Get { digest, offset, length } => {
+                    write_frame(&mut writer, &Frame::Get { digest, offset, length }).await?;
+                    permit.forget();
+                }
+            }
+        }
+    };
+    let read = async {
+        loop {
+            match read_frame(&mut reader).await? {
+                Some(Frame::Chunk { digest, offset, bytes }) => {
+                    answered.add_permits(1);
+                    if let Some(whole) = arrive(&fetches, digest, offset, &bytes)? {
+                        let good = Digest::of(&whole) == digest;
+                        inbox.send(Incoming::Fetched(digest, good.then_some(whole)))?;
+                    }
+                }
+                Some(Frame::Missing(digest)) => {
+                    answered.add_permits(1);
+                    if lock(&fetches).remove(&digest).is_some() {
+                        inbox.send(Incoming::Fetched(digest, None))?;
+                    } else {
+                        inbox.send(Incoming::Uploaded(digest, false))?;
+                    }
+                }
+                Some(Frame::Have(digest)) => inbox.send(Incoming::Uploaded(digest, true))?,
+                _ => bail!("a data connection ended"),
+            }
+        }
+    };
+    tokio::select! { result = write => result, result = read => result }
+}
+
+/// Adds bytes to a fetch; returns all of them when the last have come.
+fn arrive(fetches: &Fetches, digest: Digest, offset: u64, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
+    let mut fetches = lock(fetches);
+    let Some(fetch) = fetches.get_mut(&digest) else { return Ok(None) };
+    let start = usize::try_from(offset)?;
+    let end = start.checked_add(bytes.len()).filter(|&end| end <= fetch.buffer.len());
+    let end = end.ok_or_else(|| anyhow!("the coordinator sent bytes that nobody asked for"))?;
+    fetch.buffer[start..end].copy_from_slice(bytes);
+    fetch.here.insert_span(offset, end as u64);
+    let whole = fetch.here.contains_span(0, fetch.buffer.len() as u64);
+    Ok(if whole { fetches.remove(&digest).map(|fetch| fetch.buffer) } else { None })
+}

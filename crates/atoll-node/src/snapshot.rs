@@ -1,0 +1,241 @@
+//! Snapshots, and recovery from them. A snapshot is a folder named after the number of journal entries
+//! that it sums up: the model as a Hugging Face folder, the outer optimizer's state, and the book with
+//! the journal's hash and length at that point. It is made under another name and renamed when whole.
+//!
+//! Recovery takes the newest whole snapshot and computes every later commit again from its payloads,
+//! comparing digests: the coordinator is rebuilt bit for bit or says what is missing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use atoll_core::hash::Digest;
+use atoll_core::journal::{Book, Chain, Commit, Entry};
+use atoll_core::manifest::Manifest;
+use atoll_core::model::ModelConfig;
+use atoll_core::outer::Global;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::hf;
+use crate::journal::JournalFile;
+use crate::run::{RunDir, write_atomically};
+use crate::store::Store;
+
+/// Where a snapshot stands in the journal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Place {
+    book: Book,
+    chain: Chain,
+    offset: u64,
+}
+
+/// A run as it was when its coordinator last lived.
+#[derive(Debug)]
+pub struct Recovered {
+    /// The journal, open for more.
+    pub journal: JournalFile,
+    /// The sum of its entries.
+    pub book: Book,
+    /// The model.
+    pub global: Global,
+    /// Payloads of the commits since each snapshot still there, by the commits' entry number.
+    pub payloads: BTreeMap<u64, Vec<Digest>>,
+}
+
+/// Writes a snapshot of `global` and `book`, which belong to each other and to this point of the journal.
+///
+/// # Errors
+/// If the disk does not take it; older snapshots are untouched.
+pub fn save(
+    dir: &RunDir,
+    model: &ModelConfig,
+    global: &Global,
+    book: &Book,
+    chain: Chain,
+    offset: u64,
+) -> Result<PathBuf> {
+    let folder = dir.snapshots().join(format!("{:012}", book.entries));
+    if folder.exists() && book.entries > 1 {
+        return Ok(folder);
+    }
+    let _ = fs::remove_dir_all(&folder);
+    let new = dir.snapshots().join(format!(".{:012}.new", book.entries));
+    let _ = fs::remove_dir_all(&new);
+    fs::create_dir_all(&new).with_context(|| format!("{} cannot be made", new.display()))?;
+    hf::save(&new, model, &global.tensors(), fs::read(dir.tokenizer()).ok().as_deref())?;
+    write_atomically(&new.join("outer.safetensors"), &outer_state(global)?)?;
+    let place = Place { book: book.clone(), chain, offset };
+    write_atomically(&new.join("book.json"), &serde_json::to_vec(&place)?)?;
+    fs::rename(&new, &folder).with_context(|| format!("{} cannot be renamed", new.display()))?;
+    Ok(folder)
+}
+
+/// All whole snapshots, oldest first, with their entry numbers.
+pub fn list(dir: &RunDir) -> Vec<(u64, PathBuf)> {
+    let listing = fs::read_dir(dir.snapshots()).into_iter().flatten().flatten();
+    let mut found: Vec<(u64, PathBuf)> =
+        listing.filter_map(|folder| Some((folder.file_name().to_str()?.parse().ok()?, folder.path()))).collect();
+    found.sort();
+    found
+}
+
+/// Drops all but the newest `keep` snapshots; returns the entry number of the oldest one kept.
+pub fn prune(dir: &RunDir, keep: usize) -> u64 {
+    let mut snapshots = list(dir);
+    let cut = snapshots.len().saturating_sub(keep);
+    for (_, folder) in snapshots.drain(..cut) {
+        // A snapshot that stays behind costs room, nothing else.
+        let _ = fs::remove_dir_all(folder);
+    }
+    snapshots.first().map_or(0, |(entries, _)| *entries)
+}
+
+/// Rebuilds a run from its newest snapshot and its journal. `None` if the run has never begun.
+///
+/// # Errors
+/// If journal, snapshot or payloads are damaged or missing; nothing is changed then.
+pub fn recover(dir: &RunDir, model: &ModelConfig, manifest: &Manifest, store: &Store) -> Result<Option<Recovered>> {
+    let snapshots = list(dir);
+    let Some((_, newest)) = snapshots.last() else {
+        if fs::metadata(dir.journal()).is_ok_and(|file| file.len() > 0) {
+            bail!(
+                "{} has a journal but no snapshot\nhint: restore the folder snapshots/ from a backup",
+                dir.0.display()
+            );
+        }
+        return Ok(None);
+    };
+    let (mut global, place) = load(newest, model, manifest)?;
+    if place.book.entries == 1 && fs::metadata(dir.journal()).map_or(0, |file| file.len()) == 0 {
+        return Ok(None); // The crash came between the first snapshot and the first entry.
+    }
+    let mut payloads = BTreeMap::new();
+    if let Some((oldest, _)) = snapshots.first().filter(|_| snapshots.len() > 1) {
+        note_payloads(dir, *oldest, place.book.entries, &mut payloads)?;
+    }
+    let mut book = place.book;
+    let journal = JournalFile::open(&dir.journal(), place.offset, place.chain, |entry| {
+        if let Entry::Committed(commit) = &entry {
+            replay(&mut global, commit, store)?;
+            payloads.insert(book.entries + 1, addresses(commit));
+        }
+        book.apply(&entry).map_err(|error| anyhow!("the journal contradicts itself: {error}"))
+    })?;
+    if Digest::of_all(&global.digests()) != book.digest() {
+        bail!("the snapshot {} does not hold the model that the journal speaks of", newest.display());
+    }
+    Ok(Some(Recovered { journal, book, global, payloads }))
+}
+
+/// Computes one journaled commit again.
+///
+/// # Errors
+/// If a payload is gone or the result differs.
+pub fn replay(global: &mut Global, commit: &Commit, store: &Store) -> Result<()> {
+    let step = global
+        .replay(commit, &|digest| store.get(digest))
+        .map_err(|error| anyhow!("{} version {} cannot be computed again: {error}", commit.fragment, commit.version))?;
+    store.put(step.delta, &step.payload)
+}
+
+/// What recomputes a run: the model of the snapshot at `entries`, and the book then.
+///
+/// # Errors
+/// If the snapshot is damaged.
+pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest) -> Result<(Global, SnapshotPlace)> {
+    let whole = || {
+        format!(
+            "the snapshot {} is damaged\nhint: move it away; an older one and the journal do as well",
+            folder.display()
+        )
+    };
+    let (stored, tensors) = hf::load(folder).with_context(whole)?;
+    if &stored != model {
+        bail!(
+            "run.toml describes another model than the run began with\nhint: undo the change to [model] or the tokenizer, or begin a new run"
+        );
+    }
+    let mut global = Global::new(manifest.clone(), manifest.gather(&tensors));
+    let state = fs::read(folder.join("outer.safetensors")).with_context(whole)?;
+    restore_outer(&mut global, &state).with_context(whole)?;
+    let place = fs::read(folder.join("book.json")).with_context(whole)?;
+    let place: Place = serde_json::from_slice(&place).with_context(whole)?;
+    if place.book.layout != manifest.fingerprint() {
+        bail!(
+            "run.toml describes another layout than the run began with\nhint: undo the change to sync.fragments, or begin a new run"
+        );
+    }
+    Ok((global, SnapshotPlace { book: place.book, chain: place.chain, offset: place.offset }))
+}
+
+/// The book of a snapshot and where the journal goes on.
+#[derive(Debug, Clone)]
+pub struct SnapshotPlace {
+    /// The book.
+    pub book: Book,
+    /// The journal's hash there.
+    pub chain: Chain,
+    /// The journal's length there.
+    pub offset: u64,
+}
+
+fn addresses(commit: &Commit) -> Vec<Digest> {
+    commit.contributions.iter().map(|accepted| accepted.payload).chain([commit.delta]).collect()
+}
+
+/// Payloads that [`addresses`] names, for the commits between two entry numbers.
+fn note_payloads(dir: &RunDir, from: u64, to: u64, payloads: &mut BTreeMap<u64, Vec<Digest>>) -> Result<()> {
+    let mut number = 0;
+    let journal = fs::read_to_string(dir.journal()).context("the journal cannot be read")?;
+    for line in journal.lines() {
+        number += 1;
+        if number <= from || number > to || !line.contains("\"committed\"") {
+            continue;
+        }
+        let json = line.split_once(' ').map_or("", |(_, json)| json);
+        if let Ok(Entry::Committed(commit)) = serde_json::from_str(json) {
+            payloads.insert(number, addresses(&commit));
+        }
+    }
+    Ok(())
+}
+
+/// Every payload that a later start may need.
+pub fn needed(payloads: &BTreeMap<u64, Vec<Digest>>, book: &Book) -> BTreeSet<Digest> {
+    let tails = book.fragments.iter().flat_map(|fragment| fragment.tail.iter().map(|notice| notice.delta));
+    payloads.values().flatten().copied().chain(tails).collect()
+}
+
+fn outer_state(global: &Global) -> Result<Vec<u8>> {
+    let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|value| value.to_le_bytes()).collect() };
+    let parts: Vec<(String, Vec<u8>)> = (0..global.theta.len())
+        .flat_map(|index| {
+            [("momentum", &global.momentum[index]), ("residual", &global.residual[index])]
+                .map(|(name, values)| (format!("{name}.{index}"), bytes(values)))
+        })
+        .collect();
+    let views: Vec<(&String, TensorView<'_>)> = parts
+        .iter()
+        .map(|(name, data)| Ok((name, TensorView::new(Dtype::F32, vec![data.len() / 4], data)?)))
+        .collect::<Result<_>>()?;
+    Ok(safetensors::serialize(views, None)?)
+}
+
+fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
+    let tensors = SafeTensors::deserialize(state)?;
+    let values = |name: String| -> Result<Vec<f32>> {
+        let tensor = tensors.tensor(&name)?;
+        Ok(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    };
+    for index in 0..global.theta.len() {
+        global.momentum[index] = values(format!("momentum.{index}"))?;
+        let residual = values(format!("residual.{index}"))?;
+        if residual.len() != global.theta[index].len() {
+            bail!("residual.{index} has the wrong length");
+        }
+        global.residual[index] = residual;
+    }
+    Ok(())
+}
