@@ -84,6 +84,26 @@ impl JournalFile {
     }
 }
 
+/// Reads the entries behind `offset`, where the hash was `chain`, without touching the file: also beside
+/// a living coordinator. A line that is being written is left out.
+///
+/// # Errors
+/// If the file cannot be read or is damaged.
+pub fn read_entries(path: &Path, offset: u64, mut chain: Chain) -> Result<Vec<Entry>> {
+    let place = || format!("the journal {}", path.display());
+    let mut reader = BufReader::new(File::open(path).with_context(place)?);
+    reader.seek(SeekFrom::Start(offset)).with_context(place)?;
+    let (mut entries, mut line) = (Vec::new(), String::new());
+    while reader.read_line(&mut line).with_context(place)? > 0 && line.ends_with('\n') {
+        let entry = chain
+            .read(line.trim_end_matches('\n'))
+            .map_err(|error| anyhow::anyhow!("{} is damaged behind entry {}: {error}", place(), entries.len()))?;
+        entries.push(entry);
+        line.clear();
+    }
+    Ok(entries)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -39,7 +39,9 @@ pub struct SiteOptions {
     pub data: Option<PathBuf>,
     /// Samples per micro-batch, if not the run's.
     pub rows: Option<usize>,
-    /// Share of the device's time that training may take, above 0 and at most 1.
+    /// Threads that the engine uses.
+    pub threads: usize,
+    /// Share of these threads' time that training may take, above 0 and at most 1.
     pub share: f64,
     /// Data connections.
     pub streams: usize,
@@ -132,7 +134,8 @@ pub fn join(
         commands,
         inbox,
         stop: stop.clone(),
-        share: options.share,
+        cpu_share: options.share * options.threads.max(1) as f64,
+        full_speed: options.share >= 1.0,
         start: Instant::now(),
         payloads: BTreeMap::new(),
         fetched: BTreeMap::new(),
@@ -269,7 +272,9 @@ struct Trainer {
     commands: tokio::sync::mpsc::UnboundedSender<Command>,
     inbox: mpsc::Receiver<Incoming>,
     stop: Arc<AtomicBool>,
-    share: f64,
+    /// Processor seconds per second that training may take.
+    cpu_share: f64,
+    full_speed: bool,
     start: Instant,
     /// Encoded contributions that are not settled.
     payloads: BTreeMap<Digest, Arc<Vec<u8>>>,
@@ -467,10 +472,10 @@ impl Trainer {
     /// Stretches a step so that the site uses no more than its share of the device. What counts is the
     /// processor time that the step took, not the wall time: a neighbour must not slow us down twice.
     fn pace(&mut self, began: Instant, cpu: Duration) {
-        if self.share >= 1.0 {
+        if self.full_speed {
             return;
         }
-        let end = began + cpu.div_f64(self.share);
+        let end = began + cpu.div_f64(self.cpu_share);
         while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             match self.inbox.recv_timeout(left) {
                 Ok(Incoming::Refused(why)) => {

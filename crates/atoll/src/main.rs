@@ -1,2 +1,120 @@
-//! TBD
-fn main() {}
+//! `atoll`: trains one language model across several data centers, and serves it from them.
+//!
+//! Each subcommand is a module; they call `atoll-node` for files, sockets and rounds and `atoll-cpu`
+//! for the engine. `demo` calls the other subcommands as processes and nothing else.
+
+mod check;
+mod coordinate;
+mod demo;
+mod ingest;
+mod join;
+mod model;
+mod new;
+mod replay;
+mod speak;
+mod status;
+mod stop;
+mod ticket;
+mod view;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Trains one language model across several data centers, and serves it from them.
+///
+/// Try `atoll demo`. By hand: `atoll new` and `atoll coordinate` on one machine, `atoll ticket` for each
+/// site, `atoll join` at each site, then `atoll generate`.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+    /// Say more; twice for everything.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a model with a coordinator and several sites on this machine, live.
+    Demo(demo::Arguments),
+    /// Make a run folder: a commented run.toml, a tokenizer, the coordinator's key.
+    New(new::Arguments),
+    /// Show the resolved configuration of a run folder, or everything that is wrong with it.
+    Check(check::Arguments),
+    /// Coordinate a run: merge what the sites contribute and commit it.
+    Coordinate(coordinate::Arguments),
+    /// Print a ticket: what one site needs to join.
+    Ticket(ticket::Arguments),
+    /// Join a run as a site and train.
+    Join(join::Arguments),
+    /// Look at a run, living or finished.
+    Status(status::Arguments),
+    /// Continue a text with the model.
+    Generate(speak::GenerateArguments),
+    /// Measure the model on text: bits per byte, loss, perplexity.
+    Eval(speak::EvalArguments),
+    /// Write the model as a Hugging Face folder.
+    Export(speak::ExportArguments),
+    /// Turn text into token shards.
+    Ingest(ingest::Arguments),
+    /// Compute a run's commits again from its journal and compare.
+    Replay(replay::Arguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let level = match arguments.verbose {
+        0 => tracing::Level::INFO,
+        1 => tracing::Level::DEBUG,
+        _ => tracing::Level::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+    let result = match arguments.command {
+        Command::Demo(arguments) => demo::run(&arguments),
+        Command::New(arguments) => new::run(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
+        Command::Coordinate(arguments) => coordinate::run(&arguments),
+        Command::Ticket(arguments) => ticket::run(&arguments),
+        Command::Join(arguments) => join::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
+        Command::Generate(arguments) => speak::generate(&arguments),
+        Command::Eval(arguments) => speak::eval(&arguments),
+        Command::Export(arguments) => speak::export(&arguments),
+        Command::Ingest(arguments) => ingest::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The sentences first, outermost to innermost, then the hint of the innermost that has one.
+fn complain(error: &anyhow::Error) {
+    let parts: Vec<String> = error.chain().map(ToString::to_string).collect();
+    let (mut sentences, mut hint): (Vec<&str>, Option<&str>) = (Vec::new(), None);
+    for part in &parts {
+        match part.split_once("\nhint: ") {
+            Some((sentence, rest)) => {
+                sentences.push(sentence);
+                hint = Some(rest);
+            }
+            None => sentences.push(part),
+        }
+    }
+    sentences.dedup();
+    eprintln!("error: {}", sentences.join(": "));
+    if let Some(hint) = hint {
+        eprintln!("hint: {hint}");
+    }
+}

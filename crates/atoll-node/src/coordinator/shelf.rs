@@ -10,11 +10,11 @@ use atoll_core::outer::Global;
 use crate::store::Store;
 
 /// Bytes to hand out.
-pub type Bytes = Arc<Vec<u8>>;
+pub(crate) type Bytes = Arc<Vec<u8>>;
 
 /// A cache in front of disk and model.
 #[derive(Debug)]
-pub struct Shelf {
+pub(crate) struct Shelf {
     global: Arc<Mutex<Global>>,
     store: Store,
     tokenizer: (Digest, Bytes),
@@ -27,26 +27,26 @@ pub struct Shelf {
 
 impl Shelf {
     /// A shelf over a model, its payloads and a tokenizer.
-    pub fn new(global: Arc<Mutex<Global>>, store: Store, tokenizer: Vec<u8>, current: Vec<Digest>) -> Self {
+    pub(crate) fn new(global: Arc<Mutex<Global>>, store: Store, tokenizer: Vec<u8>, current: Vec<Digest>) -> Self {
         let tokenizer = (Digest::of(&tokenizer), Arc::new(tokenizer));
         let recent_max = 4 * current.len().max(1);
         Self { global, store, tokenizer, recent: Mutex::default(), current: Mutex::new(current), recent_max }
     }
 
     /// Address and length of the tokenizer.
-    pub fn tokenizer(&self) -> (Digest, u64) {
+    pub(crate) fn tokenizer(&self) -> (Digest, u64) {
         (self.tokenizer.0, self.tokenizer.1.len() as u64)
     }
 
     /// Notes that a fragment was committed.
-    pub fn committed(&self, index: usize, digest: Digest) {
+    pub(crate) fn committed(&self, index: usize, digest: Digest) {
         if let Some(current) = lock(&self.current).get_mut(index) {
             *current = digest;
         }
     }
 
     /// Puts bytes where they will be asked for soon.
-    pub fn offer(&self, digest: Digest, bytes: Bytes) {
+    pub(crate) fn offer(&self, digest: Digest, bytes: Bytes) {
         let mut recent = lock(&self.recent);
         recent.push_back((digest, bytes));
         while recent.len() > self.recent_max {
@@ -55,7 +55,7 @@ impl Shelf {
     }
 
     /// The bytes of that address, or nothing if they are not here (any more). May read the disk.
-    pub fn get(&self, digest: Digest) -> Option<Bytes> {
+    pub(crate) fn get(&self, digest: Digest) -> Option<Bytes> {
         if digest == self.tokenizer.0 {
             return Some(self.tokenizer.1.clone());
         }

@@ -1,0 +1,52 @@
+//! `atoll coordinate`.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::Result;
+use atoll_node::coordinator::{Ending, coordinate};
+use atoll_node::run::RunDir;
+
+use crate::stop;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// The run folder, made by `atoll new`.
+    dir: PathBuf,
+    /// Address and port to listen on; port 0 takes a free one.
+    #[arg(long, default_value = "0.0.0.0:7700")]
+    listen: String,
+    /// Stop when standard input ends.
+    #[arg(long, hide = true)]
+    supervised: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let flag = stop::flag(arguments.supervised)?;
+    let (sender, receiver) = tokio::sync::watch::channel(false);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let dir = RunDir(arguments.dir.clone());
+    let ending = runtime.block_on(async {
+        tokio::spawn(async move {
+            while !flag.load(Ordering::SeqCst) {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            let _ = sender.send(true); // The coordinator may have ended by itself.
+            sender.closed().await;
+        });
+        coordinate(&dir, &arguments.listen, receiver).await
+    })?;
+    match ending {
+        Ending::Finished(report) => println!(
+            "finished: {} commits, {} tokens, model in {}",
+            report.commits,
+            report.tokens,
+            dir.model().display()
+        ),
+        Ending::Stopped(report) => {
+            println!("stopped after {} commits; the same command goes on", report.commits);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,140 @@
+//! `atoll new`: a run folder with a commented `run.toml`, a tokenizer and the coordinator's key.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use atoll_core::model::PRESETS;
+use atoll_node::data::{Sample, Source, TextField, Tokenizer, corpus};
+use atoll_node::identity::Identity;
+use atoll_node::run::{RunConfig, RunDir, write_atomically};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// The folder to make.
+    dir: PathBuf,
+    /// Text to train the tokenizer on; without it, the sources of the crates Atoll is built from.
+    #[arg(long, value_name = "PATH", conflicts_with = "tokenizer")]
+    data: Option<PathBuf>,
+    /// A Hugging Face tokenizer.json to use instead of training one.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Tokens in the vocabulary of a trained tokenizer.
+    #[arg(long, default_value_t = VOCABULARY)]
+    vocab: usize,
+    /// Field or column with the text in .jsonl and .parquet files.
+    #[arg(long, default_value = "text")]
+    text_field: String,
+    /// Name of the run; without it, the folder's.
+    #[arg(long)]
+    name: Option<String>,
+    /// The model's size: nano, micro, mini, small, medium or large.
+    #[arg(long, default_value = "micro")]
+    preset: String,
+    /// Minutes to train for.
+    #[arg(long)]
+    minutes: Option<f64>,
+    /// Tokens to train on.
+    #[arg(long)]
+    tokens: Option<u64>,
+    /// Seed of first weights and sample order.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Tokens in the vocabulary unless the operator says otherwise.
+const VOCABULARY: usize = 4096;
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let dir = RunDir(arguments.dir.clone());
+    if dir.config().exists() {
+        bail!(
+            "{} is a run folder already\nhint: `atoll coordinate {0}` runs it; a new run needs a new folder",
+            dir.0.display()
+        );
+    }
+    let text = run_toml(arguments);
+    let config: RunConfig = toml::from_str(&text).context("the new run.toml is malformed")?;
+    let problems = config.problems();
+    if !problems.is_empty() {
+        bail!("this run cannot be: {}\nhint: `atoll new --help` lists what there is", problems.join("; "));
+    }
+    let tokenizer = tokenizer(arguments)?;
+    fs::create_dir_all(&dir.0).with_context(|| format!("{} cannot be made", dir.0.display()))?;
+    write_atomically(&dir.tokenizer(), tokenizer.json())?;
+    Identity::load_or_create(&dir.key())?;
+    write_atomically(&dir.config(), text.as_bytes())?;
+    println!("{} is ready: {} tokens in the vocabulary.", dir.0.display(), tokenizer.vocab_size());
+    println!("  look over   {}", dir.config().display());
+    println!("  then run    atoll coordinate {}", dir.0.display());
+    println!("  and for each site   atoll ticket {} SITE", dir.0.display());
+    Ok(())
+}
+
+fn tokenizer(arguments: &Arguments) -> Result<Tokenizer> {
+    if let Some(path) = &arguments.tokenizer {
+        let bytes = fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
+        return Ok(Tokenizer::from_bytes(bytes)?);
+    }
+    let source = match &arguments.data {
+        Some(path) => Source::open(path)?,
+        None => corpus::source()?,
+    };
+    eprintln!("training a tokenizer of {} tokens on {}", arguments.vocab, source.path().display());
+    let sample = Sample::of(&source, &TextField(arguments.text_field.clone()))?;
+    Ok(Tokenizer::train(&sample, arguments.vocab)?)
+}
+
+/// The commented `run.toml`. A test holds it to the defaults.
+fn run_toml(arguments: &Arguments) -> String {
+    let name = arguments.name.clone().unwrap_or_else(|| folder_name(&arguments.dir));
+    let goal = match (arguments.tokens, arguments.minutes) {
+        (None, None) => "tokens = 100_000_000\n# minutes = 60.0".to_string(),
+        (tokens, minutes) => {
+            let tokens = tokens.map(|tokens| format!("tokens = {tokens}"));
+            let minutes = minutes.map(|minutes| format!("minutes = {minutes:?}"));
+            tokens.into_iter().chain(minutes).collect::<Vec<_>>().join("\n")
+        }
+    };
+    let presets: Vec<String> = PRESETS.iter().map(|(name, what)| format!("#   {name:7} {what}")).collect();
+    TEMPLATE
+        .replace("{name}", &toml::Value::String(name).to_string())
+        .replace("{seed}", &arguments.seed.to_string())
+        .replace("{preset}", &toml::Value::String(arguments.preset.clone()).to_string())
+        .replace("{presets}", &presets.join("\n"))
+        .replace("{goal}", &goal)
+        .replace("{text_field}", &toml::Value::String(arguments.text_field.clone()).to_string())
+}
+
+fn folder_name(dir: &Path) -> String {
+    dir.file_name().map_or_else(|| "run".to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+const TEMPLATE: &str = include_str!("run.toml");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    #[test]
+    fn the_template_says_the_defaults() {
+        let line = Line::parse_from(["new", "some/run"]);
+        let config: RunConfig = toml::from_str(&run_toml(&line.arguments)).unwrap();
+        assert_eq!(config, RunConfig::default());
+    }
+
+    #[test]
+    fn wishes_reach_the_template() {
+        let line = Line::parse_from(["new", "x", "--minutes", "5", "--preset", "nano", "--name", "a \"b\""]);
+        let config: RunConfig = toml::from_str(&run_toml(&line.arguments)).unwrap();
+        assert_eq!((config.goal.minutes, config.goal.tokens), (Some(5.0), None));
+        assert_eq!((config.model.preset.as_str(), config.name.as_str()), ("nano", "a \"b\""));
+    }
+}

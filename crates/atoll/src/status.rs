@@ -1,0 +1,49 @@
+//! `atoll status`: one look at a run, living or finished.
+
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use atoll_node::report::Report;
+use atoll_node::run::RunDir;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// The run folder.
+    dir: PathBuf,
+    /// Print the whole report as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A status older than this was not written by a living coordinator.
+const SECONDS_FRESH: f64 = 10.0;
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let dir = RunDir(arguments.dir.clone());
+    let mut report = Report::load(&dir.status())?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    if report.listen.is_some() && now - report.at > SECONDS_FRESH {
+        report.state = "dead".to_string();
+        report.sites.iter_mut().for_each(|site| site.state = "unknown".to_string());
+    }
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(());
+    }
+    println!("{}", crate::view::line(&report));
+    for site in &report.sites {
+        println!(
+            "  {:16} {:8} {:22} {:>9.0} tok/s  {:>8} steps  {:>10} tokens in the model",
+            site.name, site.state, site.device, site.tokens_per_second, site.steps, site.tokens
+        );
+    }
+    if report.state == "dead" {
+        println!(
+            "the coordinator was last seen {:.0} s ago; `atoll coordinate {}` goes on",
+            now - report.at,
+            dir.0.display()
+        );
+    }
+    Ok(())
+}
