@@ -23,12 +23,15 @@ use crate::journal::JournalFile;
 use crate::run::{RunDir, write_atomically};
 use crate::store::Store;
 
-/// Where a snapshot stands in the journal.
+/// The book of a snapshot, and where the journal goes on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Place {
-    book: Book,
-    chain: Chain,
-    offset: u64,
+pub struct Place {
+    /// The book.
+    pub book: Book,
+    /// The journal's hash there.
+    pub chain: Chain,
+    /// The journal's length there.
+    pub offset: u64,
 }
 
 /// A run as it was when its coordinator last lived.
@@ -144,7 +147,7 @@ pub fn replay(global: &mut Global, commit: &Commit, store: &Store) -> Result<()>
 ///
 /// # Errors
 /// If the snapshot is damaged.
-pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest) -> Result<(Global, SnapshotPlace)> {
+pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest) -> Result<(Global, Place)> {
     let whole = || {
         format!(
             "the snapshot {} is damaged\nhint: move it away; an older one and the journal do as well",
@@ -157,9 +160,6 @@ pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest) -> Result<(
             "run.toml describes another model than the run began with\nhint: undo the change to [model] or the tokenizer, or begin a new run"
         );
     }
-    let mut global = Global::new(manifest.clone(), manifest.gather(&tensors));
-    let state = fs::read(folder.join("outer.safetensors")).with_context(whole)?;
-    restore_outer(&mut global, &state).with_context(whole)?;
     let place = fs::read(folder.join("book.json")).with_context(whole)?;
     let place: Place = serde_json::from_slice(&place).with_context(whole)?;
     if place.book.layout != manifest.fingerprint() {
@@ -167,18 +167,10 @@ pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest) -> Result<(
             "run.toml describes another layout than the run began with\nhint: undo the change to sync.fragments, or begin a new run"
         );
     }
-    Ok((global, SnapshotPlace { book: place.book, chain: place.chain, offset: place.offset }))
-}
-
-/// The book of a snapshot and where the journal goes on.
-#[derive(Debug, Clone)]
-pub struct SnapshotPlace {
-    /// The book.
-    pub book: Book,
-    /// The journal's hash there.
-    pub chain: Chain,
-    /// The journal's length there.
-    pub offset: u64,
+    let mut global = Global::new(manifest.clone(), manifest.gather(&tensors));
+    let state = fs::read(folder.join("outer.safetensors")).with_context(whole)?;
+    restore_outer(&mut global, &state).with_context(whole)?;
+    Ok((global, place))
 }
 
 fn addresses(commit: &Commit) -> Vec<Digest> {

@@ -608,7 +608,12 @@ impl Coordinator {
     }
 
     fn quorum(&self, live: usize) -> usize {
-        let wished = if self.sync.quorum == 0 { live / 2 + 1 } else { self.sync.quorum };
+        let wished = match (self.phase, self.sync.quorum) {
+            // At the end not every site has something left for every fragment.
+            (Phase::Closing, _) => 1,
+            (_, 0) => live / 2 + 1,
+            (_, wished) => wished,
+        };
         wished.clamp(1, live.max(1))
     }
 

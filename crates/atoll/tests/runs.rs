@@ -1,0 +1,130 @@
+//! Whole runs with real processes: the promises of the README.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use common::{Lab, atoll, signal, text, wait};
+
+#[test]
+fn sites_of_different_shape_hold_the_same_model() {
+    let lab = Lab::new(60_000, &[]);
+    let mut coordinator = lab.coordinate();
+    let shapes: [(&str, &[&str]); 3] = [
+        ("a", &["--rows", "2"]),
+        ("b", &["--threads", "2", "--share", "0.5"]),
+        ("c", &["--rows", "8", "--streams", "1"]),
+    ];
+    let mut sites: Vec<_> = shapes.iter().map(|(name, more)| lab.join(name, &lab.ticket(name), more)).collect();
+    let report = lab.finish(&mut coordinator);
+    for site in &mut sites {
+        assert!(wait(site).success());
+    }
+    assert!(report.tokens >= 60_000 && report.commits > 0, "{report:?}");
+    assert_eq!(report.sites.iter().map(|site| site.tokens).sum::<u64>(), report.tokens);
+    for site in &report.sites {
+        assert!(site.contributions > 0 && site.tokens > 0, "{} brought nothing: {report:?}", site.name);
+        assert_eq!(site.digest_mismatches, 0);
+        assert!(site.bytes_sent > 0 && site.bytes_received > 0);
+    }
+    let (first, last) = (report.bits_per_byte.first.unwrap(), report.bits_per_byte.last.unwrap());
+    assert!(last < first, "nothing was learnt: {first} to {last}");
+    assert!(lab.replay().contains("all digests equal"));
+
+    // The model can be used, and an export of it is the same model.
+    let out = lab.path("export");
+    let exported = atoll(&["export", &lab.path("run"), &out]);
+    assert!(exported.status.success(), "{}", text(&exported.stderr));
+    let speak = |dir: &str| {
+        let said = atoll(&["generate", dir, "--prompt", "reef tide", "--tokens", "20", "--seed", "3"]);
+        assert!(said.status.success(), "{}", text(&said.stderr));
+        text(&said.stdout)
+    };
+    assert_eq!(speak(&lab.path("run")), speak(&out));
+    let evaluated = atoll(&["eval", &out, "--data", &lab.path("text"), "--json"]);
+    let figures: serde_json::Value = serde_json::from_slice(&evaluated.stdout).unwrap();
+    assert!(figures["bits_per_byte"].as_f64().unwrap() < first);
+}
+
+#[test]
+fn any_process_may_be_killed_and_started_again() {
+    let lab = Lab::new(400_000, &[]);
+    let mut coordinator = lab.coordinate();
+    let tickets = ["a", "b"].map(|name| lab.ticket(name));
+    let start = |name: &str, ticket: &str| lab.join(name, ticket, &["--share", "0.4"]);
+    let (mut a, mut b) = (start("a", &tickets[0]), start("b", &tickets[1]));
+    let mut commits = lab.wait_for("the first commits", |report| report.commits >= 4).commits;
+    for round in 0..3 {
+        match round {
+            0 => {
+                a.0.kill().unwrap();
+                a = start("a", &tickets[0]);
+            }
+            1 => {
+                coordinator.0.kill().unwrap();
+                coordinator.0.wait().unwrap();
+                coordinator = lab.coordinate();
+            }
+            _ => {
+                b.0.kill().unwrap();
+                coordinator.0.kill().unwrap();
+                coordinator.0.wait().unwrap();
+                coordinator = lab.coordinate();
+                b = start("b", &tickets[1]);
+            }
+        }
+        let seen = lab.wait_for("training to go on", |report| {
+            report.commits >= commits + 6 && report.sites.iter().all(|site| site.state == "training")
+        });
+        commits = seen.commits;
+    }
+    let report = lab.finish(&mut coordinator);
+    assert!(wait(&mut a).success() && wait(&mut b).success());
+    assert!(report.tokens >= 400_000);
+    assert!(report.sites.iter().all(|site| site.digest_mismatches == 0), "{report:?}");
+    let replayed = lab.replay();
+    assert!(replayed.contains(&format!("{} tokens in the model, each once", report.tokens)), "{replayed}");
+}
+
+#[test]
+fn what_is_stopped_goes_on() {
+    let lab = Lab::new(150_000, &[]);
+    let mut coordinator = lab.coordinate();
+    let ticket = lab.ticket("a");
+    let mut site = lab.join("a", &ticket, &["--share", "0.5"]);
+    let before = lab.wait_for("some commits", |report| report.commits >= 8);
+    signal(&site, "INT");
+    assert!(wait(&mut site).success(), "{}", lab.log("a"));
+    signal(&coordinator, "TERM");
+    assert!(wait(&mut coordinator).success(), "{}", lab.log("coordinator"));
+    let stopped = lab.status().unwrap();
+    assert_eq!(stopped.state, "stopped");
+    assert!(stopped.tokens >= before.tokens);
+
+    let mut coordinator = lab.coordinate();
+    let after = lab.status().unwrap();
+    assert!(after.tokens >= stopped.tokens, "tokens were lost");
+    let mut site = lab.join("a", &ticket, &[]);
+    let report = lab.finish(&mut coordinator);
+    assert!(wait(&mut site).success());
+    assert!(report.tokens >= 150_000);
+    lab.replay();
+    let again = atoll(&["coordinate", &lab.path("run"), "--listen", "127.0.0.1:0"]);
+    assert!(!again.status.success() && text(&again.stderr).contains("is finished"), "{}", text(&again.stderr));
+}
+
+#[test]
+fn a_silent_site_holds_nobody_up() {
+    let lab = Lab::new(200_000, &[]);
+    let mut coordinator = lab.coordinate();
+    let (_a, b) =
+        (lab.join("a", &lab.ticket("a"), &["--share", "0.4"]), lab.join("b", &lab.ticket("b"), &["--share", "0.4"]));
+    lab.wait_for("both to contribute", |report| {
+        report.sites.len() == 2 && report.sites.iter().all(|site| site.contributions > 2)
+    });
+    signal(&b, "STOP");
+    let report = lab.finish(&mut coordinator);
+    signal(&b, "CONT");
+    assert!(report.tokens >= 200_000);
+    lab.replay();
+}
