@@ -1,2 +1,3 @@
 //! TBD
+mod view;
 fn main() {}
