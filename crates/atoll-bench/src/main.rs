@@ -1,2 +1,100 @@
-//! TBD
-fn main() {}
+//! Benchmarks. `cargo run --release -p atoll-bench -- NAME [--quick] [--json]` runs one, prints a table that
+//! a reader understands and, with `--json`, as its last line one object with stable names. `--quick` ends
+//! within two minutes. Numbers here are measured, not asserted: machines differ and are shared.
+
+mod codec;
+mod engine;
+mod processes;
+mod sim;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::{Parser, ValueEnum};
+
+/// Atoll's benchmarks.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Which one.
+    name: Name,
+    /// End within two minutes.
+    #[arg(long)]
+    quick: bool,
+    /// Print one JSON object as the last line.
+    #[arg(long)]
+    json: bool,
+    /// Text for the benchmarks that train; without it, the State of the Union if it is at hand, else the
+    /// default corpus.
+    #[arg(long, value_name = "PATH")]
+    data: Option<PathBuf>,
+    /// Minutes of training in `joint` and `slow`.
+    #[arg(long)]
+    minutes: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Name {
+    /// Codecs: gigabytes of weights per second, bits per weight.
+    Codec,
+    /// The CPU engine: tokens per second.
+    Engine,
+    /// Simulated worlds: how many of many seeds hold every invariant.
+    Sim,
+    /// Three sites against one that trains alone on the same tokens: held-out bits per byte.
+    Joint,
+    /// What a slow site costs the others: their tokens per second with and without it.
+    Slow,
+}
+
+/// Named results.
+type Figures = BTreeMap<String, f64>;
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let began = Instant::now();
+    let figures = match arguments.name {
+        Name::Codec => codec::run(arguments.quick)?,
+        Name::Engine => engine::run(arguments.quick)?,
+        Name::Sim => sim::run(arguments.quick),
+        Name::Joint => processes::joint(&arguments)?,
+        Name::Slow => processes::slow(&arguments)?,
+    };
+    println!("\nmachine: {}", machine());
+    if arguments.json {
+        let name = arguments.name.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
+        let seconds = began.elapsed().as_secs_f64();
+        println!(
+            "{}",
+            serde_json::json!({
+                "bench": name, "commit": commit(), "machine": machine(), "seconds": seconds, "figures": figures,
+            })
+        );
+    }
+    Ok(())
+}
+
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split(": ").nth(1));
+    format!(
+        "{} {}, {cores} cores, {}",
+        std::env::consts::OS,
+        std::env::consts::ARCH,
+        model.unwrap_or("unknown processor")
+    )
+}
+
+fn commit() -> String {
+    let output = Command::new("git").args(["rev-parse", "--short", "HEAD"]).output();
+    output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_string()).unwrap_or_default()
+}
+
+/// The middle value.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}

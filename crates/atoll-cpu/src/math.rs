@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn sums_take_every_element() {
         let ones: Vec<f32> = (0..37).map(|x| x as f32).collect();
-        assert_eq!(dot(&ones, &ones), (0..37).map(|x| (x * x) as f32).sum());
+        assert_eq!(dot(&ones, &ones), (0..37).map(|x| (x * x) as f32).sum::<f32>());
         assert_eq!(max(&ones), 36.0);
         assert_eq!(exp_and_sum(&mut [2.0; 37], 2.0), 37.0);
         assert!(exp_and_sum(&mut [f32::NAN; 3], 0.0).is_nan());

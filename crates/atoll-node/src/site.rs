@@ -355,6 +355,8 @@ impl Trainer {
                 self.obey(order)?;
             }
         }
+        let machine = &self.machine;
+        self.fetched.retain(|digest, _| machine.awaits(*digest));
         Ok(())
     }
 
@@ -370,8 +372,8 @@ impl Trainer {
             SiteOrder::Contribute(fragment, codec) => self.contribute(fragment, codec)?,
             SiteOrder::Rebase(fragment) => self.local.rebase(self.engine.as_mut(), fragment)?,
             SiteOrder::Commit(notice) => {
-                let payload = self.fetched.remove(&notice.delta).unwrap_or_default();
-                let applied = self.local.commit(self.engine.as_mut(), notice.fragment, &payload);
+                let payload = self.fetched.get(&notice.delta).map_or(&[][..], Vec::as_slice);
+                let applied = self.local.commit(self.engine.as_mut(), notice.fragment, payload);
                 self.applied(notice.fragment, notice.version, applied.map_err(Into::into));
             }
             SiteOrder::Install(fragment, version, digest) => {
@@ -380,9 +382,6 @@ impl Trainer {
                     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
                 let applied = self.local.install(self.engine.as_mut(), fragment, &weights);
                 self.applied(fragment, version, applied.map_err(Into::into));
-                if !self.machine.held().any(|held| held.is_none()) {
-                    self.fetched.clear();
-                }
             }
             SiteOrder::Evaluate(request) => self.evaluate(request)?,
             SiteOrder::Upload(digest) => {

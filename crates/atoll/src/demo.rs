@@ -36,8 +36,12 @@ pub(crate) struct Arguments {
     /// Do not slow the last site.
     #[arg(long)]
     even: bool,
+    /// Share of its threads' time that each site at full speed may use; without it, the sites divide
+    /// the cores.
+    #[arg(long)]
+    share: Option<f64>,
     /// The model's size.
-    #[arg(long, default_value = "micro")]
+    #[arg(long, default_value = "nano")]
     preset: String,
     /// What the trained model is asked to continue.
     #[arg(long)]
@@ -118,7 +122,6 @@ impl Demo<'_> {
     fn train(&self, stop: &AtomicBool) -> Result<bool> {
         let logs = self.dir.0.join("logs");
         fs::create_dir_all(&logs)?;
-        let _ = fs::remove_file(self.dir.status().with_extension("old"));
         let mut wards = vec![self.start_coordinator(&logs)?];
         wards.extend(self.start_sites(&logs)?);
         let mut view = if self.arguments.json { None } else { View::open(self.arguments.sites) };
@@ -178,7 +181,8 @@ impl Demo<'_> {
         let threads = (cores / count).max(1);
         // With fewer cores than sites, each gets a fair share of a core and no more, so that the sites
         // do not slow one another.
-        let share = if cores >= count { 1.0 } else { (SITES_SHARE * cores as f64 / wanted).min(1.0) };
+        let fair = if cores >= count { 1.0 } else { (SITES_SHARE * cores as f64 / wanted).min(1.0) };
+        let share = self.arguments.share.unwrap_or(fair);
         (0..count)
             .map(|index| {
                 let name = format!("site-{}", index + 1);

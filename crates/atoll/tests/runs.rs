@@ -17,8 +17,8 @@ fn sites_of_different_shape_hold_the_same_model() {
     ];
     let mut sites: Vec<_> = shapes.iter().map(|(name, more)| lab.join(name, &lab.ticket(name), more)).collect();
     let report = lab.finish(&mut coordinator);
-    for site in &mut sites {
-        assert!(wait(site).success());
+    for (site, (name, _)) in sites.iter_mut().zip(shapes) {
+        assert!(wait(site).success(), "{}", lab.log(name));
     }
     assert!(report.tokens >= 60_000 && report.commits > 0, "{report:?}");
     assert_eq!(report.sites.iter().map(|site| site.tokens).sum::<u64>(), report.tokens);

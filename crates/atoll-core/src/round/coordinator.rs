@@ -424,6 +424,7 @@ impl Coordinator {
         }
         let entry = Entry::Refused { site: site.clone(), number: receipt.number, ranges, why: why.to_string() };
         self.record(entry, orders);
+        self.arrived.remove(&receipt.payload);
         orders.push(Order::Forget(receipt.payload));
     }
 
@@ -478,7 +479,8 @@ impl Coordinator {
         let last = member.leases.last_key_value().map_or(0, |(number, _)| *number);
         let status = &view.status;
         // One unconfirmed lease at a time, so that the loss of messages never makes leases pile up.
-        if status.leases_seen < last || status.unspent >= status.wants {
+        // And none before half is spent, so that leases stay few.
+        if status.leases_seen < last || 2 * status.unspent >= status.wants {
             return;
         }
         let Some(dataset) = member.dataset else { return };

@@ -2,7 +2,7 @@
 //! and follows commits between two inner steps. It never waits for the network: what has not been
 //! answered is outstanding, and training goes on as long as leased samples last.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::codec::Codec;
 use crate::data::{DatasetId, Ranges};
@@ -632,8 +632,8 @@ impl Site {
         })));
     }
 
-    /// Payloads that must be kept because they are not settled.
-    pub fn needed(&self) -> BTreeSet<Digest> {
-        self.outstanding.values().map(|outstanding| outstanding.receipt.payload).collect()
+    /// Whether the bytes of that address are still wanted.
+    pub fn awaits(&self, digest: Digest) -> bool {
+        self.fragments.iter().filter_map(|fragment| fragment.moving.as_ref()).any(|step| step.digest() == digest)
     }
 }

@@ -119,8 +119,11 @@ impl Lab {
 
     pub fn join(&self, site: &str, ticket: &str, more: &[&str]) -> Process {
         let (data, dir) = (self.path("text"), self.path(site));
-        let mut arguments = vec!["join", ticket, "--data", &data, "--dir", &dir, "--threads", "1"];
+        let mut arguments = vec!["join", ticket, "--data", &data, "--dir", &dir];
         arguments.extend(more);
+        if !more.contains(&"--threads") {
+            arguments.extend(["--threads", "1"]);
+        }
         self.spawn(site, &arguments)
     }
 
