@@ -146,7 +146,7 @@ impl Local {
     /// # Errors
     /// If the engine fails; its own weights are put back all the same.
     pub fn evaluate(&self, engine: &mut dyn Engine, batches: &[Batch]) -> Result<Evaluation, EngineError> {
-        let own = crate::engine::conformance::weights(engine)?;
+        let own = crate::engine::weights(engine)?;
         self.write_all(engine, self.fragments.iter().map(|copies| &copies.theta))?;
         let losses: Result<Vec<Evaluation>, EngineError> = batches.iter().map(|batch| engine.evaluate(batch)).collect();
         self.write_all(engine, own.iter())?;

@@ -40,6 +40,21 @@ pub trait Engine: Send {
     fn evaluate(&mut self, batch: &Batch) -> Result<Evaluation, EngineError>;
 }
 
+/// All weights, a vector per fragment.
+///
+/// # Errors
+/// What the engine said.
+pub fn weights(engine: &mut dyn Engine) -> Result<Vec<Vec<f32>>, EngineError> {
+    let fragments: Vec<FragmentId> = engine.manifest().fragments().collect();
+    let mut all = Vec::new();
+    for fragment in fragments {
+        let mut weights = vec![0.0; engine.manifest().fragment_len(fragment).unwrap_or(0)];
+        engine.read(fragment, &mut weights)?;
+        all.push(weights);
+    }
+    Ok(all)
+}
+
 /// Samples for one micro-batch: each row is a window of `length + 1` tokens, of which the first
 /// `length` are inputs and the last `length` are targets.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -362,12 +362,26 @@ impl Book {
     }
 
     fn commit(&mut self, commit: &Commit) -> Result<(), BookError> {
-        let Some(fragment) = self.fragments.get_mut(commit.fragment.index()) else {
+        let Some(fragment) = self.fragments.get(commit.fragment.index()) else {
             return out_of_order(format!("there is no {}", commit.fragment));
         };
         if commit.version != fragment.version + 1 {
             return out_of_order(format!("{} is at version {}", commit.fragment, fragment.version));
         }
+        // Everything that can fail happens on a copy, so that a commit is booked whole or not at all.
+        let mut next = self.clone();
+        for accepted in &commit.contributions {
+            let dataset = next.dataset(&accepted.site)?;
+            next.ledger.consume(&accepted.site, dataset, &accepted.ranges)?;
+            next.settle(&accepted.site, accepted.number, Settled::Committed(commit.version))?;
+            let tokens = accepted.ranges.len() * next.context;
+            next.tokens += tokens;
+            let member = next.member(&accepted.site)?;
+            member.contributions += 1;
+            member.tokens += tokens;
+        }
+        *self = next;
+        let fragment = &mut self.fragments[commit.fragment.index()];
         fragment.version = commit.version;
         fragment.digest = commit.digest;
         fragment.tail.push_back(Notice {
@@ -379,16 +393,6 @@ impl Book {
         });
         while fragment.tail.len() > TAIL {
             fragment.tail.pop_front();
-        }
-        for accepted in &commit.contributions {
-            let dataset = self.dataset(&accepted.site)?;
-            self.ledger.consume(&accepted.site, dataset, &accepted.ranges)?;
-            self.settle(&accepted.site, accepted.number, Settled::Committed(commit.version))?;
-            let tokens = accepted.ranges.len() * self.context;
-            self.tokens += tokens;
-            let member = self.member(&accepted.site)?;
-            member.contributions += 1;
-            member.tokens += tokens;
         }
         self.seconds = commit.seconds;
         Ok(())

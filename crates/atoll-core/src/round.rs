@@ -169,10 +169,19 @@ pub struct Vitals {
     pub digest_mismatches: u64,
 }
 
+impl Vitals {
+    /// Whether the numbers can be calculated with.
+    pub fn are_sane(&self) -> bool {
+        let seconds = [self.step_seconds, self.busy_seconds, self.wall_seconds];
+        // A step of a month is a mistake; a loss may be anything that is a number.
+        seconds.iter().all(|seconds| (0.0..=1e10).contains(seconds)) && self.step_seconds < 3e6 && self.loss.is_finite()
+    }
+}
+
 /// Where the run stands, as far as one site needs to know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Standing {
-    /// Grows with every standing, also over restarts of the coordinator.
+    /// Grows with every standing of a coordinator's life; a new connection starts over.
     pub number: u64,
     /// The session this speaks of.
     pub session: u64,

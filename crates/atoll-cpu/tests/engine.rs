@@ -4,7 +4,8 @@
 
 mod common;
 
-use atoll_core::engine::conformance::{check, weights};
+use atoll_core::engine::conformance::check;
+use atoll_core::engine::weights;
 use atoll_core::engine::{Batch, Engine, EngineError, Feed};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;

@@ -4,7 +4,7 @@
 
 mod common;
 
-use atoll_core::engine::conformance::weights;
+use atoll_core::engine::weights;
 use atoll_core::engine::{Batch, Engine};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;

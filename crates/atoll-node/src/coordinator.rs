@@ -49,8 +49,8 @@ pub enum Ending {
 
 /// Seconds between two looks that are written to `status.json`.
 const STATUS_SECONDS: f64 = 0.5;
-/// Seconds that sites are given to say goodbye when the run is finished.
-const GOODBYE_SECONDS: f64 = 5.0;
+/// Seconds that sites which are cut off or restarting are given to hear that the run is finished.
+const GOODBYE_SECONDS: f64 = 60.0;
 
 /// A run folder that has been read and found sound.
 #[derive(Debug)]
@@ -117,7 +117,8 @@ pub async fn coordinate(dir: &RunDir, listen: &str, stop: watch::Receiver<bool>)
     let address = listener.local_addr()?.to_string();
     let (inputs, incoming) = mpsc::channel(1024);
     let mut heart = Heart::new(prepared, address.clone())?;
-    if heart.machine.phase() == Phase::Finished {
+    let is_told = Report::load(&dir.report()).is_ok_and(|report| report.state == "finished");
+    if heart.machine.phase() == Phase::Finished && is_told && dir.model().join("config.json").exists() {
         bail!(
             "the run in {} is finished\nhint: `atoll generate {0}` speaks with it; a new run needs a new folder",
             dir.0.display()
@@ -184,6 +185,10 @@ struct Heart {
     snapshot: SnapshotState,
     /// Payloads of the commits since the oldest snapshot, by entry number.
     payloads: BTreeMap<u64, Vec<Digest>>,
+    /// All of these, for looking up.
+    kept: BTreeSet<Digest>,
+    /// Sites that have been connected since the run finished.
+    told: BTreeSet<SiteId>,
     report: Report,
     events: fs::File,
 }
@@ -218,7 +223,7 @@ impl Heart {
     fn new(prepared: Prepared, address: String) -> Result<Self> {
         let Prepared { dir, config, model, manifest, tokenizer } = prepared;
         let store = Store::open(dir.payloads())?;
-        let recovered = match snapshot::recover(&dir, &model, &manifest, &store)? {
+        let recovered = match snapshot::recover(&dir, &model, &manifest, config.seed, &store)? {
             Some(recovered) => recovered,
             None => begin(&dir, &config, &model, &manifest)?,
         };
@@ -240,9 +245,9 @@ impl Heart {
         };
         let events = fs::OpenOptions::new().create(true).append(true).open(dir.events());
         let clock = Clock::new();
+        let machine = Coordinator::new(config.sync.clone(), config.goal, book);
         Ok(Self {
             layout: manifest.fingerprint(),
-            machine: Coordinator::new(config.sync.clone(), config.goal, book),
             snapshot: SnapshotState::Due(clock.now().after(config.coordinator.snapshot_seconds)),
             events: events.with_context(|| format!("{} cannot be written", dir.events().display()))?,
             dir,
@@ -258,7 +263,10 @@ impl Heart {
             done: mpsc::unbounded_channel(),
             merging: 0,
             waiting_merges: Vec::new(),
+            kept: snapshot::needed(&payloads, machine.book()),
             payloads,
+            told: BTreeSet::new(),
+            machine,
             report,
         })
     }
@@ -286,12 +294,21 @@ impl Heart {
             self.look_after_snapshot();
             if self.machine.phase() == Phase::Finished {
                 let since = *finished.get_or_insert(self.clock.now());
-                let gone = self.peers.values().all(|peer| peer.control.is_none());
-                if gone || self.clock.now().seconds_since(since) > GOODBYE_SECONDS {
+                let waited = self.clock.now().seconds_since(since);
+                if waited > GOODBYE_SECONDS || (self.all_told() && waited > 0.2) {
                     return self.end("finished").await.map(Ending::Finished);
                 }
             }
         }
+    }
+
+    /// Whether every site with a session has heard that the run is finished, and none is left.
+    fn all_told(&mut self) -> bool {
+        let connected = self.peers.iter().filter(|(_, peer)| peer.control.is_some()).map(|(site, _)| site.clone());
+        self.told.extend(connected);
+        let gone = self.peers.values().all(|peer| peer.control.is_none());
+        let sessions = self.machine.book().sites.iter().filter(|(_, member)| member.open);
+        gone && sessions.into_iter().all(|(site, _)| self.told.contains(site))
     }
 
     fn take(&mut self, input: Input) -> Result<()> {
@@ -318,9 +335,9 @@ impl Heart {
                 self.handle(Event::Gone(site))
             }
             Input::Arrived(payload) => self.handle(Event::Arrived(payload)),
-            Input::Useless(payload, why) => {
-                tracing::warn!("a payload is useless: {why}");
-                self.handle(Event::Useless(payload, why))
+            Input::Useless(site, payload, why) => {
+                tracing::warn!("a payload of {site} is useless: {why}");
+                self.handle(Event::Useless(site, payload, why))
             }
         }
     }
@@ -380,6 +397,11 @@ impl Heart {
             .iter()
             .filter_map(|order| if let Order::Record(entry) = order { Some(entry.clone()) } else { None })
             .collect();
+        if let Some(Order::Halt(why)) = orders.iter().find(|order| matches!(order, Order::Halt(_))) {
+            bail!(
+                "the coordinator stops before it tells anything false: {why}\nhint: start it again, it goes on from its journal; and report this with the journal"
+            );
+        }
         if !entries.is_empty() {
             self.journal.append(&entries)?;
             let first = self.machine.book().entries - entries.len() as u64 + 1;
@@ -387,7 +409,7 @@ impl Heart {
         }
         for order in orders {
             match order {
-                Order::Record(_) => {}
+                Order::Record(_) | Order::Halt(_) => {}
                 Order::Tell(site, standing) => {
                     if let Some((_, outbox)) = self.peers.get(&site).and_then(|peer| peer.control.as_ref()) {
                         // A full outbox drops it; the next standing says it all again.
@@ -407,7 +429,9 @@ impl Heart {
         match entry {
             Entry::Committed(commit) => {
                 let payloads = commit.contributions.iter().map(|accepted| accepted.payload);
-                self.payloads.insert(number, payloads.chain([commit.delta]).collect());
+                let payloads: Vec<Digest> = payloads.chain([commit.delta]).collect();
+                self.kept.extend(&payloads);
+                self.payloads.insert(number, payloads);
                 self.shelf.committed(commit.fragment.index(), commit.digest);
                 let sites: Vec<&SiteId> = commit.contributions.iter().map(|accepted| &accepted.site).collect();
                 self.note(&serde_json::json!({
@@ -433,8 +457,7 @@ impl Heart {
     }
 
     fn forget(&mut self, payload: Digest) {
-        let committed = self.payloads.values().rev().take(64).flatten().any(|kept| *kept == payload);
-        if !committed {
+        if !self.kept.contains(&payload) {
             self.store.remove(payload);
         }
     }
@@ -442,11 +465,11 @@ impl Heart {
     fn merge(&mut self, merge: Merge) {
         self.merging += 1;
         let (global, store) = (self.global.clone(), self.store.clone());
-        let (rule, codec, done) = (self.config.sync.outer, self.config.sync.down, self.done.0.clone());
-        tokio::task::spawn_blocking(move || {
+        let (rule, codec) = (self.config.sync.outer, self.config.sync.down);
+        self.on_a_thread(move || {
             let find = |digest| store.get(digest);
             let result = lock(&global).perform(merge.fragment, &merge.contributions, rule, codec, &find);
-            let answer = match result {
+            match result {
                 Ok(step) => match store.put(step.delta, &step.payload) {
                     Ok(()) => {
                         let merged = Merged {
@@ -464,8 +487,19 @@ impl Heart {
                     Done::Unmergeable(merge.fragment, payload, error.to_string())
                 }
                 Err(error) => Done::Failed(anyhow!(error)),
-            };
-            let _ = done.send(answer); // The heart may have stopped.
+            }
+        });
+    }
+
+    /// Does blocking work elsewhere; its answer, or its panic, comes back to the heart.
+    fn on_a_thread(&self, work: impl FnOnce() -> Done + Send + 'static) {
+        let done = self.done.0.clone();
+        tokio::spawn(async move {
+            let answer = tokio::task::spawn_blocking(work).await;
+            // The heart may have stopped.
+            let _ = done.send(
+                answer.unwrap_or_else(|error| Done::Failed(anyhow!("a thread of the coordinator died: {error}"))),
+            );
         });
     }
 
@@ -502,12 +536,9 @@ impl Heart {
         }
         self.snapshot = SnapshotState::Writing;
         let save = self.snapshot_job();
-        let done = self.done.0.clone();
-        tokio::task::spawn_blocking(move || {
-            let _ = done.send(match save() {
-                Ok(_) => Done::Snapshot,
-                Err(error) => Done::Failed(error),
-            });
+        self.on_a_thread(move || match save() {
+            Ok(_) => Done::Snapshot,
+            Err(error) => Done::Failed(error),
         });
         std::mem::take(&mut self.waiting_merges).into_iter().for_each(|merge| self.merge(merge));
     }
@@ -522,17 +553,16 @@ impl Heart {
 
     /// Drops snapshots and payloads that are too old to be needed.
     fn retire_payloads(&mut self) {
-        if self.config.coordinator.keep == Keep::All {
+        let all = self.config.coordinator.keep == Keep::All;
+        let oldest = snapshot::prune(&self.dir, self.config.coordinator.snapshots, all);
+        if all {
             return;
         }
-        let oldest = snapshot::prune(&self.dir, self.config.coordinator.snapshots);
         let later = self.payloads.split_off(&(oldest + 1));
         let old = std::mem::replace(&mut self.payloads, later);
-        let needed: BTreeSet<Digest> = snapshot::needed(&self.payloads, self.machine.book());
-        old.into_values()
-            .flatten()
-            .filter(|digest| !needed.contains(digest))
-            .for_each(|digest| self.store.remove(digest));
+        self.kept = snapshot::needed(&self.payloads, self.machine.book());
+        let unneeded = old.into_values().flatten().filter(|digest| !self.kept.contains(digest));
+        unneeded.for_each(|digest| self.store.remove(digest));
     }
 
     /// Ends in an orderly way: everything on disk, the report written.

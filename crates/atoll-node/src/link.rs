@@ -16,6 +16,7 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_sig
 use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
@@ -24,6 +25,10 @@ use crate::identity::Identity;
 
 /// A handshake that takes longer is given up.
 const HANDSHAKE_SECONDS: u64 = 15;
+
+/// Site and coordinator each say something every second; silence for so long means that the other is gone,
+/// even if the network did not say so.
+pub const SILENCE_SECONDS: u64 = 30;
 
 /// Bytes that crossed the network, TLS included.
 #[derive(Debug, Default)]
@@ -102,7 +107,7 @@ impl Gate {
     /// # Errors
     /// If the peer does not prove a key.
     pub async fn accept(&self, tcp: TcpStream) -> Result<(Link, Digest)> {
-        tcp.set_nodelay(true)?;
+        prepare(&tcp)?;
         let counted = Counted { tcp, traffic: Arc::new(Traffic::default()) };
         let link = within(HANDSHAKE_SECONDS, self.acceptor.accept(counted)).await??;
         let key = link.get_ref().1.peer_certificates().and_then(|keys| keys.first());
@@ -142,12 +147,20 @@ impl Dialer {
     pub async fn dial(&self, address: &str) -> Result<Link> {
         let tcp = within(HANDSHAKE_SECONDS, TcpStream::connect(address)).await?;
         let tcp = tcp.with_context(|| format!("no coordinator answers at {address}"))?;
-        tcp.set_nodelay(true)?;
+        prepare(&tcp)?;
         let counted = Counted { tcp, traffic: self.traffic.clone() };
         let name = ServerName::try_from("coordinator").map_err(|error| anyhow!("{error}"))?;
         let link = within(HANDSHAKE_SECONDS, self.connector.connect(name, counted)).await?;
         Ok(link.with_context(|| format!("the handshake with {address} failed"))?.into())
     }
+}
+
+/// Small frames leave at once, and the kernel looks after idle connections whose other end is gone.
+fn prepare(tcp: &TcpStream) -> Result<()> {
+    tcp.set_nodelay(true)?;
+    let probes = TcpKeepalive::new().with_time(Duration::from_secs(30)).with_interval(Duration::from_secs(10));
+    SockRef::from(tcp).set_tcp_keepalive(&probes)?;
+    Ok(())
 }
 
 /// Whether a failure to connect is due to a wrong key, which no retry can mend.
@@ -157,7 +170,11 @@ pub fn is_foreign_key(error: &anyhow::Error) -> bool {
 
 const FOREIGN_KEY: &str = "the coordinator's key is not the one that the ticket names";
 
-async fn within<T>(seconds: u64, future: impl Future<Output = T>) -> Result<T> {
+/// Waits for `future`, but not for ever.
+///
+/// # Errors
+/// If it takes longer than `seconds`.
+pub async fn within<T>(seconds: u64, future: impl Future<Output = T>) -> Result<T> {
     match tokio::time::timeout(Duration::from_secs(seconds), future).await {
         Ok(done) => Ok(done),
         Err(_) => bail!("no answer within {seconds} seconds"),

@@ -182,8 +182,8 @@ impl RunConfig {
         if self.goal.tokens == Some(0) {
             problems.push("goal.tokens must be positive".to_string());
         }
-        if !(0.0..1.0).contains(&self.data.held_out) {
-            problems.push(format!("data.held_out = {} must be at least 0 and below 1", self.data.held_out));
+        if !(self.data.held_out > 0.0 && self.data.held_out < 1.0) {
+            problems.push(format!("data.held_out = {} must be above 0 and below 1", self.data.held_out));
         }
         let seconds = self.coordinator.snapshot_seconds;
         if !(seconds.is_finite() && seconds > 0.0) {

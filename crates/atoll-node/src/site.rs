@@ -6,6 +6,7 @@ mod net;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -17,12 +18,12 @@ use atoll_core::engine::{Batch, Engine, EngineError, Feed, Progress};
 use atoll_core::hash::Digest;
 use atoll_core::journal::Evaluated;
 use atoll_core::manifest::{FragmentId, Manifest};
-use atoll_core::round::{Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
+use atoll_core::round::{Site, SiteEvent, SiteOrder, SiteSettings, Stop};
 use atoll_core::site::Time;
 use atoll_core::wire::Hello;
 
+use crate::data::{DataError, corpus, ingest, is_dataset};
 use crate::data::{Dataset, IngestOptions, IngestProgress, LeasedFeed, Leases, Source, Split, TextField, Tokenizer};
-use crate::data::{corpus, ingest, is_dataset};
 use crate::identity::{Identity, Ticket};
 use crate::link::Dialer;
 use crate::run::{Terms, write_atomically};
@@ -106,7 +107,8 @@ pub fn join(
         )
     })?;
     let tokenizer = Tokenizer::from_bytes(tokenizer)?;
-    let dataset = Arc::new(open_data(options, &terms, &tokenizer, notice)?);
+    let Some(dataset) = open_data(options, &terms, &tokenizer, stop, notice)? else { return Ok(Stop::Left) };
+    let dataset = Arc::new(dataset);
     let manifest = terms.config.manifest(&terms.model);
     let context = terms.config.training.context;
     let leases = Leases::new();
@@ -179,11 +181,25 @@ async fn enlist(
 }
 
 /// Opens the operator's dataset, or makes one of the operator's text in the site's folder.
-fn open_data(options: &SiteOptions, terms: &Terms, tokenizer: &Tokenizer, notice: Notice<'_>) -> Result<Dataset> {
+/// `None` if `stop` turned true meanwhile.
+fn open_data(
+    options: &SiteOptions,
+    terms: &Terms,
+    tokenizer: &Tokenizer,
+    stop: &AtomicBool,
+    notice: Notice<'_>,
+) -> Result<Option<Dataset>> {
     if let Some(path) = options.data.as_deref().filter(|path| is_dataset(path)) {
         let dataset = Dataset::open(path)?;
         dataset.check_tokenizer(tokenizer.hash())?;
-        return Ok(dataset);
+        let (own, run) = (dataset.held_out_share(), terms.config.data.held_out);
+        if own != run {
+            bail!(
+                "{} holds out {own} of its documents, the run {run}\nhint: `atoll ingest --held-out {run}`, so that nobody trains on what another holds out",
+                path.display()
+            );
+        }
+        return Ok(Some(dataset));
     }
     let source = match &options.data {
         Some(path) => Source::open(path)?,
@@ -204,8 +220,12 @@ fn open_data(options: &SiteOptions, terms: &Terms, tokenizer: &Tokenizer, notice
                 progress.files_done, progress.files, progress.tokens
             ));
         }
+        if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
-    Ok(ingest(&source, tokenizer, &folder, &settings, &mut progress)?)
+    match ingest(&source, tokenizer, &folder, &settings, &mut progress) {
+        Err(DataError::Stopped) => Ok(None),
+        result => Ok(Some(result?)),
+    }
 }
 
 /// A session number above all earlier ones, even if the clock was set back.
@@ -455,39 +475,34 @@ impl Trainer {
                 )));
             }
         };
-        self.pace(began, cpu.elapsed());
+        self.pace(began, cpu.elapsed())?;
         let event = SiteEvent::Stepped {
             progress,
             trained: self.leases.take_trained(),
             seconds: began.elapsed().as_secs_f64(),
         };
         self.events.push_front(event);
-        if self.machine.state() == SiteState::Finished {
-            tracing::debug!("a step ended after the run did");
-        }
         Ok(())
     }
 
     /// Stretches a step so that the site uses no more than its share of the device. What counts is the
     /// processor time that the step took, not the wall time: a neighbour must not slow us down twice.
-    fn pace(&mut self, began: Instant, cpu: Duration) {
+    fn pace(&mut self, began: Instant, cpu: Duration) -> Result<()> {
         if self.full_speed {
-            return;
+            return Ok(());
         }
         let end = began + cpu.div_f64(self.cpu_share);
         while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-            match self.inbox.recv_timeout(left) {
-                Ok(Incoming::Refused(why)) => {
-                    tracing::error!("{why}");
-                    return;
-                }
-                Ok(incoming) => {
-                    // Only a refusal is an error here, and that one was handled.
-                    let _ = self.note(incoming);
-                }
-                Err(_) => return,
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            match self.inbox.recv_timeout(left.min(Duration::from_secs_f64(IDLE_SECONDS))) {
+                Ok(incoming) => self.note(incoming)?,
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
             }
         }
+        Ok(())
     }
 
     /// Tells the coordinator that this site is leaving, so that its leases go back at once.

@@ -84,13 +84,23 @@ pub fn list(dir: &RunDir) -> Vec<(u64, PathBuf)> {
     found
 }
 
-/// Drops all but the newest `keep` snapshots; returns the entry number of the oldest one kept.
-pub fn prune(dir: &RunDir, keep: usize) -> u64 {
+/// Removes what a crash left half written.
+fn sweep(dir: &RunDir) {
+    for entry in fs::read_dir(dir.snapshots()).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            let _ = fs::remove_dir_all(entry.path()); // It costs room, nothing else.
+        }
+    }
+}
+
+/// Drops all but the newest `keep` snapshots, and the `first` if it is to stay; returns the entry number of the oldest one kept.
+pub fn prune(dir: &RunDir, keep: usize, first: bool) -> u64 {
     let mut snapshots = list(dir);
     let cut = snapshots.len().saturating_sub(keep);
-    for (_, folder) in snapshots.drain(..cut) {
-        // A snapshot that stays behind costs room, nothing else.
-        let _ = fs::remove_dir_all(folder);
+    for (_, folder) in snapshots.drain(usize::from(first).min(cut)..cut) {
+        // Renamed first, so that a snapshot is whole or not in the list.
+        let old = folder.with_file_name(format!(".{}.old", folder.file_name().unwrap_or_default().to_string_lossy()));
+        let _ = fs::rename(&folder, &old).and_then(|()| fs::remove_dir_all(old));
     }
     snapshots.first().map_or(0, |(entries, _)| *entries)
 }
@@ -99,7 +109,14 @@ pub fn prune(dir: &RunDir, keep: usize) -> u64 {
 ///
 /// # Errors
 /// If journal, snapshot or payloads are damaged or missing; nothing is changed then.
-pub fn recover(dir: &RunDir, model: &ModelConfig, manifest: &Manifest, store: &Store) -> Result<Option<Recovered>> {
+pub fn recover(
+    dir: &RunDir,
+    model: &ModelConfig,
+    manifest: &Manifest,
+    seed: u64,
+    store: &Store,
+) -> Result<Option<Recovered>> {
+    sweep(dir);
     let snapshots = list(dir);
     let Some((_, newest)) = snapshots.last() else {
         if fs::metadata(dir.journal()).is_ok_and(|file| file.len() > 0) {
@@ -110,7 +127,7 @@ pub fn recover(dir: &RunDir, model: &ModelConfig, manifest: &Manifest, store: &S
         }
         return Ok(None);
     };
-    let (mut global, place) = load(newest, model, manifest)?;
+    let (mut global, place) = load(newest, model, manifest, seed)?;
     if place.book.entries == 1 && fs::metadata(dir.journal()).map_or(0, |file| file.len()) == 0 {
         return Ok(None); // The crash came between the first snapshot and the first entry.
     }
@@ -147,7 +164,7 @@ pub fn replay(global: &mut Global, commit: &Commit, store: &Store) -> Result<()>
 ///
 /// # Errors
 /// If the snapshot is damaged.
-pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest) -> Result<(Global, Place)> {
+pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest, seed: u64) -> Result<(Global, Place)> {
     let whole = || {
         format!(
             "the snapshot {} is damaged\nhint: move it away; an older one and the journal do as well",
@@ -162,6 +179,12 @@ pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest) -> Result<(
     }
     let place = fs::read(folder.join("book.json")).with_context(whole)?;
     let place: Place = serde_json::from_slice(&place).with_context(whole)?;
+    if place.book.seed != seed {
+        bail!(
+            "run.toml has seed {seed}, the run began with {}\nhint: undo the change; the order of samples follows from the seed",
+            place.book.seed
+        );
+    }
     if place.book.layout != manifest.fingerprint() {
         bail!(
             "run.toml describes another layout than the run began with\nhint: undo the change to sync.fragments, or begin a new run"

@@ -31,7 +31,7 @@ impl Store {
     /// If the disk does not take them.
     pub fn put(&self, digest: Digest, bytes: &[u8]) -> Result<()> {
         let path = self.path(digest);
-        if path.exists() {
+        if self.get(digest).is_some() {
             return Ok(());
         }
         let new = path.with_extension("new");

@@ -461,6 +461,7 @@ impl World {
                 self.send(&Happening::Standing(index, connection, standing));
             }
             Order::Merge(merge) => self.merge(&merge)?,
+            Order::Halt(why) => return Err(why),
             Order::Forget(_) => {} // The simulator keeps payloads, to replay from them.
         }
         Ok(())
@@ -492,7 +493,13 @@ impl World {
         check(Digest::of(bytes) == digest, || "a payload arrived under a wrong name".into())?;
         self.disk.payloads.insert(digest, bytes.clone());
         self.send(&Happening::Acknowledged(index, connection, digest, true));
-        self.tell_coordinator(Event::Arrived(digest))
+        self.tell_coordinator(Event::Arrived(digest))?;
+        // Now and then a payload turns out to be useless, perhaps when it is being merged already.
+        if self.rng.chance(self.hardships.loss / 10.0) {
+            let site = self.sites[index].name.clone();
+            self.tell_coordinator(Event::Useless(site, digest, "the simulator says so".into()))?;
+        }
+        Ok(())
     }
 
     fn crash_coordinator(&mut self) -> Result<(), String> {

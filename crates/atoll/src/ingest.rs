@@ -1,6 +1,7 @@
 //! `atoll ingest`: text to token shards.
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -29,9 +30,6 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    if !(0.0..1.0).contains(&arguments.held_out) {
-        bail!("--held-out {} must be at least 0 and below 1", arguments.held_out);
-    }
     let path = match (&arguments.tokenizer, &arguments.run) {
         (Some(path), _) => path.clone(),
         (None, Some(run)) => RunDir(run.clone()).tokenizer(),
@@ -54,6 +52,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             last = std::time::Instant::now();
             eprintln!("{} of {} files, {} tokens", progress.files_done, progress.files, progress.tokens);
         }
+        ControlFlow::Continue(())
     };
     let dataset = ingest(&source, &tokenizer, &arguments.out, &options, &mut progress)?;
     println!(

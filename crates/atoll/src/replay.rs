@@ -25,7 +25,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let Some((_, oldest)) = snapshot::list(&dir).into_iter().next() else {
         bail!("{} has no snapshot to replay from\nhint: the run has not begun", dir.0.display());
     };
-    let (mut global, place) = snapshot::load(&oldest, &prepared.model, &prepared.manifest)?;
+    let (mut global, place) = snapshot::load(&oldest, &prepared.model, &prepared.manifest, prepared.config.seed)?;
     let mut book = place.book;
     let from = book.commits();
     for entry in read_entries(&dir.journal(), place.offset, place.chain)? {

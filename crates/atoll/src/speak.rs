@@ -1,6 +1,7 @@
 //! What one does with a model: `atoll generate`, `atoll eval`, `atoll export`.
 
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
@@ -164,7 +165,13 @@ fn dataset(arguments: &EvalArguments, loaded: &Loaded, scratch: &tempfile::TempD
         ..IngestOptions::default()
     };
     let source = Source::open(&arguments.data)?;
-    Ok(ingest(&source, &loaded.tokenizer, &scratch.path().join("tokens"), &options, &mut |_| {})?)
+    Ok(ingest(
+        &source,
+        &loaded.tokenizer,
+        &scratch.path().join("tokens"),
+        &options,
+        &mut |_| ControlFlow::Continue(()),
+    )?)
 }
 
 fn engine(loaded: &Loaded, threads: usize) -> Result<CpuEngine> {

@@ -62,7 +62,11 @@ fn a_malformed_run_toml() {
 fn a_changed_model_is_not_mistaken_for_the_runs() {
     let lab = Lab::new(1_000_000, &[]);
     let coordinator = lab.coordinate();
+    lab.wait_for("the run to begin", |report| report.state == "training");
     drop(coordinator);
+    lab.change("seed = 1", "seed = 2");
+    fails(&["coordinate", &lab.path("run"), "--listen", &lab.listen()], &["seed 2", "began with 1"]);
+    lab.change("seed = 2", "seed = 1");
     lab.change("hidden_size = 32", "hidden_size = 64");
     fails(&["coordinate", &lab.path("run"), "--listen", &lab.listen()], &["another model than the run began with"]);
     lab.change("hidden_size = 64", "hidden_size = 32");
@@ -133,7 +137,9 @@ fn data_of_another_tokenizer() {
 #[test]
 fn a_truncated_model() {
     let lab = Lab::new(1_000_000, &[]);
-    drop(lab.coordinate());
+    let coordinator = lab.coordinate();
+    lab.wait_for("the run to begin", |report| report.state == "training");
+    drop(coordinator);
     let out = lab.path("export");
     assert!(atoll(&["export", &lab.path("run"), &out]).status.success());
     let file = PathBuf::from(&out).join("model.safetensors");

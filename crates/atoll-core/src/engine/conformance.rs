@@ -1,6 +1,6 @@
 //! What every engine must do, as one suite: call [`check`] from the engine's own tests.
 
-use super::{Batch, Engine, EngineError};
+use super::{Batch, Engine, EngineError, weights};
 use crate::manifest::FragmentId;
 
 /// Builds the engine under test in its first state; two calls must give equal engines.
@@ -16,21 +16,6 @@ pub fn check(make: Make<'_>, batch: &Batch) -> Result<(), String> {
     training_moves_every_fragment(make)?;
     training_is_deterministic(make)?;
     evaluation_changes_nothing(make, batch)
-}
-
-/// All weights, a vector per fragment.
-///
-/// # Errors
-/// What the engine said.
-pub fn weights(engine: &mut dyn Engine) -> Result<Vec<Vec<f32>>, EngineError> {
-    let fragments: Vec<FragmentId> = engine.manifest().fragments().collect();
-    let mut all = Vec::new();
-    for fragment in fragments {
-        let mut weights = vec![0.0; engine.manifest().fragment_len(fragment).unwrap_or(0)];
-        engine.read(fragment, &mut weights)?;
-        all.push(weights);
-    }
-    Ok(all)
 }
 
 fn law(holds: bool, broken: impl Into<String>) -> Result<(), String> {

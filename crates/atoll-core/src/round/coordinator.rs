@@ -21,8 +21,8 @@ pub enum Event {
     Gone(SiteId),
     /// All bytes of a payload are here, and they decode.
     Arrived(Digest),
-    /// All bytes of a payload are here, and they are useless.
-    Useless(Digest, String),
+    /// A site's payload is here in full and is useless.
+    Useless(SiteId, Digest, String),
     /// A merge that was ordered is done.
     Merged(Merged),
     /// A merge that was ordered failed on this payload.
@@ -42,6 +42,9 @@ pub enum Order {
     Merge(Merge),
     /// This payload is not needed any more.
     Forget(Digest),
+    /// The machine contradicts itself: stop before anything false is told. A restart takes the run up
+    /// where the journal says it is.
+    Halt(String),
 }
 
 /// An outer step to compute.
@@ -129,6 +132,8 @@ pub struct Coordinator {
     /// Number of the last standing.
     number: u64,
     closing_since: Option<Time>,
+    /// The first moment this coordinator saw.
+    started: Option<Time>,
     evaluation: Evaluation,
     pace: Pace,
 }
@@ -197,6 +202,7 @@ impl Coordinator {
             advanced: Time::default(),
             number: 0,
             closing_since: None,
+            started: None,
             evaluation: Evaluation::default(),
             pace: Pace::default(),
         }
@@ -247,13 +253,13 @@ impl Coordinator {
                     self.arrived.insert(payload);
                 }
             }
-            Event::Useless(payload, why) => self.refuse_payload(payload, &why, &mut orders),
+            Event::Useless(site, payload, why) => self.refuse_payload(Some(&site), payload, &why, &mut orders),
             Event::Merged(merged) => self.commit(now, &merged, &mut orders),
             Event::Unmergeable(fragment, payload, why) => {
                 if let Some(round) = self.rounds.get_mut(fragment.index()) {
                     round.merging = None;
                 }
-                self.refuse_payload(payload, &why, &mut orders);
+                self.refuse_payload(None, payload, &why, &mut orders);
             }
             Event::Tick => {}
         }
@@ -311,18 +317,23 @@ impl Coordinator {
     }
 
     fn record(&mut self, entry: Entry, orders: &mut Vec<Order>) -> bool {
-        let booked = self.book.apply(&entry).is_ok();
-        debug_assert!(booked, "the machine must only make entries that follow: {entry:?}");
-        if booked {
-            orders.push(Order::Record(entry));
+        match self.book.apply(&entry) {
+            Ok(()) => orders.push(Order::Record(entry)),
+            Err(error) => {
+                orders.push(Order::Halt(format!("an entry does not follow from the journal: {error}")));
+                return false;
+            }
         }
-        booked
+        true
     }
 
     // ---- a status comes in ----
 
     fn hear(&mut self, now: Time, site: &SiteId, status: Status, orders: &mut Vec<Order>) {
         let Some(member) = self.book.sites.get(site) else { return };
+        if !status.vitals.are_sane() {
+            return; // Nothing can be planned on these; a site that says so is as good as silent.
+        }
         if status.session < member.session || (status.session == member.session && !member.open) {
             let standing = self.standing(site, &status);
             orders.push(Order::Tell(site.clone(), Box::new(standing)));
@@ -439,15 +450,16 @@ impl Coordinator {
         claimed
     }
 
-    fn refuse_payload(&mut self, payload: Digest, why: &str, orders: &mut Vec<Order>) {
+    /// Turns down the pending contributions with that payload, of one site or of all; what is being
+    /// merged is beyond recall.
+    fn refuse_payload(&mut self, site: Option<&SiteId>, payload: Digest, why: &str, orders: &mut Vec<Order>) {
         for index in 0..self.rounds.len() {
-            let round = &mut self.rounds[index];
-            let keys: Vec<(SiteId, u64)> = round
-                .pending
-                .iter()
-                .filter(|(_, receipt)| receipt.payload == payload)
-                .map(|(k, _)| k.clone())
-                .collect();
+            let round = &self.rounds[index];
+            let merging = |key: &(SiteId, u64)| round.merging.as_ref().is_some_and(|merge| merge.holds(key));
+            let found = round.pending.iter().filter(|(key, receipt)| {
+                receipt.payload == payload && site.is_none_or(|site| *site == key.0) && !merging(key)
+            });
+            let keys: Vec<(SiteId, u64)> = found.map(|(key, _)| key.clone()).collect();
             for key in keys {
                 if let Some(receipt) = self.rounds[index].pending.remove(&key) {
                     self.refuse(&key.0, &receipt, why, orders);
@@ -480,7 +492,7 @@ impl Coordinator {
         let status = &view.status;
         // One unconfirmed lease at a time, so that the loss of messages never makes leases pile up.
         // And none before half is spent, so that leases stay few.
-        if status.leases_seen < last || 2 * status.unspent >= status.wants {
+        if status.leases_seen < last || status.unspent >= status.wants / 2 {
             return;
         }
         let Some(dataset) = member.dataset else { return };
@@ -500,10 +512,12 @@ impl Coordinator {
 
     fn note_evaluation(&mut self, site: &SiteId, status: &Status, orders: &mut Vec<Order>) {
         let Some((request, evaluated)) = status.evaluation else { return };
-        if self.evaluation.asked == Some((site.clone(), request)) && evaluated_is_sane(&evaluated) {
+        if self.evaluation.asked == Some((site.clone(), request)) {
             self.evaluation.asked = None;
             self.evaluation.last_seconds = Some(self.seconds);
-            self.record(Entry::Evaluated(evaluated), orders);
+            if evaluated_is_sane(&evaluated) {
+                self.record(Entry::Evaluated(evaluated), orders);
+            }
         }
     }
 
@@ -530,11 +544,19 @@ impl Coordinator {
         if self.phase == Phase::Finished {
             return;
         }
+        self.reset_empty_rounds();
         self.return_leases_of_the_lost(now, orders);
         for index in 0..self.rounds.len() {
             self.advance_round(now, index, orders);
         }
         self.advance_phase(now, orders);
+    }
+
+    /// A round whose contributions were all withdrawn begins anew.
+    fn reset_empty_rounds(&mut self) {
+        for round in self.rounds.iter_mut().filter(|round| round.pending.is_empty() && round.merging.is_none()) {
+            (round.first, round.quorum_since) = (None, None);
+        }
     }
 
     fn advance_round(&mut self, now: Time, index: usize, orders: &mut Vec<Order>) {
@@ -646,12 +668,17 @@ impl Coordinator {
     }
 
     fn return_leases_of_the_lost(&mut self, now: Time, orders: &mut Vec<Order>) {
+        let started = *self.started.get_or_insert(now);
         let away = |site: &SiteId, view: &View| {
             let patience = (ROUNDS_AWAY * self.round_seconds(site).unwrap_or(0.0)).max(SECONDS_AWAY);
             !view.is_live(now) && now.seconds_since(view.heard) > patience
         };
-        let lost: Vec<SiteId> =
-            self.views.iter().filter(|(site, view)| away(site, view)).map(|(site, _)| site.clone()).collect();
+        let seen = self.views.iter().filter(|(site, view)| away(site, view)).map(|(site, _)| site);
+        // A site that died while no coordinator lived was never seen by this one.
+        let silent = now.seconds_since(started) > SECONDS_AWAY;
+        let open = self.book.sites.iter().filter(|(site, member)| member.open && !self.views.contains_key(site));
+        let unseen = open.map(|(site, _)| site).filter(|_| silent);
+        let lost: Vec<SiteId> = seen.chain(unseen).cloned().collect();
         lost.iter().for_each(|site| self.give_back(site, "the site has been away for long", orders));
     }
 
@@ -700,7 +727,8 @@ impl Coordinator {
             .is_some_and(|(asked, _)| self.views.get(asked).is_some_and(|view| view.is_live(now)));
         let is_fast = self.steps_for(site) >= self.sync.steps;
         if due && !asked_lives && is_fast && self.phase == Phase::Training && self.views.contains_key(site) {
-            self.evaluation.request += 1;
+            // Grows over restarts too, so that no site takes it for an old one.
+            self.evaluation.request = now.0.max(self.evaluation.request + 1);
             self.evaluation.asked = Some((site.clone(), self.evaluation.request));
         }
     }
@@ -739,11 +767,17 @@ impl Coordinator {
             settled: status.outstanding.iter().filter_map(outcome).collect(),
             wanted: status.outstanding.iter().filter(is_wanted).map(|receipt| receipt.number).collect(),
             leases: member.map_or_else(Vec::new, |member| {
-                let unseen = member.leases.range(status.leases_seen + 1..);
+                let unseen = member.leases.range(status.leases_seen.saturating_add(1)..);
                 unseen.map(|(number, ranges)| (*number, ranges.clone())).collect()
             }),
             evaluate,
         }
+    }
+}
+
+impl Merge {
+    fn holds(&self, (site, number): &(SiteId, u64)) -> bool {
+        self.contributions.iter().any(|accepted| accepted.site == *site && accepted.number == *number)
     }
 }
 
@@ -752,9 +786,11 @@ impl View {
     fn is_live(&self, now: Time) -> bool {
         let silent = now.seconds_since(self.heard) > (INTERVALS_SILENT * self.interval).max(3.0);
         let step = self.status.vitals.step_seconds;
-        let stalled = step > 0.0 && now.seconds_since(self.progressed) > (STEPS_STALLED * step).max(5.0);
+        // Whoever has not finished a first step cannot be waited for.
+        let stalled = step == 0.0 || now.seconds_since(self.progressed) > (STEPS_STALLED * step).max(5.0);
         let whole = self.status.fragments.iter().all(Option::is_some);
-        self.connected && whole && !silent && (!stalled || self.status.drained)
+        let drained = self.status.drained && self.status.vitals.steps > 0;
+        self.connected && whole && !silent && (!stalled || drained)
     }
 }
 

@@ -171,6 +171,8 @@ pub struct Site {
     evaluating: u64,
     reported: Option<Time>,
     news: bool,
+    /// The last delta that could not be fetched.
+    lost: Option<Digest>,
 }
 
 #[derive(Debug, Default)]
@@ -266,6 +268,7 @@ impl Site {
             evaluating: 0,
             reported: None,
             news: true,
+            lost: None,
         }
     }
 
@@ -353,6 +356,9 @@ impl Site {
         }
         self.phase = standing.phase;
         self.steps_per_round = standing.steps.max(1);
+        for fragment in &mut self.fragments {
+            fragment.due = fragment.due.min(fragment.since.0 + u64::from(self.steps_per_round));
+        }
         self.progress = standing.progress;
         orders.push(SiteOrder::Progress(standing.progress));
         self.take_leases(standing, orders);
@@ -427,12 +433,15 @@ impl Site {
             if fragment.moving.is_some() {
                 continue;
             }
+            let most = Codec::F32.payload_len(self.settings.fragment_lens[index]) as u64;
             let next = fragment.held.map(|(held, _)| held + 1);
             let notice = standing.notices.iter().find(|notice| notice.fragment == id && Some(notice.version) == next);
             let step = match (fragment.held, notice) {
                 (Some((held, own)), _) if held == version && own != digest => Move::Install(version, digest),
                 (Some((held, _)), _) if held >= version => continue,
-                (Some(_), Some(notice)) => Move::Commit(notice.clone()),
+                (Some(_), Some(notice)) if self.lost != Some(notice.delta) && notice.bytes <= most => {
+                    Move::Commit(notice.clone())
+                }
                 _ => Move::Install(version, digest),
             };
             let bytes = match &step {
@@ -500,7 +509,11 @@ impl Site {
             }
             fragment.applying = done;
             match (done, step) {
-                (false, _) => fragment.moving = None,
+                (false, step) => {
+                    // A delta that is not to be had is no reason to stand still: fetch the weights instead.
+                    self.lost = matches!(step, Move::Commit(_)).then_some(digest).or(self.lost);
+                    fragment.moving = None;
+                }
                 (true, Move::Commit(notice)) => orders.push(SiteOrder::Commit(notice.clone())),
                 (true, Move::Install(version, digest)) => {
                     orders.push(SiteOrder::Install(FragmentId(index as u16), *version, *digest));

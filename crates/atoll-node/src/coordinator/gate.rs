@@ -16,7 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 
 use super::shelf::{Shelf, lock};
-use crate::link::{Gate, Link, Traffic, read_frame, write_frame};
+use crate::link::{Gate, Link, SILENCE_SECONDS, Traffic, read_frame, within, write_frame};
 use crate::store::Store;
 
 /// What connections tell the heart.
@@ -26,7 +26,7 @@ pub(super) enum Input {
     Heard { site: SiteId, status: Box<Status> },
     Gone { site: SiteId, link: u64 },
     Arrived(Digest),
-    Useless(Digest, String),
+    Useless(SiteId, Digest, String),
 }
 
 /// Somebody wants to come in.
@@ -75,7 +75,7 @@ pub(super) async fn serve(house: Arc<House>, listener: TcpListener) {
 
 async fn receive(house: &Arc<House>, tcp: TcpStream) -> Result<()> {
     let (mut link, key) = house.gate.accept(tcp).await?;
-    let greeting = tokio::time::timeout(std::time::Duration::from_secs(15), read_frame(&mut link)).await??;
+    let greeting = within(SILENCE_SECONDS, read_frame(&mut link)).await??;
     let hello = match greeting {
         Some(Frame::Hello { hello: Some(hello), .. }) => hello,
         Some(Frame::Hello { protocol, hello: None }) => {
@@ -116,6 +116,8 @@ async fn refuse(link: &mut Link, why: String) -> Result<()> {
 
 async fn control(house: &Arc<House>, site: SiteId, link: Link) -> Result<()> {
     let number = house.links.fetch_add(1, Ordering::Relaxed) + 1;
+    // What an earlier connection left half sent will be sent again.
+    lock(&house.arriving).remove(&site);
     let (outbox, mut frames) = mpsc::channel(OUTBOX);
     let (mut reader, mut writer) = tokio::io::split(link);
     house.inputs.send(Input::Connected { site: site.clone(), link: number, outbox }).await.map_err(|_| closed())?;
@@ -126,14 +128,14 @@ async fn control(house: &Arc<House>, site: SiteId, link: Link) -> Result<()> {
         anyhow::Ok(()) // A newer connection of this site has taken over.
     };
     let read = async {
-        while let Some(frame) = read_frame(&mut reader).await? {
+        // A living site says something every second.
+        while let Some(frame) = within(SILENCE_SECONDS, read_frame(&mut reader)).await?? {
             let Frame::Status(status) = frame else { bail!("a control connection carries statuses") };
             house.inputs.send(Input::Heard { site: site.clone(), status }).await.map_err(|_| closed())?;
         }
         anyhow::Ok(())
     };
     let result = tokio::select! { result = write => result, result = read => result };
-    lock(&house.arriving).remove(&site);
     let _ = house.inputs.send(Input::Gone { site, link: number }).await;
     result
 }
@@ -206,7 +208,7 @@ async fn take_in(
     let kept = tokio::task::spawn_blocking(move || keep(&store, &lens, digest, &assembly.buffer)).await?;
     let input = match kept? {
         None => Input::Arrived(digest),
-        Some(why) => Input::Useless(digest, why),
+        Some(why) => Input::Useless(site.clone(), digest, why),
     };
     house.inputs.send(input).await.map_err(|_| closed())?;
     Ok(Some(Frame::Have(digest)))

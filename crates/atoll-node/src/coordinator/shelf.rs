@@ -48,7 +48,9 @@ impl Shelf {
     /// Puts bytes where they will be asked for soon.
     pub(crate) fn offer(&self, digest: Digest, bytes: Bytes) {
         let mut recent = lock(&self.recent);
-        recent.push_back((digest, bytes));
+        if recent.iter().all(|(at, _)| *at != digest) {
+            recent.push_back((digest, bytes));
+        }
         while recent.len() > self.recent_max {
             recent.pop_front();
         }
@@ -59,12 +61,21 @@ impl Shelf {
         if digest == self.tokenizer.0 {
             return Some(self.tokenizer.1.clone());
         }
-        let recent = lock(&self.recent).iter().find(|(at, _)| *at == digest).map(|(_, bytes)| bytes.clone());
-        if recent.is_some() {
-            return recent;
+        if let Some(bytes) = self.again(digest) {
+            return Some(bytes);
         }
         let bytes = Arc::new(self.weights(digest).or_else(|| self.store.get(digest))?);
         self.offer(digest, bytes.clone());
+        Some(bytes)
+    }
+
+    /// Bytes asked for before; asking keeps them, so that a slow site gets all of what it began to fetch.
+    fn again(&self, digest: Digest) -> Option<Bytes> {
+        let mut recent = lock(&self.recent);
+        let index = recent.iter().position(|(at, _)| *at == digest)?;
+        let entry = recent.remove(index)?;
+        let bytes = entry.1.clone();
+        recent.push_back(entry);
         Some(bytes)
     }
 

@@ -183,6 +183,11 @@ impl Dataset {
         check_tokenizer(&self.folder, self.manifest.tokenizer, wanted)
     }
 
+    /// The share of documents that was held out when the dataset was made.
+    pub fn held_out_share(&self) -> f64 {
+        self.manifest.held_out_share
+    }
+
     /// Training windows of `context` targets each.
     pub fn samples(&self, context: usize) -> u64 {
         self.train.tokens().saturating_sub(1) / context.max(1) as u64

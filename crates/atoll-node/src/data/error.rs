@@ -116,11 +116,14 @@ pub enum DataError {
         wanted: usize,
     },
     /// The share of held-out text is not a share.
-    #[error("the held-out share {share} is not between 0 and 1\nhint: 0.02 holds out one document in fifty")]
+    #[error("the held-out share {share} must be above 0 and at most 1\nhint: 0.02 holds out one document in fifty")]
     BadShare {
         /// The share asked for.
         share: f64,
     },
+    /// The caller wanted it.
+    #[error("reading the text was stopped\nhint: the same command begins to read again")]
+    Stopped,
     /// There are too few tokens to train on and to evaluate with.
     #[error("{} holds {tokens} tokens, too few to split into training and held-out text\nhint: bring at least a few pages", path.display())]
     TooLittleText {

@@ -12,6 +12,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use atoll_core::hash::Digest;
@@ -30,7 +31,7 @@ const HELD_OUT_TOKENS_MIN: usize = 256;
 /// How to make a dataset.
 #[derive(Debug, Clone, PartialEq)]
 pub struct IngestOptions {
-    /// Share of the documents that is held out, between 0 and 1.
+    /// Share of the documents that is held out, above 0 and at most 1.
     pub held_out: f64,
     /// Where the text is in JSON lines and parquet files.
     pub text_field: TextField,
@@ -63,7 +64,8 @@ pub struct IngestProgress {
     pub skipped: Skipped,
 }
 
-/// Makes a dataset of `source` in `folder`, or opens the one that is there.
+/// Makes a dataset of `source` in `folder`, or opens the one that is there. `progress` is asked after each
+/// few megabytes of text whether to go on.
 ///
 /// # Errors
 /// If a document cannot be read, there is too little text, `folder` cannot be written, or holds a
@@ -73,9 +75,9 @@ pub fn ingest(
     tokenizer: &Tokenizer,
     folder: &Path,
     options: &IngestOptions,
-    progress: &mut dyn FnMut(IngestProgress),
+    progress: &mut dyn FnMut(IngestProgress) -> ControlFlow<()>,
 ) -> Result<Dataset, DataError> {
-    if !(options.held_out > 0.0 && options.held_out < 1.0) {
+    if !(options.held_out > 0.0 && options.held_out <= 1.0) {
         return Err(DataError::BadShare { share: options.held_out });
     }
     fs::create_dir_all(folder).map_err(|error| DataError::unwritable(folder, error))?;
@@ -130,10 +132,14 @@ impl Job<'_> {
 }
 
 /// The shards of both splits, neither of them empty.
-fn write_splits(job: &Job<'_>, progress: &mut dyn FnMut(IngestProgress)) -> Result<[Vec<ShardInfo>; 2], DataError> {
+fn write_splits(
+    job: &Job<'_>,
+    progress: &mut dyn FnMut(IngestProgress) -> ControlFlow<()>,
+) -> Result<[Vec<ShardInfo>; 2], DataError> {
     let mut rule = SplitRule { share: job.options.held_out, moved: None };
     let (found, shards) = write_pass(job, rule, progress)?;
-    if found.train > 0 && found.held_out > 0 {
+    // A share of 1 holds everything out: text that is only looked at.
+    if found.held_out > 0 && (found.train > 0 || job.options.held_out == 1.0) {
         return Ok(shards);
     }
     if found.train + found.held_out == 1 {
@@ -178,7 +184,7 @@ struct Found {
 fn write_pass(
     job: &Job<'_>,
     rule: SplitRule,
-    progress: &mut dyn FnMut(IngestProgress),
+    progress: &mut dyn FnMut(IngestProgress) -> ControlFlow<()>,
 ) -> Result<(Found, [Vec<ShardInfo>; 2]), DataError> {
     dataset::clear(job.folder)?;
     let mut pass = Pass::new(job, rule, progress);
@@ -201,11 +207,11 @@ struct Pass<'a> {
     held_out: ShardWriter,
     found: Found,
     state: IngestProgress,
-    progress: &'a mut dyn FnMut(IngestProgress),
+    progress: &'a mut dyn FnMut(IngestProgress) -> ControlFlow<()>,
 }
 
 impl<'a> Pass<'a> {
-    fn new(job: &Job<'a>, rule: SplitRule, progress: &'a mut dyn FnMut(IngestProgress)) -> Self {
+    fn new(job: &Job<'a>, rule: SplitRule, progress: &'a mut dyn FnMut(IngestProgress) -> ControlFlow<()>) -> Self {
         Self {
             tokenizer: job.tokenizer,
             rule,
@@ -256,8 +262,7 @@ impl<'a> Pass<'a> {
             self.state.tokens += tokens.len() as u64;
         }
         self.batch_bytes = 0;
-        (self.progress)(self.state);
-        Ok(())
+        if (self.progress)(self.state).is_break() { Err(DataError::Stopped) } else { Ok(()) }
     }
 
     fn finish(mut self, skipped: Skipped) -> Result<(Found, [Vec<ShardInfo>; 2]), DataError> {

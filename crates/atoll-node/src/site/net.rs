@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, mpsc::Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use atoll_core::data::Ranges;
@@ -14,7 +14,7 @@ use atoll_core::wire::{CHUNK, Frame, Hello, Purpose, Welcome};
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::coordinator::lock;
-use crate::link::{Dialer, Link, is_foreign_key, read_frame, write_frame};
+use crate::link::{Dialer, Link, SILENCE_SECONDS, is_foreign_key, read_frame, within, write_frame};
 
 /// What comes in from the network.
 #[derive(Debug)]
@@ -66,7 +66,7 @@ impl Route {
                 Ok(mut link) => {
                     let hello = Hello { purpose, ..self.hello.clone() };
                     write_frame(&mut link, &Frame::hello(hello)).await?;
-                    return match read_frame(&mut link).await? {
+                    return match within(SILENCE_SECONDS, read_frame(&mut link)).await?? {
                         Some(Frame::Welcome(welcome)) => Ok((link, *welcome)),
                         Some(Frame::Refused(why)) => Err(Refused(why).into()),
                         _ => bail!("the coordinator at {address} hung up"),
@@ -139,6 +139,7 @@ pub(super) async fn keep_connected(
     inbox: Sender<Incoming>,
 ) {
     let mut pause = 0.1;
+    let mut told = None;
     loop {
         match connect(&route).await {
             Ok((control, data)) => {
@@ -156,7 +157,14 @@ pub(super) async fn keep_connected(
                 let _ = inbox.send(Incoming::Refused(error.to_string()));
                 return;
             }
-            Err(error) => tracing::debug!("no connection: {error:#}"),
+            Err(error) => {
+                if told.is_none_or(|told: Instant| told.elapsed() > Duration::from_secs(60)) {
+                    told = Some(Instant::now());
+                    tracing::warn!(
+                        "{error:#}; trying on (Ctrl-C stops the site; if the run is over, nobody will answer)"
+                    );
+                }
+            }
         }
         tokio::time::sleep(Duration::from_secs_f64(pause)).await;
         pause = f64::min(pause * 1.5, RETRY_SECONDS_MAX);
@@ -205,7 +213,8 @@ async fn talk(
     let (mut reader, mut writer) = tokio::io::split(control);
     let read = async {
         loop {
-            match read_frame(&mut reader).await? {
+            // Every status is answered, and one is sent every second.
+            match within(SILENCE_SECONDS, read_frame(&mut reader)).await?? {
                 Some(Frame::Standing(standing)) => {
                     inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the trainer has stopped"))?;
                 }

@@ -16,7 +16,9 @@ fn dataset() -> (tempfile::TempDir, Arc<Dataset>) {
     let tokenizer = Tokenizer::train(&sample, 280).unwrap();
     let source = Source::open(folder.path()).unwrap();
     let options = IngestOptions::default();
-    let dataset = ingest(&source, &tokenizer, &folder.path().join("out"), &options, &mut |_| {}).unwrap();
+    let dataset =
+        ingest(&source, &tokenizer, &folder.path().join("out"), &options, &mut |_| std::ops::ControlFlow::Continue(()))
+            .unwrap();
     (folder, Arc::new(dataset))
 }
 

@@ -1,3 +1,4 @@
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use super::*;
@@ -218,11 +219,11 @@ fn another_tokenizer_and_impossible_shares_are_refused() {
     place.ingest(&share(0.1)).unwrap();
     let (ours, theirs) = (tokenizer(280), tokenizer(300));
     let source = Source::open(&place.text()).unwrap();
-    let error = ingest(&source, &ours, &place.out(), &share(0.1), &mut |_| {}).unwrap_err();
+    let error = ingest(&source, &ours, &place.out(), &share(0.1), &mut |_| ControlFlow::Continue(())).unwrap_err();
     let text = error.to_string();
     assert!(text.contains(&ours.hash().to_string()) && text.contains(&theirs.hash().to_string()), "{text}");
     assert!(matches!(error, DataError::OtherTokenizer { .. }));
-    for share_ in [0.0, 1.0, -1.0, f64::NAN] {
+    for share_ in [0.0, 1.5, -1.0, f64::NAN] {
         assert!(matches!(place.ingest(&share(share_)), Err(DataError::BadShare { .. })));
     }
     let blank = Place::new(&[("a.txt", ""), ("b.txt", " ")]);
@@ -248,4 +249,21 @@ fn a_window_beyond_the_end_is_refused() {
     assert!(error.to_string().contains("no train window"), "{error}");
     assert_eq!(tokens, [5]);
     assert_eq!(dataset.samples(usize::MAX / 2), 0);
+}
+
+#[test]
+fn a_share_of_one_holds_everything_out() {
+    let place = Place::numbered(4);
+    let dataset = place.ingest(&share(1.0)).unwrap().0;
+    assert_eq!((dataset.documents(Split::Train), dataset.documents(Split::HeldOut)), (0, 4));
+    assert!(dataset.held_out_samples(8) > 0);
+}
+
+#[test]
+fn an_ingest_can_be_stopped() {
+    let place = Place::numbered(4);
+    let source = Source::open(&place.text()).unwrap();
+    let stopped = ingest(&source, &tokenizer(280), &place.out(), &share(0.3), &mut |_| ControlFlow::Break(()));
+    assert!(matches!(stopped, Err(DataError::Stopped)));
+    assert!(!is_dataset(&place.out()));
 }
