@@ -164,6 +164,8 @@ struct Evaluation {
     request: u64,
     asked: Option<(SiteId, u64)>,
     last_seconds: Option<f64>,
+    /// The look at the finished model: asked for, then answered.
+    last_look: Option<bool>,
 }
 
 /// Smoothed durations from which the grace window follows, in seconds.
@@ -515,6 +517,7 @@ impl Coordinator {
         if self.evaluation.asked == Some((site.clone(), request)) {
             self.evaluation.asked = None;
             self.evaluation.last_seconds = Some(self.seconds);
+            self.evaluation.last_look = self.evaluation.last_look.map(|_| true);
             if evaluated_is_sane(&evaluated) {
                 self.record(Entry::Evaluated(evaluated), orders);
             }
@@ -671,7 +674,7 @@ impl Coordinator {
         let started = *self.started.get_or_insert(now);
         let away = |site: &SiteId, view: &View| {
             let patience = (ROUNDS_AWAY * self.round_seconds(site).unwrap_or(0.0)).max(SECONDS_AWAY);
-            !view.is_live(now) && now.seconds_since(view.heard) > patience
+            view.status.leaving || (!view.is_live(now) && now.seconds_since(view.heard) > patience)
         };
         let seen = self.views.iter().filter(|(site, view)| away(site, view)).map(|(site, _)| site);
         // A site that died while no coordinator lived was never seen by this one.
@@ -696,7 +699,14 @@ impl Coordinator {
         let drained = live.iter().all(|site| self.views.get(site).is_some_and(|view| view.status.drained));
         let patience = live.iter().filter_map(|site| self.round_seconds(site)).fold(SECONDS_AWAY, f64::max);
         let late = self.closing_since.is_some_and(|since| now.seconds_since(since) > patience);
-        if !merging && ((!live.is_empty() && drained && !pending) || late) {
+        let quiet = !live.is_empty() && drained && !pending && !merging;
+        if quiet && self.evaluation.last_look.is_none() {
+            // All is in the model: one more look at it, then the run is finished.
+            (self.evaluation.last_look, self.evaluation.last_seconds) = (Some(false), None);
+            self.evaluation.asked = None;
+            self.tell_all(now, orders);
+        }
+        if (quiet && self.evaluation.last_look == Some(true)) || (late && !merging) {
             self.record(Entry::Finished, orders);
             self.phase = Phase::Finished;
             self.tell_all(now, orders);
@@ -726,7 +736,8 @@ impl Coordinator {
             .as_ref()
             .is_some_and(|(asked, _)| self.views.get(asked).is_some_and(|view| view.is_live(now)));
         let is_fast = self.steps_for(site) >= self.sync.steps;
-        if due && !asked_lives && is_fast && self.phase == Phase::Training && self.views.contains_key(site) {
+        let wanted = self.phase == Phase::Training || self.evaluation.last_look == Some(false);
+        if wanted && due && !asked_lives && is_fast && self.views.contains_key(site) {
             // Grows over restarts too, so that no site takes it for an old one.
             self.evaluation.request = now.0.max(self.evaluation.request + 1);
             self.evaluation.asked = Some((site.clone(), self.evaluation.request));

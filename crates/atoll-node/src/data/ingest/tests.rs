@@ -31,7 +31,10 @@ impl Place {
 
     fn ingest(&self, options: &IngestOptions) -> Result<(Dataset, usize), DataError> {
         let mut calls = 0;
-        let dataset = ingest(&Source::open(&self.text())?, &tokenizer(300), &self.out(), options, &mut |_| calls += 1)?;
+        let dataset = ingest(&Source::open(&self.text())?, &tokenizer(300), &self.out(), options, &mut |_| {
+            calls += 1;
+            ControlFlow::Continue(())
+        })?;
         Ok((dataset, calls))
     }
 }
@@ -120,7 +123,11 @@ fn duplicates_are_dropped() {
     let place = Place::new(&[("a.txt", "same"), ("b.txt", "same"), ("c.txt", "other"), ("d.txt", " \n")]);
     let mut last = IngestProgress::default();
     let source = Source::open(&place.text()).unwrap();
-    ingest(&source, &tokenizer(300), &place.out(), &share(0.5), &mut |progress| last = progress).unwrap();
+    ingest(&source, &tokenizer(300), &place.out(), &share(0.5), &mut |progress| {
+        last = progress;
+        ControlFlow::Continue(())
+    })
+    .unwrap();
     assert_eq!((last.documents, last.duplicates, last.skipped.blank, last.text_bytes), (2, 1, 1, 9));
     assert_eq!((last.files_done, last.files), (4, 4));
 }
