@@ -21,7 +21,7 @@ pub struct Training {
 
 impl Default for Training {
     fn default() -> Self {
-        Self { context: 256, rows: 8, accumulate: 1, optimizer: AdamW::default() }
+        Self { context: 256, rows: 4, accumulate: 1, optimizer: AdamW::default() }
     }
 }
 
@@ -64,13 +64,13 @@ pub struct AdamW {
 impl Default for AdamW {
     fn default() -> Self {
         Self {
-            learning_rate: 1e-3,
+            learning_rate: 2e-3,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
             clip_norm: 1.0,
-            warmup_steps: 100,
+            warmup_steps: 50,
             final_share: 0.1,
         }
     }

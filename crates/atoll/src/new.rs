@@ -100,10 +100,23 @@ fn run_toml(arguments: &Arguments) -> String {
     TEMPLATE
         .replace("{name}", &toml::Value::String(name).to_string())
         .replace("{seed}", &arguments.seed.to_string())
+        .replace("{learning_rate}", learning_rate(&arguments.preset))
         .replace("{preset}", &toml::Value::String(arguments.preset.clone()).to_string())
         .replace("{presets}", &presets.join("\n"))
         .replace("{goal}", &goal)
         .replace("{text_field}", &toml::Value::String(arguments.text_field.clone()).to_string())
+}
+
+/// A learning rate that suits the preset's width.
+fn learning_rate(preset: &str) -> &'static str {
+    match preset {
+        "nano" => "3e-3",
+        "mini" => "1.5e-3",
+        "small" => "8e-4",
+        "medium" => "5e-4",
+        "large" => "3e-4",
+        _ => "2e-3",
+    }
 }
 
 fn folder_name(dir: &Path) -> String {

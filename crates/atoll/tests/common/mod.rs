@@ -60,7 +60,6 @@ impl Lab {
         assert!(made.status.success(), "{}", text(&made.stderr));
         lab.change("preset = \"nano\"", SMALL);
         lab.change("context = 256", "context = 32");
-        lab.change("rows = 8", "rows = 4");
         lab.change("steps = 16", "steps = 8");
         lab.change("snapshot_seconds = 60.0", "snapshot_seconds = 2.0");
         lab.change("keep = \"snapshots\"", "keep = \"all\"");
