@@ -69,6 +69,8 @@ pub type Notice<'a> = &'a mut dyn FnMut(&str);
 
 /// Rows of held-out text that a look at the global model reads.
 const HELD_OUT_ROWS: u64 = 32;
+/// A site that trains at a share of its threads makes up for at most this much lost time.
+const LAG_SECONDS: f64 = 2.0;
 /// The trainer looks up at least this often when it has nothing to train on.
 const IDLE_SECONDS: f64 = 0.1;
 
@@ -138,6 +140,7 @@ pub fn join(
         stop: stop.clone(),
         cpu_share: options.share * options.threads.max(1) as f64,
         full_speed: options.share >= 1.0,
+        paced_until: Instant::now(),
         start: Instant::now(),
         payloads: BTreeMap::new(),
         fetched: BTreeMap::new(),
@@ -295,6 +298,8 @@ struct Trainer {
     /// Processor seconds per second that training may take.
     cpu_share: f64,
     full_speed: bool,
+    /// Up to when the steps so far would have lasted at the site's share.
+    paced_until: Instant,
     start: Instant,
     /// Encoded contributions that are not settled.
     payloads: BTreeMap<Digest, Arc<Vec<u8>>>,
@@ -491,7 +496,10 @@ impl Trainer {
         if self.full_speed {
             return Ok(());
         }
-        let end = began + cpu.div_f64(self.cpu_share);
+        // A step that a neighbour held up is made up for by the next ones, within limits.
+        let earliest = began.checked_sub(Duration::from_secs_f64(LAG_SECONDS)).unwrap_or(began);
+        let end = self.paced_until.max(earliest) + cpu.div_f64(self.cpu_share);
+        self.paced_until = end;
         while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(());
