@@ -128,7 +128,7 @@ pub fn join(
     });
     let (commands, receiver) = tokio::sync::mpsc::unbounded_channel();
     let (sender, inbox) = mpsc::channel();
-    runtime.spawn(net::keep_connected(route, receiver, sender));
+    let network = runtime.spawn(net::keep_connected(route, receiver, sender));
     let trainer = Trainer {
         machine,
         local: Local::new(engine.as_ref()),
@@ -149,8 +149,11 @@ pub fn join(
         ended: None,
     };
     let result = trainer.run();
-    // Give the last status a moment to leave.
-    runtime.shutdown_timeout(Duration::from_millis(500));
+    // The network ends when the trainer has hung up and its last status is sent; a dead link may not.
+    let goodbye = async { tokio::time::timeout(Duration::from_secs(1), network).await };
+    if runtime.block_on(goodbye).is_err() {
+        tracing::debug!("the last status could not be sent");
+    }
     result
 }
 
