@@ -10,6 +10,8 @@ use atoll_core::round::{Goal, Sync};
 use atoll_core::training::Training;
 use serde::{Deserialize, Serialize};
 
+use crate::data::file;
+
 /// Everything that `run.toml` says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -290,16 +292,7 @@ impl RunDir {
 /// # Errors
 /// If the disk does not take it.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let new = parent.join(format!(".{name}.new"));
-    let write = || -> std::io::Result<()> {
-        let mut file = fs::File::create(&new)?;
-        std::io::Write::write_all(&mut file, bytes)?;
-        file.sync_data()?;
-        fs::rename(&new, path)
-    };
-    write().with_context(|| {
+    file::write(path, bytes).with_context(|| {
         format!("{} cannot be written\nhint: is the disk full, or the folder read-only?", path.display())
     })
 }
