@@ -1,22 +1,24 @@
 //! Causal grouped-query attention: for each query head, softmax(scale · q kᵀ) v over the tokens up to
-//! its own. Several query heads share one key and value head.
+//! its own, or over those of its own document. Several query heads share one key and value head.
 //!
 //! The scores are never stored: a block of queries meets all of its keys in a scratch buffer, and only
 //! ln Σ eˢ of each query is kept, from which the backward pass finds the probabilities again (as in
 //! FlashAttention; Dao et al., 2022).
 //!
-//! q and the output are `(N, H·hd)`, k and v `(N, KV·hd)`; N = B·T tokens.
+//! A token's row of words holds its query heads, its key heads and its value heads one after the other.
 
 use atoll_core::model::ModelConfig;
-use rayon::prelude::*;
 
-use crate::gemm::{Mat, MatMut, Write, product};
+use crate::gemm::panels::{LeftGroups, Panels, RightGroups, TOKENS, fill};
+use crate::gemm::{Depth, Left, Out, Right, Write, product};
 use crate::math::{dot, exp, exp_and_sum, max, simd};
+use crate::scratch;
+use crate::words::Precision;
 
 /// Queries that meet their keys at once.
-const BLOCK: usize = 64;
+pub(crate) const BLOCK: usize = TOKENS;
 
-/// The heads.
+/// The heads, and how they lie in a row of words.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Heads {
     /// Query heads, H.
@@ -25,12 +27,22 @@ pub(crate) struct Heads {
     pub(crate) keys: usize,
     /// Width of each, hd.
     pub(crate) dim: usize,
+    pub(crate) precision: Precision,
+}
+
+/// The tokens that attend to each other: one row of a batch, or what a cache holds.
+#[derive(Clone, Copy)]
+pub(crate) struct Sequence<'a> {
+    /// Queries, keys and values, `(T, words(Q + 2·KV))`.
+    pub(crate) words: &'a [u32],
+    /// For each token the first that it may see, `(T)`; empty if that is the first of all.
+    pub(crate) starts: &'a [u32],
 }
 
 impl Heads {
-    pub(crate) fn new(config: &ModelConfig) -> Self {
+    pub(crate) fn new(config: &ModelConfig, precision: Precision) -> Self {
         let (queries, keys) = (config.num_attention_heads, config.num_key_value_heads);
-        Self { queries, keys, dim: config.head_dim }
+        Self { queries, keys, dim: config.head_dim, precision }
     }
 
     /// Width of q, H·hd.
@@ -43,164 +55,198 @@ impl Heads {
         self.keys * self.dim
     }
 
+    /// Width of a row, Q + 2·KV.
+    pub(crate) fn width(self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+
     /// Query heads for each key head.
-    fn group(self) -> usize {
+    pub(crate) fn group(self) -> usize {
         self.queries / self.keys
     }
 
     fn scale(self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
-}
 
-/// What a layer's attention read.
-#[derive(Clone, Copy)]
-pub(crate) struct Inputs<'a> {
-    pub(crate) q: &'a [f32],
-    pub(crate) k: &'a [f32],
-    pub(crate) v: &'a [f32],
-}
+    /// Words of a row.
+    pub(crate) fn stride(self) -> usize {
+        self.precision.words(self.width())
+    }
 
-/// What it found: the output `(N, H·hd)` and ln Σ eˢ `(N, H)`.
-pub(crate) struct Outputs<'a> {
-    pub(crate) out: &'a mut [f32],
-    pub(crate) log_sum: &'a mut [f32],
-}
+    /// Words of a head.
+    fn head_words(self) -> usize {
+        self.precision.words(self.dim)
+    }
 
-/// Attention inside each row of `length` tokens.
-pub(crate) fn forward(heads: Heads, length: usize, inputs: Inputs<'_>, outputs: Outputs<'_>) {
-    let Outputs { out, log_sum } = outputs;
-    let rows = out.par_chunks_mut(length * heads.q_width()).zip(log_sum.par_chunks_mut(length * heads.queries));
-    rows.enumerate().for_each(|(row, (out, log_sum))| {
-        continued(heads, 0, inputs.row(heads, length, row), Outputs { out, log_sum });
-    });
-}
+    /// Words of a row before query head `head`.
+    fn q_place(self, head: usize) -> usize {
+        head * self.head_words()
+    }
 
-/// Attention of one row whose queries begin at position `first`; keys and values begin at 0.
-pub(crate) fn continued(heads: Heads, first: usize, inputs: Inputs<'_>, outputs: Outputs<'_>) {
-    let (q, kv) = (heads.q_width(), heads.kv_width());
-    let Outputs { out, log_sum } = outputs;
-    let blocks = out.par_chunks_mut(BLOCK * q).zip(log_sum.par_chunks_mut(BLOCK * heads.queries));
-    let blocks = blocks.zip(inputs.q.par_chunks(BLOCK * q)).enumerate();
-    blocks.for_each_init(Vec::new, |scores, (block, ((out, log_sum), queries))| {
-        let first = first + block * BLOCK;
-        let seen = (first + queries.len() / q) * kv;
-        let inputs = Inputs { q: queries, k: &inputs.k[..seen], v: &inputs.v[..seen] };
-        attend(heads, first, inputs, Outputs { out, log_sum }, scores);
-    });
-}
+    /// Words of a row before key head `shared`.
+    fn k_place(self, shared: usize) -> usize {
+        (self.queries + shared) * self.head_words()
+    }
 
-/// One block of queries, of which the first stands at position `first`, against all keys up to its end.
-fn attend(heads: Heads, first: usize, inputs: Inputs<'_>, outputs: Outputs<'_>, scores: &mut Vec<f32>) {
-    let Outputs { out, log_sum } = outputs;
-    let (width, dim, seen) = (heads.q_width(), heads.dim, inputs.k.len() / heads.kv_width());
-    scores.resize(inputs.q.len() / width * seen, 0.0); // (block, seen)
-    for head in 0..heads.queries {
-        let shared = head / heads.group() * dim;
-        let q = Mat::new(inputs.q, width).columns(head * dim, dim);
-        let k = Mat::new(inputs.k, heads.kv_width()).columns(shared, dim);
-        let v = Mat::new(inputs.v, heads.kv_width()).columns(shared, dim);
-        product(MatMut::new(scores, seen), Write::Set, heads.scale(), q, k.t());
-        for (row, scores) in scores.chunks_mut(seen).enumerate() {
-            log_sum[row * heads.queries + head] = simd(|| softmax(scores, first + row + 1));
-        }
-        let out = MatMut::new(out, width).columns(head * dim, dim);
-        product(out, Write::Set, 1.0, Mat::new(scores, seen), v);
+    /// Words of a row before value head `shared`.
+    fn v_place(self, shared: usize) -> usize {
+        (self.queries + self.keys + shared) * self.head_words()
     }
 }
 
-/// Softmax over the first `visible` scores, zero after them; returns ln Σ eˢ.
-#[inline(always)]
-fn softmax(scores: &mut [f32], visible: usize) -> f32 {
-    let (visible, hidden) = scores.split_at_mut(visible);
-    let most = max(visible);
-    let sum = exp_and_sum(visible, most);
-    let share = 1.0 / sum;
-    visible.iter_mut().for_each(|p| *p *= share);
-    hidden.fill(0.0);
-    most + sum.ln()
+/// Buffers of one thread.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    /// Kᵀ, `(hd, T)`.
+    keys_transposed: Panels,
+    /// K, `(T, hd)`.
+    keys: Panels,
+    /// V, `(T, hd)`, or in the backward pass Vᵀ.
+    values: Panels,
+    decoded: Vec<f32>,
+    /// `(block, T)`.
+    scores: Vec<f32>,
+    d_scores: Vec<f32>,
+    row_words: Vec<u32>,
+    /// `(block, hd)`.
+    heads: [Vec<f32>; 3],
+    left: LeftGroups,
+    right: RightGroups,
 }
 
-/// What the backward pass knows about the output: itself, its gradient, and ln Σ eˢ.
+/// Writes the output of a block of queries, the first at position `first`: words `(block, words(Q))` and
+/// ln Σ eˢ `(block, H)`.
+pub(crate) fn forward(
+    heads: Heads,
+    sequence: Sequence<'_>,
+    first: usize,
+    out: &mut [u32],
+    log_sum: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    let (precision, dim, stride) = (heads.precision, heads.dim, heads.stride());
+    let count = log_sum.len() / heads.queries;
+    let seen = first + count;
+    let out_stride = precision.words(heads.q_width());
+    let Scratch { keys_transposed, values, decoded, scores, row_words, heads: [attended, ..], .. } = scratch;
+    let scores = scratch::take(scores, count * seen);
+    let attended = scratch::take(attended, count * dim);
+    let p_words = scratch::take(row_words, count * precision.words(seen));
+    for shared in 0..heads.keys {
+        keys_transposed.pack_words(&sequence.words[heads.k_place(shared)..], seen, stride, heads.head_words());
+        pack_head(heads, sequence, heads.v_place(shared), seen, decoded, values);
+        for head in shared * heads.group()..(shared + 1) * heads.group() {
+            let queries = Left::rows(&sequence.words[first * stride + heads.q_place(head)..], count, stride);
+            let out_of = |data| Out { data, stride: seen };
+            product(precision, out_of(scores), Write::Set, queries, keys_transposed.right(), keys_transposed.depth());
+            let rows = scores.chunks_mut(seen).zip(log_sum.chunks_mut(heads.queries)).zip(first..);
+            let shares = simd(|| {
+                let mut shares = [0.0; BLOCK];
+                for (((scores, log_sum), position), share) in rows.zip(&mut shares) {
+                    let (most, sum) = weigh(scores, sequence.visible(position), heads.scale());
+                    log_sum[head] = most + sum.ln();
+                    *share = 1.0 / sum;
+                }
+                shares
+            });
+            precision.encode_rows(scores, seen, p_words);
+            let weights = Left::rows(p_words, count, precision.words(seen));
+            let depth = Depth { groups: 1, steps: precision.words(seen) };
+            product(precision, Out { data: attended, stride: dim }, Write::Set, weights, values.right(), depth);
+            let rows = attended.chunks_mut(dim).zip(out.chunks_mut(out_stride));
+            for ((attended, out), share) in rows.zip(shares) {
+                attended.iter_mut().for_each(|x| *x *= share);
+                precision.encode(attended, &mut out[heads.q_place(head)..][..heads.head_words()]);
+            }
+        }
+    }
+}
+
+impl Sequence<'_> {
+    /// The tokens that the one at `position` sees.
+    #[inline(always)]
+    fn visible(&self, position: usize) -> std::ops::Range<usize> {
+        self.starts.get(position).map_or(0, |&start| start as usize)..position + 1
+    }
+}
+
+/// Replaces visible scores by e^(scale·s − most) and all others by 0; returns `most` and their sum.
+#[inline(always)]
+fn weigh(scores: &mut [f32], visible: std::ops::Range<usize>, scale: f32) -> (f32, f32) {
+    scores[..visible.start].fill(0.0);
+    scores[visible.end..].fill(0.0);
+    let visible = &mut scores[visible];
+    visible.iter_mut().for_each(|s| *s *= scale);
+    let most = max(visible);
+    (most, exp_and_sum(visible, most))
+}
+
+/// Packs the first `seen` rows of the head at `place` with depth along the rows.
+fn pack_head(
+    heads: Heads,
+    sequence: Sequence<'_>,
+    place: usize,
+    seen: usize,
+    decoded: &mut Vec<f32>,
+    panels: &mut Panels,
+) {
+    let dim = heads.dim;
+    let rows = scratch::take(decoded, seen * dim);
+    decode_head(heads.precision, sequence.words, heads.stride(), place, rows, dim);
+    let rows = &*rows;
+    panels.pack_rows(heads.precision, seen, dim, |row| &rows[row * dim..][..dim]);
+}
+
+/// Decodes one head of rows that are `stride` words apart.
+fn decode_head(precision: Precision, words: &[u32], stride: usize, place: usize, rows: &mut [f32], dim: usize) {
+    simd(|| {
+        for (row, words) in rows.chunks_mut(dim).zip(words.chunks(stride)) {
+            precision.decode(&words[place..][..precision.words(dim)], row);
+        }
+    });
+}
+
+/// What the backward pass knows about one sequence's output: itself and its gradient, `(T, words(Q))`,
+/// and ln Σ eˢ `(T, H)`.
 #[derive(Clone, Copy)]
 pub(crate) struct Known<'a> {
-    pub(crate) out: &'a [f32],
-    pub(crate) d_out: &'a [f32],
+    pub(crate) out: &'a [u32],
+    pub(crate) d_out: &'a [u32],
     pub(crate) log_sum: &'a [f32],
 }
 
-/// Gradients head by head, so that each task writes its own piece: dq is `(B, H, T, hd)`, dk and dv
-/// are `(B, KV, T, hd)`. [`to_tokens`] brings them back into the order of tokens.
+/// Gradients head by head, so that each task writes its own piece: dq `(group, T, hd)`, dk and dv `(T, hd)`.
 pub(crate) struct HeadGradients<'a> {
     pub(crate) q: &'a mut [f32],
     pub(crate) k: &'a mut [f32],
     pub(crate) v: &'a mut [f32],
 }
 
-/// Writes the gradients of q, k and v; a task takes one key head of one row and its query heads.
+/// Writes the gradients of key head `shared` of one sequence and of the query heads that share it.
 pub(crate) fn backward(
     heads: Heads,
-    length: usize,
-    inputs: Inputs<'_>,
-    known: Known<'_>,
-    gradients: HeadGradients<'_>,
-) {
-    let piece = length * heads.dim;
-    let HeadGradients { q, k, v } = gradients;
-    let tasks = q.par_chunks_mut(heads.group() * piece).zip(k.par_chunks_mut(piece));
-    let tasks = tasks.zip(v.par_chunks_mut(piece)).enumerate();
-    tasks.for_each_init(Scratch::default, |scratch, (task, ((q, k), v))| {
-        let (row, shared) = (task / heads.keys, task % heads.keys);
-        let inputs = inputs.row(heads, length, row);
-        let known = known.row(heads, length, row);
-        backward_heads(heads, shared, inputs, known, HeadGradients { q, k, v }, scratch);
-    });
-}
-
-impl<'a> Inputs<'a> {
-    /// Those of row `row`.
-    fn row(self, heads: Heads, length: usize, row: usize) -> Self {
-        let part = |x: &'a [f32], width: usize| &x[row * length * width..(row + 1) * length * width];
-        let (q, kv) = (heads.q_width(), heads.kv_width());
-        Self { q: part(self.q, q), k: part(self.k, kv), v: part(self.v, kv) }
-    }
-}
-
-impl<'a> Known<'a> {
-    /// What is known of row `row`.
-    fn row(self, heads: Heads, length: usize, row: usize) -> Self {
-        let part = |x: &'a [f32], width: usize| &x[row * length * width..(row + 1) * length * width];
-        let q = heads.q_width();
-        Self { out: part(self.out, q), d_out: part(self.d_out, q), log_sum: part(self.log_sum, heads.queries) }
-    }
-}
-
-/// Buffers of one task, `(block, seen)` each.
-#[derive(Default)]
-struct Scratch {
-    probabilities: Vec<f32>,
-    d_scores: Vec<f32>,
-}
-
-/// Key head `shared` of one row, with the query heads that share it.
-fn backward_heads(
-    heads: Heads,
     shared: usize,
-    inputs: Inputs<'_>,
+    sequence: Sequence<'_>,
     known: Known<'_>,
     gradients: HeadGradients<'_>,
     scratch: &mut Scratch,
 ) {
-    let HeadGradients { q, k, v } = gradients;
-    k.fill(0.0);
-    v.fill(0.0);
-    let length = k.len() / heads.dim;
-    for (member, q) in q.chunks_mut(length * heads.dim).enumerate() {
+    let HeadGradients { q: d_q, k: d_k, v: d_v } = gradients;
+    let (dim, stride) = (heads.dim, heads.stride());
+    let length = d_k.len() / dim;
+    let Scratch { keys_transposed, keys, values, decoded, .. } = scratch;
+    keys_transposed.pack_words(&sequence.words[heads.k_place(shared)..], length, stride, heads.head_words());
+    values.pack_words(&sequence.words[heads.v_place(shared)..], length, stride, heads.head_words());
+    pack_head(heads, sequence, heads.k_place(shared), length, decoded, keys);
+    d_k.fill(0.0);
+    d_v.fill(0.0);
+    for (member, d_q) in d_q.chunks_mut(length * dim).enumerate() {
         let head = shared * heads.group() + member;
-        for (block, q) in q.chunks_mut(BLOCK * heads.dim).enumerate() {
-            let seen = block * BLOCK + q.len() / heads.dim;
-            let gradients = HeadGradients { q, k: &mut k[..seen * heads.dim], v: &mut v[..seen * heads.dim] };
-            backward_block(heads, head, block * BLOCK, inputs, known, gradients, scratch);
+        for (block, d_q) in d_q.chunks_mut(BLOCK * dim).enumerate() {
+            let seen = block * BLOCK + d_q.len() / dim;
+            let gradients = HeadGradients { q: d_q, k: &mut d_k[..seen * dim], v: &mut d_v[..seen * dim] };
+            backward_block(heads, head, block * BLOCK, sequence, known, gradients, scratch);
         }
     }
 }
@@ -211,57 +257,76 @@ fn backward_block(
     heads: Heads,
     head: usize,
     first: usize,
-    inputs: Inputs<'_>,
+    sequence: Sequence<'_>,
     known: Known<'_>,
     gradients: HeadGradients<'_>,
     scratch: &mut Scratch,
 ) {
-    let (dim, seen, shared) = (heads.dim, gradients.k.len() / heads.dim, head / heads.group());
-    let queries = |x| Mat::new(x, heads.q_width()).rows(first, seen - first).columns(head * dim, dim);
-    let keys = |x| Mat::new(x, heads.kv_width()).rows(0, seen).columns(shared * dim, dim);
-    let (q, d_out, k, v) = (queries(inputs.q), queries(known.d_out), keys(inputs.k), keys(inputs.v));
+    let Heads { precision, dim, .. } = heads;
+    let (stride, out_stride) = (heads.stride(), precision.words(heads.q_width()));
+    let seen = gradients.k.len() / dim;
+    let count = seen - first;
+    let Scratch { keys_transposed, keys, values, scores, d_scores, row_words, heads: rows, left, right, .. } = scratch;
+    let (p, ds) = (scratch::take(scores, count * seen), scratch::take(d_scores, count * seen));
+    let [queries, out, d_out] = rows.each_mut().map(|rows| scratch::take(rows, count * dim));
+    let place = heads.q_place(head);
+    decode_head(precision, &sequence.words[first * stride..], stride, place, queries, dim);
+    decode_head(precision, &known.out[first * out_stride..], out_stride, place, out, dim);
+    decode_head(precision, &known.d_out[first * out_stride..], out_stride, place, d_out, dim);
 
-    let Scratch { probabilities: p, d_scores: ds } = scratch;
-    p.resize((seen - first) * seen, 0.0);
-    ds.resize((seen - first) * seen, 0.0);
-    product(MatMut::new(p, seen), Write::Set, heads.scale(), q, k.t());
-    product(MatMut::new(ds, seen), Write::Set, 1.0, d_out, v.t());
-    for ((p, ds), query) in p.chunks_mut(seen).zip(ds.chunks_mut(seen)).zip(first..) {
-        backward_row(heads, head, query, known, p, ds);
-    }
-    let (p, ds) = (Mat::new(p, seen), Mat::new(ds, seen));
-    let HeadGradients { q: d_q, k: d_k, v: d_v } = gradients;
-    product(MatMut::new(d_v, dim), Write::Add, 1.0, p.t(), d_out);
-    product(MatMut::new(d_k, dim), Write::Add, 1.0, ds.t(), q);
-    product(MatMut::new(d_q, dim), Write::Set, 1.0, ds, k);
+    let rows = |words, stride| Left::rows(words, count, stride);
+    let q_left = rows(&sequence.words[first * stride + place..], stride);
+    let d_out_left = rows(&known.d_out[first * out_stride + place..], out_stride);
+    let into = |data| Out { data, stride: seen };
+    product(precision, into(p), Write::Set, q_left, first_columns(keys_transposed, seen), keys_transposed.depth());
+    product(precision, into(ds), Write::Set, d_out_left, first_columns(values, seen), values.depth());
+    simd(|| {
+        let rows = p.chunks_mut(seen).zip(ds.chunks_mut(seen)).zip(out.chunks(dim).zip(d_out.chunks(dim)));
+        for (((p, ds), (out, d_out)), position) in rows.zip(first..) {
+            let log_sum = known.log_sum[position * heads.queries + head];
+            backward_row(p, ds, sequence.visible(position), dot(out, d_out), log_sum, heads.scale());
+        }
+    });
+
+    let mut add = |gradient, rows: &[f32], right_rows: &[f32]| {
+        left.resize(precision, BLOCK, &[seen]);
+        right.resize(precision, BLOCK, &[dim]);
+        left.groups_mut().for_each(|group| fill::<8>(precision, rows, seen, 0..seen, group));
+        right.groups_mut().for_each(|group| fill::<32>(precision, right_rows, dim, 0..dim, group));
+        let out = Out { data: gradient, stride: dim };
+        product(precision, out, Write::Add, left.left(0, seen), right.right(dim), left.depth(BLOCK));
+    };
+    add(gradients.v, p, d_out);
+    add(gradients.k, ds, queries);
+    let ds_words = scratch::take(row_words, count * precision.words(seen));
+    precision.encode_rows(ds, seen, ds_words);
+    let depth = Depth { groups: 1, steps: precision.words(seen) };
+    let ds_left = rows(ds_words, precision.words(seen));
+    product(precision, Out { data: gradients.q, stride: dim }, Write::Set, ds_left, keys.right(), depth);
+}
+
+/// The first `columns` columns of the operand.
+fn first_columns(panels: &Panels, columns: usize) -> Right<'_> {
+    Right { columns, ..panels.right() }
 }
 
 /// Turns the scores of one query into probabilities p, and dp into ds = scale · p ⊙ (dp − Σ p ⊙ dp).
-/// That sum is out · d_out, so it needs no pass over the keys.
-fn backward_row(heads: Heads, head: usize, query: usize, known: Known<'_>, p: &mut [f32], ds: &mut [f32]) {
-    let place = (query * heads.queries + head) * heads.dim;
-    let (log_sum, scale) = (known.log_sum[query * heads.queries + head], heads.scale());
-    simd(|| {
-        let mean = dot(&known.out[place..place + heads.dim], &known.d_out[place..place + heads.dim]);
-        let visible = p.iter_mut().zip(ds.iter_mut()).take(query + 1);
-        for (p, ds) in visible {
-            *p = exp(*p - log_sum);
-            *ds = scale * *p * (*ds - mean);
-        }
-        p[query + 1..].fill(0.0);
-        ds[query + 1..].fill(0.0);
-    });
-}
-
-/// `(B, heads, T, hd)` to `(B, T, heads·hd)`.
-pub(crate) fn to_tokens(by_head: &[f32], length: usize, dim: usize, width: usize, tokens: &mut [f32]) {
-    let rows = tokens.par_chunks_mut(length * width).zip(by_head.par_chunks(length * width));
-    rows.for_each(|(tokens, by_head)| {
-        tokens.par_chunks_mut(width).enumerate().with_min_len(crate::TILE_ROWS).for_each(|(position, token)| {
-            for (head, part) in token.chunks_mut(dim).enumerate() {
-                let place = (head * length + position) * dim;
-                part.copy_from_slice(&by_head[place..place + dim]);
-            }
-        });
-    });
+/// That sum is out · d_out, here `mean`, so it needs no pass over the keys.
+#[inline(always)]
+fn backward_row(
+    p: &mut [f32],
+    ds: &mut [f32],
+    visible: std::ops::Range<usize>,
+    mean: f32,
+    log_sum: f32,
+    scale: f32,
+) {
+    for row in [&mut *p, &mut *ds] {
+        row[..visible.start].fill(0.0);
+        row[visible.end..].fill(0.0);
+    }
+    for (p, ds) in p[visible.clone()].iter_mut().zip(&mut ds[visible]) {
+        *p = exp(scale * *p - log_sum);
+        *ds = scale * *p * (*ds - mean);
+    }
 }

@@ -6,11 +6,12 @@ use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress}
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::training::AdamW;
-use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::layout::Layout;
-use crate::llama::{Llama, Windows};
+use crate::llama::{Directions, Llama, Windows};
 use crate::optimizer::{Moments, clip_factor, squares};
+use crate::pool::Pool;
+use crate::words::Precision;
 
 /// How an engine trains.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +20,8 @@ pub struct Options {
     pub model: ModelConfig,
     /// The inner optimizer.
     pub optimizer: AdamW,
+    /// What operands of matrix products are rounded to.
+    pub precision: Precision,
     /// Rows of a micro-batch.
     pub rows: usize,
     /// Micro-batches of an inner step.
@@ -31,10 +34,12 @@ pub struct Options {
 pub struct CpuEngine {
     options: Options,
     manifest: Manifest,
-    pool: ThreadPool,
+    pool: Pool,
     feed: Box<dyn Feed>,
     llama: Llama,
     weights: Vec<f32>,
+    /// In which directions `llama` has the present weights packed.
+    packed: Option<Directions>,
     gradient: Vec<f32>,
     moments: Moments,
     /// The present step's rows.
@@ -76,9 +81,11 @@ impl CpuEngine {
         check(&options, &manifest)?;
         let layout = Layout::by_fragment(&options.model, &manifest);
         let weights = join(&manifest, fragments)?;
+        let pool = Pool::new(options.threads);
         Ok(Self {
-            pool: thread_pool(options.threads)?,
-            llama: Llama::new(options.model.clone(), layout),
+            llama: Llama::new(&options.model, layout, options.precision, &pool),
+            packed: None,
+            pool,
             gradient: vec![0.0; weights.len()],
             moments: Moments::new(weights.len()),
             batch: Batch::default(),
@@ -119,29 +126,32 @@ impl CpuEngine {
         let Self { options, pool, llama, manifest, weights, gradient, moments, .. } = self;
         let clip = clip_factor(options.optimizer.clip_norm, norm);
         let tensors = (manifest.tensors(), llama.layout.tensors.as_slice());
-        pool.install(|| moments.step(&options.optimizer, batch.progress, clip, tensors, weights, gradient));
+        moments.step(pool, &options.optimizer, batch.progress, clip, tensors, weights, gradient);
+        self.packed = None;
         Ok(((batch.rows * batch.length) as u64, nats))
     }
 
     /// Writes the gradient of the mean loss of `batch`, `rows` rows at a time; returns the summed loss.
     fn accumulate(&mut self, batch: &Batch, rows: usize) -> Result<f64, EngineError> {
         check_batch(&self.options.model, batch)?;
+        self.pack(Directions::Both);
         let Self { pool, llama, weights, gradient, .. } = self;
         let scale = 1.0 / (batch.rows * batch.length) as f32;
-        Ok(pool.install(|| {
-            gradient.fill(0.0);
-            micro_batches(batch, rows).map(|windows| llama.nats_and_gradient(weights, windows, scale, gradient)).sum()
-        }))
+        gradient.fill(0.0);
+        Ok(micro_batches(batch, rows)
+            .map(|windows| llama.nats_and_gradient(pool, weights, windows, scale, gradient))
+            .sum())
     }
 
     /// Norm of the gradient, if the loss and every tensor's gradient are finite.
     fn finite_norm(&self, nats: f64) -> Result<f64, EngineError> {
         let refuse = |what: &str| EngineError::NonFinite { what: what.to_string(), step: self.steps() + 1 };
         if !nats.is_finite() {
-            return Err(refuse("the loss"));
+            let origin = self.llama.first_non_finite().unwrap_or_else(|| "the logits".to_string());
+            return Err(refuse(&format!("the loss (first {origin})")));
         }
         let Self { pool, gradient, llama, .. } = self;
-        let squares = pool.install(|| squares(gradient, &llama.layout.tensors));
+        let squares = squares(pool, gradient, &llama.layout.tensors);
         match squares.iter().position(|square| !square.is_finite()) {
             Some(tensor) => Err(refuse(&format!("the gradient of {}", self.manifest.tensors()[tensor].name))),
             None => Ok(squares.iter().sum::<f64>().sqrt()),
@@ -153,6 +163,14 @@ impl CpuEngine {
         let place = self.llama.layout.fragments.get(fragment.index()).filter(|place| place.len() == len);
         let place = place.ok_or(EngineError::Layout { fragment, len })?;
         Ok(&mut self.weights[place.clone()])
+    }
+
+    /// Packs the present weights, unless that was done since they changed.
+    fn pack(&mut self, directions: Directions) {
+        if self.packed < Some(directions) {
+            self.llama.pack(&self.pool, &self.weights, directions);
+            self.packed = Some(directions);
+        }
     }
 }
 
@@ -178,29 +196,25 @@ impl Engine for CpuEngine {
 
     fn write(&mut self, fragment: FragmentId, weights: &[f32]) -> Result<(), EngineError> {
         self.fragment(fragment, weights.len())?.copy_from_slice(weights);
+        self.packed = None;
         Ok(())
     }
 
     fn evaluate(&mut self, batch: &Batch) -> Result<Evaluation, EngineError> {
         check_batch(&self.options.model, batch)?;
+        self.pack(Directions::Forward);
         let Self { options, pool, llama, weights, .. } = self;
-        let nats = pool.install(|| micro_batches(batch, options.rows).map(|w| llama.nats(weights, w)).sum());
+        let nats = micro_batches(batch, options.rows).map(|windows| llama.nats(pool, weights, windows)).sum();
         Ok(Evaluation { nats, tokens: (batch.rows * batch.length) as u64 })
     }
 }
 
 /// `batch` in pieces of at most `rows` rows.
 fn micro_batches(batch: &Batch, rows: usize) -> impl Iterator<Item = Windows<'_>> {
-    let window = batch.length + 1;
-    let pieces = batch.tokens.chunks(rows.max(1) * window);
-    pieces.map(move |tokens| Windows { rows: tokens.len() / window, length: batch.length, tokens })
-}
-
-/// A pool of an engine's own, so that nobody else's work sits on its threads.
-pub(crate) fn thread_pool(threads: usize) -> Result<ThreadPool, EngineError> {
-    let name = |index| format!("atoll-cpu-{index}");
-    let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build();
-    pool.map_err(|error| EngineError::Device(format!("cannot start {threads} threads: {error}")))
+    let (rows, length) = (rows.max(1), batch.length);
+    let starts = [].chunks(rows * length).chain(std::iter::repeat(&[][..]));
+    let pieces = batch.tokens.chunks(rows * (length + 1)).zip(starts);
+    pieces.map(move |(tokens, starts)| Windows { rows: tokens.len() / (length + 1), length, tokens, starts })
 }
 
 /// The fragments one after the other, if they are the manifest's.

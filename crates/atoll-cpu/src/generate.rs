@@ -5,16 +5,12 @@
 use atoll_core::engine::EngineError;
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
-use rayon::ThreadPool;
 use serde::{Deserialize, Serialize};
 
-use crate::attention::{self, Heads, Inputs, Outputs};
-use crate::engine::thread_pool;
-use crate::gemm::{Mat, Write, matmul};
-use crate::layout::{Layer, Layout};
 use crate::math::max;
-use crate::rope::{Rope, Turn};
-use crate::{norm, swiglu};
+use crate::pool::Pool;
+use crate::reader::{Piece, Reader};
+use crate::words::Precision;
 
 /// How the next token is drawn from the logits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,28 +35,41 @@ impl Default for Sampling {
 /// A model that continues texts.
 pub struct Generator {
     config: ModelConfig,
-    pool: ThreadPool,
+    pool: Pool,
     reader: Reader,
 }
 
 /// The endless continuation of a prompt: take as many tokens as wanted, stop at one that says so.
-pub struct Tokens<'a> {
+pub struct Tokens<'a>(Batched<'a>);
+
+/// The endless continuations of several prompts, a token of each at a time.
+pub struct Batched<'a> {
     generator: &'a mut Generator,
     sampling: Sampling,
+    texts: Vec<Text>,
+}
+
+/// One of the texts.
+struct Text {
     rng: Rng,
     /// The prompt and everything said since; what the cache holds is its end.
-    text: Vec<u32>,
-    /// How much of the end of `text` has not been read yet.
+    tokens: Vec<u32>,
+    /// How much of the end of `tokens` has not been read yet.
     unread: usize,
 }
 
 impl Generator {
-    /// A generator with these weights, one vector per tensor in the order of [`ModelConfig::tensors`],
-    /// on that many threads (0 takes one per core; the text does not depend on it).
+    /// A generator with these weights, one vector per tensor in the order of [`ModelConfig::tensors`], which
+    /// it keeps in that precision, on that many threads (0 takes one per core; the text does not depend on it).
     ///
     /// # Errors
     /// [`EngineError::Device`] if the configuration is unsound or the weights are another model's.
-    pub fn new(config: &ModelConfig, weights: &[Vec<f32>], threads: usize) -> Result<Self, EngineError> {
+    pub fn new(
+        config: &ModelConfig,
+        weights: &[Vec<f32>],
+        precision: Precision,
+        threads: usize,
+    ) -> Result<Self, EngineError> {
         let problems = config.problems();
         if !problems.is_empty() {
             return Err(EngineError::Device(problems.join("\n")));
@@ -69,8 +78,9 @@ impl Generator {
         if tensors.len() != weights.len() || tensors.iter().zip(weights).any(|(t, w)| t.len() != w.len()) {
             return Err(EngineError::Device("these weights are not of the model's tensors".to_string()));
         }
-        let reader = Reader::new(config, weights.concat());
-        Ok(Self { config: config.clone(), pool: thread_pool(threads)?, reader })
+        let pool = Pool::new(threads);
+        let reader = Reader::new(config, precision, &weights.concat(), &pool);
+        Ok(Self { config: config.clone(), pool, reader })
     }
 
     /// Continues `prompt`, of which the end counts if it is longer than the context.
@@ -78,11 +88,25 @@ impl Generator {
     /// # Errors
     /// [`EngineError::Data`] if the prompt is empty or a token is outside of the vocabulary.
     pub fn generate(&mut self, prompt: &[u32], sampling: &Sampling) -> Result<Tokens<'_>, EngineError> {
-        self.check(prompt)?;
-        self.reader.forget();
-        let unread = prompt.len().min(self.config.max_position_embeddings);
-        let (text, rng) = (prompt.to_vec(), Rng::new(sampling.seed));
-        Ok(Tokens { generator: self, sampling: sampling.clone(), rng, text, unread })
+        self.generate_batch(&[prompt], sampling).map(Tokens)
+    }
+
+    /// Continues several prompts at once, which reads the weights once for all of them. Each text is the one
+    /// that [`generate`](Self::generate) gives for its prompt, the n-th with the seed raised by n.
+    ///
+    /// # Errors
+    /// [`EngineError::Data`] if a prompt is empty or a token is outside of the vocabulary.
+    pub fn generate_batch(&mut self, prompts: &[&[u32]], sampling: &Sampling) -> Result<Batched<'_>, EngineError> {
+        prompts.iter().try_for_each(|prompt| self.check(prompt))?;
+        self.reader.begin(prompts.len());
+        let context = self.config.max_position_embeddings;
+        let text = |(prompt, seed): (&&[u32], u64)| Text {
+            rng: Rng::new(sampling.seed.wrapping_add(seed)),
+            unread: prompt.len().min(context),
+            tokens: prompt.to_vec(),
+        };
+        let texts = prompts.iter().zip(0..).map(text).collect();
+        Ok(Batched { generator: self, sampling: sampling.clone(), texts })
     }
 
     /// The logits after each of `tokens`, `(T, V)`.
@@ -95,12 +119,9 @@ impl Generator {
             let (have, most) = (tokens.len(), self.config.max_position_embeddings);
             return Err(EngineError::Data(format!("{have} tokens do not fit a context of {most}")));
         }
-        self.reader.forget();
-        let Self { pool, reader, .. } = self;
-        Ok(pool.install(|| {
-            reader.read(tokens);
-            reader.logits(tokens.len())
-        }))
+        self.reader.begin(1);
+        let normed = self.reader.read(&self.pool, &[Piece { text: 0, tokens }]);
+        Ok(self.reader.logits(&self.pool, &normed))
     }
 
     fn check(&self, tokens: &[u32]) -> Result<(), EngineError> {
@@ -115,19 +136,47 @@ impl Generator {
     }
 }
 
-impl Tokens<'_> {
-    /// Reads what is unread and returns the logits of the next token, `(V)`.
+impl Batched<'_> {
+    /// Reads what is unread and returns the logits of each text's next token, `(texts, V)`.
     fn next_logits(&mut self) -> Vec<f32> {
         let Generator { config, pool, reader } = &mut *self.generator;
-        if reader.seen + self.unread > config.max_position_embeddings {
-            reader.forget();
-            self.unread = (config.max_position_embeddings / 2).max(1);
+        for (index, text) in self.texts.iter_mut().enumerate() {
+            if reader.seen(index) + text.unread > config.max_position_embeddings {
+                reader.forget(index);
+                text.unread = (config.max_position_embeddings / 2).max(1);
+            }
         }
-        let unread = &self.text[self.text.len() - self.unread..];
-        pool.install(|| {
-            reader.read(unread);
-            reader.logits(1)
-        })
+        let unread = |(index, text)| {
+            let Text { tokens, unread, .. }: &Text = text;
+            Piece { text: index, tokens: &tokens[tokens.len() - unread..] }
+        };
+        let pieces: Vec<Piece<'_>> = self.texts.iter().enumerate().map(unread).collect();
+        let normed = reader.read(pool, &pieces);
+        // Only the last token of each text has a successor to be drawn.
+        let mut end = 0;
+        let last = pieces.iter().map(|piece| {
+            end += piece.tokens.len() * config.hidden_size;
+            &normed[end - config.hidden_size..end]
+        });
+        let last = last.collect::<Vec<_>>().concat();
+        reader.logits(pool, &last)
+    }
+}
+
+impl Iterator for Batched<'_> {
+    type Item = Vec<u32>;
+
+    fn next(&mut self) -> Option<Vec<u32>> {
+        let logits = self.next_logits();
+        let Self { generator, sampling, texts } = self;
+        let texts = texts.iter_mut().zip(logits.chunks(generator.config.vocab_size));
+        let drawn = texts.map(|(text, logits)| {
+            let token = draw(logits, sampling, &mut text.rng);
+            text.tokens.push(token);
+            text.unread = 1;
+            token
+        });
+        Some(drawn.collect())
     }
 }
 
@@ -135,11 +184,7 @@ impl Iterator for Tokens<'_> {
     type Item = u32;
 
     fn next(&mut self) -> Option<u32> {
-        let logits = self.next_logits();
-        let token = draw(&logits, &self.sampling, &mut self.rng);
-        self.text.push(token);
-        self.unread = 1;
-        Some(token)
+        self.0.next().and_then(|tokens| tokens.first().copied())
     }
 }
 
@@ -179,110 +224,6 @@ fn pick(weights: &[f64], share: f64, rng: &mut Rng) -> usize {
     let last = if share < 1.0 { index_at(total * share) } else { weights.len() - 1 };
     let kept: f64 = weights[..=last].iter().sum();
     index_at(kept * rng.unit()).min(last)
-}
-
-/// The forward pass over a few tokens at a time, with its cache.
-struct Reader {
-    config: ModelConfig,
-    layout: Layout,
-    heads: Heads,
-    rope: Rope,
-    weights: Vec<f32>,
-    /// Tokens in the cache.
-    seen: usize,
-    /// Rotated keys and values of each layer, `(seen, KV·hd)`.
-    cache: Vec<(Vec<f32>, Vec<f32>)>,
-    /// The normed residual stream of the tokens read last, `(n, D)`.
-    normed: Vec<f32>,
-}
-
-impl Reader {
-    fn new(config: &ModelConfig, weights: Vec<f32>) -> Self {
-        Self {
-            layout: Layout::sequential(config),
-            heads: Heads::new(config),
-            rope: Rope::new(config),
-            seen: 0,
-            cache: vec![(Vec::new(), Vec::new()); config.num_hidden_layers],
-            normed: Vec::new(),
-            config: config.clone(),
-            weights,
-        }
-    }
-
-    /// Empties the cache.
-    fn forget(&mut self) {
-        self.seen = 0;
-        for (keys, values) in &mut self.cache {
-            keys.clear();
-            values.clear();
-        }
-    }
-
-    /// Reads `tokens` after those that were read before.
-    fn read(&mut self, tokens: &[u32]) {
-        let d = self.config.hidden_size;
-        let embedding = &self.weights[self.layout.embedding.clone()];
-        let row = |&token: &u32| &embedding[token as usize * d..][..d];
-        let mut x = tokens.iter().map(row).collect::<Vec<_>>().concat(); // (n,D)
-        for layer in 0..self.layout.layers.len() {
-            self.attention(layer, &mut x);
-            self.mlp(&self.layout.layers[layer], &mut x);
-        }
-        self.seen += tokens.len();
-        self.normed = self.norm(&x, self.layout.norm.clone());
-    }
-
-    /// Logits after the last `rows` tokens read, `(rows, V)`.
-    fn logits(&self, rows: usize) -> Vec<f32> {
-        let d = self.config.hidden_size;
-        let normed = &self.normed[self.normed.len() - rows * d..];
-        self.linear(normed, d, self.layout.head.clone())
-    }
-
-    fn attention(&mut self, index: usize, x: &mut [f32]) {
-        let Layer { q, k, v, o, attention_norm, .. } = self.layout.layers[index].clone();
-        let (d, heads, first) = (self.config.hidden_size, self.heads, self.seen);
-        let n = x.len() / d;
-        let h = self.norm(x, attention_norm);
-        let (mut q, mut k, v) = (self.linear(&h, d, q), self.linear(&h, d, k), self.linear(&h, d, v));
-        self.rope.rotate(&mut q, heads.q_width(), first, n, Turn::Forward);
-        self.rope.rotate(&mut k, heads.kv_width(), first, n, Turn::Forward);
-        let (keys, values) = &mut self.cache[index];
-        keys.extend_from_slice(&k);
-        values.extend_from_slice(&v);
-        let (mut out, mut log_sum) = (vec![0.0; q.len()], vec![0.0; n * heads.queries]);
-        let inputs = Inputs { q: &q, k: keys, v: values };
-        attention::continued(heads, first, inputs, Outputs { out: &mut out, log_sum: &mut log_sum });
-        self.add_linear(x, &out, heads.q_width(), o);
-    }
-
-    fn mlp(&self, places: &Layer, x: &mut [f32]) {
-        let (d, inner) = (self.config.hidden_size, self.config.intermediate_size);
-        let h = self.norm(x, places.mlp_norm.clone());
-        let (gate, up) = (self.linear(&h, d, places.gate.clone()), self.linear(&h, d, places.up.clone()));
-        let mut y = vec![0.0; gate.len()];
-        swiglu::forward(&gate, &up, &mut y);
-        self.add_linear(x, &y, inner, places.down.clone());
-    }
-
-    fn norm(&self, x: &[f32], gain: std::ops::Range<usize>) -> Vec<f32> {
-        let (mut y, mut inverse_rms) = (vec![0.0; x.len()], vec![0.0; x.len() / gain.len()]);
-        norm::forward(x, &self.weights[gain], self.config.rms_norm_eps, &mut inverse_rms, &mut y);
-        y
-    }
-
-    /// x Wᵀ: (n, out) from x (n, inputs).
-    fn linear(&self, x: &[f32], inputs: usize, place: std::ops::Range<usize>) -> Vec<f32> {
-        let mut y = vec![0.0; x.len() / inputs * (place.len() / inputs)];
-        matmul(&mut y, Write::Set, Mat::new(x, inputs), Mat::new(&self.weights[place], inputs).t());
-        y
-    }
-
-    /// y ← y + x Wᵀ.
-    fn add_linear(&self, y: &mut [f32], x: &[f32], inputs: usize, place: std::ops::Range<usize>) {
-        matmul(y, Write::Add, Mat::new(x, inputs), Mat::new(&self.weights[place], inputs).t());
-    }
 }
 
 #[cfg(test)]

@@ -34,11 +34,16 @@ mod loss;
 mod math;
 mod norm;
 mod optimizer;
+mod pool;
+mod reader;
 mod rope;
+mod scratch;
 mod swiglu;
+mod words;
 
 pub use engine::{CpuEngine, Gradients, NoFeed, Options};
-pub use generate::{Generator, Sampling, Tokens};
+pub use gemm::peak;
+pub use generate::{Batched, Generator, Sampling, Tokens};
+pub use pool::Pool;
+pub use words::Precision;
 
-/// Rows that one task of an elementwise pass takes; fixed, so that the threads cannot change the bits.
-const TILE_ROWS: usize = 32;

@@ -1,14 +1,14 @@
 //! Cross-entropy over logits, row by row: the loss is ln Σ eˡ − l_target, in nats.
 
-use rayon::prelude::*;
-
 use crate::math::{exp_and_sum, max, simd};
 
-/// Writes the loss of each row of logits `(R,V)` into nats `(R)`. With `scale`, each row becomes its
+/// Writes the loss of each row of logits `(n,V)` into nats `(n)`. With `scale`, each row becomes its
 /// gradient, scale·(softmax − one at the target); else its contents are spent.
 pub(crate) fn cross_entropy(logits: &mut [f32], vocab: usize, targets: &[u32], scale: Option<f32>, nats: &mut [f32]) {
-    logits.par_chunks_mut(vocab).zip(targets).zip(nats).for_each(|((row, &target), nats)| {
-        *nats = simd(|| row_loss(row, target as usize, scale));
+    simd(|| {
+        for ((row, &target), nats) in logits.chunks_mut(vocab).zip(targets).zip(nats) {
+            *nats = row_loss(row, target as usize, scale);
+        }
     });
 }
 

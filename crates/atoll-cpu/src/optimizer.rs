@@ -12,9 +12,10 @@ use std::ops::Range;
 
 use atoll_core::model::{Tensor, TensorKind};
 use atoll_core::training::AdamW;
-use rayon::prelude::*;
+use itertools::izip;
 
 use crate::math::simd;
+use crate::pool::Pool;
 
 /// Elements per task.
 const TILE: usize = 1 << 14;
@@ -35,6 +36,7 @@ impl Moments {
     /// Updates the weights of all `tensors`, at their `places`, by one step.
     pub(crate) fn step(
         &mut self,
+        pool: &Pool,
         settings: &AdamW,
         progress: f32,
         clip: f32,
@@ -51,15 +53,40 @@ impl Moments {
             rate: (f64::from(rate) / correction(settings.beta1)) as f32,
             root_correction: correction(settings.beta2).sqrt() as f32,
         };
-        for (tensor, place) in tensors.0.iter().zip(tensors.1) {
+        let pieces = izip!(
+            tensors.0,
+            split(weights, tensors.1),
+            split(&mut self.mean, tensors.1),
+            split(&mut self.square, tensors.1),
+            tensors.1.iter().map(|place| &gradient[place.clone()]),
+        );
+        let tiles = pieces.flat_map(|(tensor, weights, mean, square, gradient)| {
             let decays = tensor.kind != TensorKind::Vector;
             let keep = if decays { 1.0 - rate * settings.weight_decay } else { 1.0 };
-            let (mean, square) = (&mut self.mean[place.clone()], &mut self.square[place.clone()]);
-            let tiles = weights[place.clone()].par_chunks_mut(TILE).zip(gradient[place.clone()].par_chunks(TILE));
-            let tiles = tiles.zip(mean.par_chunks_mut(TILE)).zip(square.par_chunks_mut(TILE));
-            tiles.for_each(|(((w, g), m), v)| simd(|| update.apply(keep, w, g, m, v)));
-        }
+            let tiles = izip!(
+                weights.chunks_mut(TILE),
+                gradient.chunks(TILE),
+                mean.chunks_mut(TILE),
+                square.chunks_mut(TILE)
+            );
+            tiles.map(move |tile| (keep, tile))
+        });
+        pool.each(tiles, |(keep, (w, g, m, v))| simd(|| update.apply(keep, w, g, m, v)));
     }
+}
+
+/// The pieces of `flat` at `places`, which are disjoint but in any order.
+fn split<'a>(flat: &'a mut [f32], places: &[Range<usize>]) -> Vec<&'a mut [f32]> {
+    let mut order: Vec<usize> = (0..places.len()).collect();
+    order.sort_by_key(|&index| places[index].start);
+    let mut pieces: Vec<&'a mut [f32]> = places.iter().map(|_| Default::default()).collect();
+    let (mut rest, mut start) = (flat, 0);
+    for index in order {
+        let (_, after) = rest.split_at_mut(places[index].start - start);
+        let (piece, after) = after.split_at_mut(places[index].len());
+        (pieces[index], rest, start) = (piece, after, places[index].end);
+    }
+    pieces
 }
 
 /// The numbers of one step.
@@ -88,13 +115,12 @@ impl Update<'_> {
 }
 
 /// Σ g² of each tensor, in the order of `places`.
-pub(crate) fn squares(gradient: &[f32], places: &[Range<usize>]) -> Vec<f64> {
-    let tensor = |place: &Range<usize>| {
-        let tiles = gradient[place.clone()].par_chunks(TILE);
-        let parts: Vec<f64> = tiles.map(|tile| simd(|| sum_of_squares(tile))).collect();
-        parts.iter().sum()
-    };
-    places.iter().map(tensor).collect()
+pub(crate) fn squares(pool: &Pool, gradient: &[f32], places: &[Range<usize>]) -> Vec<f64> {
+    let tiles = |place: &Range<usize>| gradient[place.clone()].chunks(TILE);
+    let mut parts = vec![0.0; places.iter().map(|place| tiles(place).len()).sum()];
+    pool.each(places.iter().flat_map(tiles).zip(&mut parts), |(tile, part)| *part = simd(|| sum_of_squares(tile)));
+    let mut parts = parts.into_iter();
+    places.iter().map(|place| parts.by_ref().take(tiles(place).len()).sum()).collect()
 }
 
 /// In `f64`, so that no finite gradient overflows.

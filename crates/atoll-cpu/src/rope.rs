@@ -2,9 +2,7 @@
 //! angle p·θ^(−i/h). This is Hugging Face's rotate-half convention, not the interleaved one.
 
 use atoll_core::model::ModelConfig;
-use rayon::prelude::*;
 
-use crate::TILE_ROWS;
 use crate::math::simd;
 
 /// Cosines and sines, `(positions, h)` each.
@@ -34,11 +32,19 @@ impl Rope {
         Self { half, cos, sin }
     }
 
-    /// Turns every head of x `(N, width)` in place. Rows are tokens at positions first, first + 1, …,
-    /// beginning again at `first` after `length` rows.
-    pub(crate) fn rotate(&self, x: &mut [f32], width: usize, first: usize, length: usize, turn: Turn) {
-        let rows = x.par_chunks_mut(width).enumerate().with_min_len(TILE_ROWS);
-        rows.for_each(|(row, x)| self.rotate_row(x, first + row % length, turn));
+    /// Turns the heads in the first `width` elements of each row of x `(n, stride)`, which are the tokens at
+    /// positions first, first + 1, …, beginning again at 0 after `length`.
+    pub(crate) fn rotate(
+        &self,
+        x: &mut [f32],
+        (stride, width): (usize, usize),
+        first: usize,
+        length: usize,
+        turn: Turn,
+    ) {
+        for (row, x) in x.chunks_mut(stride).enumerate() {
+            self.rotate_row(&mut x[..width], (first + row) % length, turn);
+        }
     }
 
     fn rotate_row(&self, x: &mut [f32], position: usize, turn: Turn) {

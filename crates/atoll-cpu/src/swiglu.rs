@@ -1,33 +1,31 @@
-//! SwiGLU: y = silu(gate) ⊙ up with silu(x) = x·σ(x), element by element over `(N, inner)`.
-
-use rayon::prelude::*;
+//! SwiGLU: y = silu(gate) ⊙ up with silu(x) = x·σ(x). A row `(2·I)` holds gate and then up.
 
 use crate::math::{sigmoid, simd};
 
-/// Elements per task.
-const TILE: usize = 1 << 14;
-
-/// Writes y.
-pub(crate) fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
-    y.par_chunks_mut(TILE).zip(gate.par_chunks(TILE)).zip(up.par_chunks(TILE)).for_each(|((y, gate), up)| {
-        simd(|| {
+/// Writes y `(n,I)` for `gate_up` `(n,2·I)`.
+pub(crate) fn forward(gate_up: &[f32], inner: usize, y: &mut [f32]) {
+    simd(|| {
+        for (y, gate_up) in y.chunks_mut(inner).zip(gate_up.chunks(2 * inner)) {
+            let (gate, up) = gate_up.split_at(inner);
             for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
                 *y = gate * sigmoid(*gate) * up;
             }
-        });
+        }
     });
 }
 
-/// Replaces gate and up by their gradients, given dy.
-pub(crate) fn backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
-    let tiles = gate.par_chunks_mut(TILE).zip(up.par_chunks_mut(TILE)).zip(dy.par_chunks(TILE));
-    tiles.for_each(|((gate, up), dy)| {
-        simd(|| {
-            for ((gate, up), dy) in gate.iter_mut().zip(up.iter_mut()).zip(dy) {
+/// Replaces gate and up by their gradients, and dy by y.
+pub(crate) fn backward(gate_up: &mut [f32], inner: usize, dy: &mut [f32]) {
+    simd(|| {
+        for (dy, gate_up) in dy.chunks_mut(inner).zip(gate_up.chunks_mut(2 * inner)) {
+            let (gate, up) = gate_up.split_at_mut(inner);
+            for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
                 let s = sigmoid(*gate);
                 let silu = *gate * s;
-                (*gate, *up) = (dy * *up * (s + silu * (1.0 - s)), dy * silu);
+                let y = silu * *up;
+                (*gate, *up) = (*dy * *up * (s + silu * (1.0 - s)), *dy * silu);
+                *dy = y;
             }
-        });
+        }
     });
 }

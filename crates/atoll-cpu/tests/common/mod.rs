@@ -6,7 +6,7 @@ use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
 use atoll_core::training::AdamW;
-use atoll_cpu::{CpuEngine, Options};
+use atoll_cpu::{CpuEngine, Options, Precision};
 
 /// Odd sizes everywhere, three query heads for each of two key heads.
 pub fn tiny() -> ModelConfig {
@@ -71,7 +71,7 @@ impl Feed for ListFeed {
 }
 
 pub fn options(model: &ModelConfig) -> Options {
-    Options { model: model.clone(), optimizer: AdamW::default(), rows: 2, accumulate: 1, threads: 2 }
+    Options { model: model.clone(), optimizer: AdamW::default(), precision: Precision::F32, rows: 2, accumulate: 1, threads: 2 }
 }
 
 /// An engine with these per-tensor weights in three fragments.
