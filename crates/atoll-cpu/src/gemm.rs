@@ -14,6 +14,8 @@
 //! twin in safe code, which is compiled for AVX2 and plain processors too.
 
 mod avx512;
+#[cfg(test)]
+mod bench_tmp;
 pub(crate) mod panels;
 mod peak;
 mod portable;
@@ -87,39 +89,45 @@ pub(crate) enum Write {
     Add,
 }
 
-/// One tile: what a kernel is asked for.
-struct Tile<'a> {
+/// A column of tiles, which share a right panel: what a kernel is asked for.
+struct Strip<'a> {
     left: &'a [u32],
+    left_panel: usize,
     left_row: usize,
     left_step: usize,
     left_group: usize,
     right: &'a [u32],
     right_group: usize,
+    /// Words from `right` to the right operand that comes next, which is fetched meanwhile.
+    next: usize,
     depth: Depth,
     out: &'a mut [f32],
     out_stride: usize,
-    /// At most [`ROWS`].
     rows: usize,
     /// At most [`COLUMNS`].
     columns: usize,
     write: Write,
 }
 
-impl Tile<'_> {
+impl Strip<'_> {
     /// Panics unless every element that a kernel touches lies inside its slice.
     #[inline(always)]
     fn check(&self) {
         let Depth { groups, steps } = self.depth;
-        assert!(groups > 0 && steps > 0 && (1..=ROWS).contains(&self.rows) && (1..=COLUMNS).contains(&self.columns));
-        let left = (self.rows - 1) * self.left_row + (steps - 1) * self.left_step + (groups - 1) * self.left_group;
+        assert!(groups > 0 && steps > 0 && self.rows > 0 && (1..=COLUMNS).contains(&self.columns));
+        // Either the last row is the farthest, or the last one of the panel before.
+        let last = self.rows - 1;
+        let place = |row: usize| row / ROWS * self.left_panel + row % ROWS * self.left_row;
+        let row = place(last).max(place((self.rows / ROWS * ROWS).saturating_sub(1)));
+        let left = row + (steps - 1) * self.left_step + (groups - 1) * self.left_group;
         assert!(left < self.left.len(), "left operand inside its slice");
         assert!((groups - 1) * self.right_group + steps * COLUMNS <= self.right.len(), "right operand inside its slice");
         assert!((self.rows - 1) * self.out_stride + self.columns <= self.out.len(), "result inside its slice");
     }
 }
 
-/// Computes one tile.
-type Kernel = fn(&mut Tile<'_>);
+/// Computes a column of tiles.
+type Kernel = fn(&mut Strip<'_>);
 
 /// The kernels of this processor, in the order of [`Precision`].
 fn kernel(precision: Precision) -> Kernel {
@@ -150,27 +158,29 @@ pub(crate) fn product(
 ) {
     let kernel = kernel(precision);
     let Out { data, stride } = out;
-    for (index, block) in blocks(depth).enumerate() {
-        let write = if index == 0 { write } else { Write::Add };
+    let place = |block: &Block, column| column / COLUMNS * right.panel + block.group * right.group + block.step * COLUMNS;
+    let mut blocks = blocks(depth).enumerate().peekable();
+    while let Some((index, block)) = blocks.next() {
+        let after = blocks.peek().map_or(0, |(_, block)| place(block, 0));
         for column in (0..right.columns).step_by(COLUMNS) {
-            let panel = column / COLUMNS * right.panel + block.group * right.group + block.step * COLUMNS;
-            for row in (0..left.rows).step_by(ROWS) {
-                let place = row / ROWS * left.panel + block.group * left.group + block.step * left.step;
-                kernel(&mut Tile {
-                    left: &left.words[place..],
-                    left_row: left.row,
-                    left_step: left.step,
-                    left_group: left.group,
-                    right: &right.words[panel..],
-                    right_group: right.group,
-                    depth: block.depth,
-                    out: &mut data[row * stride + column..],
-                    out_stride: stride,
-                    rows: ROWS.min(left.rows - row),
-                    columns: COLUMNS.min(right.columns - column),
-                    write,
-                });
-            }
+            let panel = place(&block, column);
+            let next = if column + COLUMNS < right.columns { place(&block, column + COLUMNS) } else { after };
+            kernel(&mut Strip {
+                left: &left.words[block.group * left.group + block.step * left.step..],
+                left_panel: left.panel,
+                left_row: left.row,
+                left_step: left.step,
+                left_group: left.group,
+                right: &right.words[panel..],
+                right_group: right.group,
+                next: next.wrapping_sub(panel),
+                depth: block.depth,
+                out: &mut data[column..],
+                out_stride: stride,
+                rows: left.rows,
+                columns: COLUMNS.min(right.columns - column),
+                write: if index == 0 { write } else { Write::Add },
+            });
         }
     }
 }

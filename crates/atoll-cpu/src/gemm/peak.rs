@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{COLUMNS, Depth, ROWS, Tile, Write, kernel};
+use super::{COLUMNS, Depth, ROWS, Strip, Write, kernel};
 use crate::pool::Pool;
 use crate::words::Precision;
 
@@ -24,13 +24,15 @@ fn once(precision: Precision, pool: &Pool) -> f64 {
         let (left, right) = (vec![0; ROWS * STEPS], vec![0; COLUMNS * STEPS]);
         let mut out = vec![0.0; ROWS * COLUMNS];
         for _ in 0..TILES {
-            kernel(precision)(&mut Tile {
+            kernel(precision)(&mut Strip {
                 left: &left,
+                left_panel: 0,
                 left_row: 1,
                 left_step: ROWS,
                 left_group: 0,
                 right: &right,
                 right_group: 0,
+                next: 0,
                 depth: Depth { groups: 1, steps: STEPS },
                 out: &mut out,
                 out_stride: COLUMNS,

@@ -4,24 +4,24 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::{COLUMNS, Tile, Write};
+use super::{COLUMNS, ROWS, Strip, Write};
 use crate::words::halves;
 
 /// Rows and columns that stay in 16 registers of 8 lanes.
 const BLOCK: (usize, usize) = (4, 16);
 
 /// In `f32`.
-pub(super) fn f32(tile: &mut Tile<'_>) {
-    Arch::new().dispatch(Run::<'_, '_, false>(tile));
+pub(super) fn f32(strip: &mut Strip<'_>) {
+    Arch::new().dispatch(Run::<'_, '_, false>(strip));
 }
 
 /// In `bf16`.
-pub(super) fn bf16(tile: &mut Tile<'_>) {
-    Arch::new().dispatch(Run::<'_, '_, true>(tile));
+pub(super) fn bf16(strip: &mut Strip<'_>) {
+    Arch::new().dispatch(Run::<'_, '_, true>(strip));
 }
 
-/// A tile to be computed.
-pub(super) struct Run<'a, 'b, const BF16: bool>(pub(super) &'a mut Tile<'b>);
+/// A strip to be computed.
+pub(super) struct Run<'a, 'b, const BF16: bool>(pub(super) &'a mut Strip<'b>);
 
 impl<const BF16: bool> WithSimd for Run<'_, '_, BF16> {
     type Output = ();
@@ -58,32 +58,35 @@ impl<const BF16: bool> WithSimd for Run<'_, '_, BF16> {
     }
 }
 
-/// Computes a block of the tile at `row` and `column`.
+/// Computes a block of the strip at `row` and `column`.
 #[inline(always)]
 fn block(
-    tile: &mut Tile<'_>,
+    strip: &mut Strip<'_>,
     row: usize,
     column: usize,
     multiply_add: impl Fn(u32, &[u32; BLOCK.1], &mut [f32; BLOCK.1]),
 ) {
-    let rows = BLOCK.0.min(tile.rows - row);
+    let rows = BLOCK.0.min(strip.rows - row);
     let mut sums = [[0.0f32; BLOCK.1]; BLOCK.0];
-    // Rows beyond the tile repeat the last one, so that the loop below has a fixed length.
-    let starts: [usize; BLOCK.0] = std::array::from_fn(|index| (row + index.min(rows - 1)) * tile.left_row);
-    for group in 0..tile.depth.groups {
-        let left = &tile.left[group * tile.left_group..];
-        let right = &tile.right[group * tile.right_group..][..tile.depth.steps * COLUMNS];
+    // Rows beyond the strip repeat the last one, so that the loop below has a fixed length.
+    let starts: [usize; BLOCK.0] = std::array::from_fn(|index| {
+        let row = row + index.min(rows - 1);
+        row / ROWS * strip.left_panel + row % ROWS * strip.left_row
+    });
+    for group in 0..strip.depth.groups {
+        let left = &strip.left[group * strip.left_group..];
+        let right = &strip.right[group * strip.right_group..][..strip.depth.steps * COLUMNS];
         for (step, right) in right.as_chunks::<COLUMNS>().0.iter().enumerate() {
             let right: &[u32; BLOCK.1] = right[column..].first_chunk().expect("a block divides the columns");
             for (sums, start) in sums.iter_mut().zip(starts) {
-                multiply_add(left[start + step * tile.left_step], right, sums);
+                multiply_add(left[start + step * strip.left_step], right, sums);
             }
         }
     }
     for (index, sums) in sums[..rows].iter().enumerate() {
-        let out = &mut tile.out[(row + index) * tile.out_stride..][..tile.columns][column..];
+        let out = &mut strip.out[(row + index) * strip.out_stride..][..strip.columns][column..];
         for (out, sum) in out.iter_mut().zip(sums) {
-            *out = if tile.write == Write::Add { *out + sum } else { *sum };
+            *out = if strip.write == Write::Add { *out + sum } else { *sum };
         }
     }
 }
