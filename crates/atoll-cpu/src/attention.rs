@@ -141,7 +141,7 @@ pub(crate) fn forward(
             let out_of = |data| Out { data, stride: seen };
             product(precision, out_of(scores), Write::Set, queries, keys_transposed.right(), keys_transposed.depth());
             let rows = scores.chunks_mut(seen).zip(log_sum.chunks_mut(heads.queries)).zip(first..);
-            let shares = simd(|| {
+            let shares = simd(#[inline(always)] || {
                 let mut shares = [0.0; BLOCK];
                 for (((scores, log_sum), position), share) in rows.zip(&mut shares) {
                     let (most, sum) = weigh(scores, sequence.visible(position), heads.scale());
@@ -200,7 +200,7 @@ fn pack_head(
 
 /// Decodes one head of rows that are `stride` words apart.
 fn decode_head(precision: Precision, words: &[u32], stride: usize, place: usize, rows: &mut [f32], dim: usize) {
-    simd(|| {
+    simd(#[inline(always)] || {
         for (row, words) in rows.chunks_mut(dim).zip(words.chunks(stride)) {
             precision.decode(&words[place..][..precision.words(dim)], row);
         }
@@ -280,7 +280,7 @@ fn backward_block(
     let into = |data| Out { data, stride: seen };
     product(precision, into(p), Write::Set, q_left, first_columns(keys_transposed, seen), keys_transposed.depth());
     product(precision, into(ds), Write::Set, d_out_left, first_columns(values, seen), values.depth());
-    simd(|| {
+    simd(#[inline(always)] || {
         let rows = p.chunks_mut(seen).zip(ds.chunks_mut(seen)).zip(out.chunks(dim).zip(d_out.chunks(dim)));
         for (((p, ds), (out, d_out)), position) in rows.zip(first..) {
             let log_sum = known.log_sum[position * heads.queries + head];

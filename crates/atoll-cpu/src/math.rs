@@ -4,7 +4,7 @@
 /// Partial sums that run side by side; fixed, so that every instruction set gives the same bits.
 const LANES: usize = 16;
 
-/// Runs `work` compiled for the widest vectors that this processor has. Everything that `work` calls
+/// Runs `work` compiled for the widest vectors that this processor has. `work` itself and everything that it calls
 /// must be inlined to profit.
 #[inline(always)]
 pub(crate) fn simd<R>(work: impl FnOnce() -> R) -> R {

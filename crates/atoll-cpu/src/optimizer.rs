@@ -71,7 +71,7 @@ impl Moments {
             );
             tiles.map(move |tile| (keep, tile))
         });
-        pool.each(tiles, |(keep, (w, g, m, v))| simd(|| update.apply(keep, w, g, m, v)));
+        pool.each(tiles, |(keep, (w, g, m, v))| simd(#[inline(always)] || update.apply(keep, w, g, m, v)));
     }
 }
 
@@ -118,7 +118,7 @@ impl Update<'_> {
 pub(crate) fn squares(pool: &Pool, gradient: &[f32], places: &[Range<usize>]) -> Vec<f64> {
     let tiles = |place: &Range<usize>| gradient[place.clone()].chunks(TILE);
     let mut parts = vec![0.0; places.iter().map(|place| tiles(place).len()).sum()];
-    pool.each(places.iter().flat_map(tiles).zip(&mut parts), |(tile, part)| *part = simd(|| sum_of_squares(tile)));
+    pool.each(places.iter().flat_map(tiles).zip(&mut parts), |(tile, part)| *part = simd(#[inline(always)] || sum_of_squares(tile)));
     let mut parts = parts.into_iter();
     places.iter().map(|place| parts.by_ref().take(tiles(place).len()).sum()).collect()
 }

@@ -130,7 +130,7 @@ impl Reader {
                 rows.push((&text[..q_width], &keys[..], &values[..], text_out));
             }
         }
-        pool.each(rows.into_iter(), |(q, keys, values, out)| simd(|| meet(heads, q, keys, values, out)));
+        pool.each(rows.into_iter(), |(q, keys, values, out)| simd(#[inline(always)] || meet(heads, q, keys, values, out)));
         self.add_linear(pool, x, &attended, q_width, |packed| &packed.layers[layer].o.forward);
     }
 

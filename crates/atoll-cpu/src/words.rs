@@ -2,6 +2,9 @@
 //! neighbouring `bf16`. Depth (what a product sums over) is counted in words, so everything above the
 //! innermost kernel is the same code in both precisions.
 
+#[cfg(target_endian = "big")]
+compile_error!("the first of two bf16 lies in the lower half of a word, which must come first in memory");
+
 use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
 
@@ -45,11 +48,10 @@ impl Precision {
         match self {
             Self::F32 => words.iter_mut().zip(row).for_each(|(word, x)| *word = x.to_bits()),
             Self::Bf16 => {
-                let (pairs, odd) = row.as_chunks::<2>();
-                words.iter_mut().zip(pairs).for_each(|(word, [low, high])| *word = pair(*low, *high));
-                if let ([last], Some(word)) = (odd, words.last_mut()) {
-                    *word = pair(*last, 0.0);
-                }
+                let halves: &mut [u16] = bytemuck::cast_slice_mut(words);
+                let (halves, odd) = halves.split_at_mut(row.len());
+                halves.iter_mut().zip(row).for_each(|(half, &x)| *half = (rounded(x) >> 16) as u16);
+                odd.fill(0);
             }
         }
     }
@@ -61,18 +63,15 @@ impl Precision {
         match self {
             Self::F32 => row.iter_mut().zip(words).for_each(|(x, word)| *x = f32::from_bits(*word)),
             Self::Bf16 => {
-                let (pairs, odd) = row.as_chunks_mut::<2>();
-                pairs.iter_mut().zip(words).for_each(|(pair, &word)| *pair = halves(word));
-                if let ([last], Some(&word)) = (odd, words.last()) {
-                    *last = halves(word)[0];
-                }
+                let halves: &[u16] = bytemuck::cast_slice(words);
+                row.iter_mut().zip(halves).for_each(|(x, &half)| *x = f32::from_bits(u32::from(half) << 16));
             }
         }
     }
 
     /// Encodes rows of `width` elements.
     pub(crate) fn encode_rows(self, rows: &[f32], width: usize, words: &mut [u32]) {
-        simd(|| {
+        simd(#[inline(always)] || {
             for (row, words) in rows.chunks(width).zip(words.chunks_mut(self.words(width))) {
                 self.encode(row, words);
             }
@@ -81,7 +80,7 @@ impl Precision {
 
     /// Decodes rows of `width` elements.
     pub(crate) fn decode_rows(self, words: &[u32], width: usize, rows: &mut [f32]) {
-        simd(|| {
+        simd(#[inline(always)] || {
             for (row, words) in rows.chunks_mut(width).zip(words.chunks(self.words(width))) {
                 self.decode(words, row);
             }

@@ -72,7 +72,7 @@ impl Panels {
         pool.each(self.fit(stack.height(), steps), |(index, panel)| {
             let mut rows = vec![0; COLUMNS * steps];
             let sources = (index * COLUMNS..).map_while(|row| stack.row(row));
-            simd(|| {
+            simd(#[inline(always)] || {
                 let mut count = 0;
                 for (words, row) in rows.chunks_mut(steps).zip(sources) {
                     precision.encode(row, words);
@@ -89,7 +89,7 @@ impl Panels {
         pool.each(self.fit(stack.width, steps), |(index, panel)| {
             let columns = index * COLUMNS..stack.width.min((index + 1) * COLUMNS);
             let row = |index| stack.row(index).map_or(&[][..], |row| &row[columns.clone()]);
-            simd(|| zip_rows::<COLUMNS>(precision, row, panel));
+            simd(#[inline(always)] || zip_rows::<COLUMNS>(precision, row, steps, panel));
         });
     }
 
@@ -97,7 +97,7 @@ impl Panels {
     pub(crate) fn pack_words(&mut self, words: &[u32], rows: usize, stride: usize, steps: usize) {
         for (index, panel) in self.fit(rows, steps) {
             let count = COLUMNS.min(rows - index * COLUMNS);
-            simd(|| transpose_strided(&words[index * COLUMNS * stride..], stride, steps, count, panel));
+            simd(#[inline(always)] || transpose_strided(&words[index * COLUMNS * stride..], stride, steps, count, panel));
         }
     }
 
@@ -109,11 +109,10 @@ impl Panels {
         columns: usize,
         row: impl Fn(usize) -> &'r [f32],
     ) {
-        for (index, panel) in self.fit(columns, precision.words(rows)) {
-            let part = index * COLUMNS..columns.min((index + 1) * COLUMNS);
-            let row = |index| if index < rows { &row(index)[part.clone()] } else { &[] };
-            simd(|| zip_rows::<COLUMNS>(precision, row, panel));
-        }
+        let steps = precision.words(rows);
+        drop(self.fit(columns, steps));
+        let row = |index| if index < rows { row(index) } else { &[] };
+        simd(#[inline(always)] || zip_rows::<COLUMNS>(precision, row, steps, self.words.words_mut()));
     }
 }
 
@@ -141,28 +140,54 @@ fn transpose_strided(rows: &[u32], stride: usize, steps: usize, count: usize, pa
     }
 }
 
-/// Fills a panel of `WIDTH` columns, depth along the rows; a row that is too short is followed by 0.
+/// Fills panels of `WIDTH` columns and `steps` words of depth, depth along the rows. Rows are read side by
+/// side, some at a time, because they may lie a multiple of a cache's size apart.
 #[inline(always)]
-fn zip_rows<'r, const WIDTH: usize>(precision: Precision, row: impl Fn(usize) -> &'r [f32], panel: &mut [u32]) {
-    for (step, words) in panel.as_chunks_mut::<WIDTH>().0.iter_mut().enumerate() {
-        let rows = match precision {
-            Precision::F32 => [row(step), &[]],
-            Precision::Bf16 => [row(2 * step), row(2 * step + 1)],
-        };
-        match (precision, rows.map(|row| row.first_chunk::<WIDTH>())) {
-            (Precision::F32, [Some(row), _]) => *words = row.map(f32::to_bits),
-            (Precision::Bf16, [Some(low), Some(high)]) => {
-                for ((word, &low), &high) in words.iter_mut().zip(low).zip(high) {
-                    *word = pair(low, high);
-                }
+fn zip_rows<'r, const WIDTH: usize>(
+    precision: Precision,
+    row: impl Fn(usize) -> &'r [f32],
+    steps: usize,
+    panels: &mut [u32],
+) {
+    /// Words of depth at a time: two cache lines of the narrowest panel.
+    const PART: usize = 4;
+    for first in (0..steps).step_by(PART) {
+        let rows: [[&[f32]; 2]; PART] = std::array::from_fn(|index| {
+            let step = first + index;
+            let none: &[f32] = &[];
+            match precision {
+                _ if step >= steps => [none; 2],
+                Precision::F32 => [row(step), none],
+                Precision::Bf16 => [row(2 * step), row(2 * step + 1)],
             }
-            _ => zip_short(precision, rows, words),
+        });
+        for (panel, words) in panels.chunks_mut(steps * WIDTH).enumerate() {
+            let words = words.as_chunks_mut::<WIDTH>().0[first..].iter_mut();
+            for (words, [low, high]) in words.zip(rows) {
+                let part = |row: &'r [f32]| row.get(panel * WIDTH..).unwrap_or(&[]);
+                zip_pair(precision, part(low), part(high), words);
+            }
         }
     }
 }
 
-/// The same for rows of which one is short or missing.
-fn zip_short(precision: Precision, [low, high]: [&[f32]; 2], words: &mut [u32]) {
+/// Writes `WIDTH` words of the beginnings of one row, or of two; what a row lacks is 0.
+#[inline(always)]
+fn zip_pair<const WIDTH: usize>(precision: Precision, low: &[f32], high: &[f32], words: &mut [u32; WIDTH]) {
+    match (precision, low.first_chunk::<WIDTH>(), high.first_chunk::<WIDTH>()) {
+        (Precision::F32, Some(low), _) => *words = low.map(f32::to_bits),
+        (Precision::Bf16, Some(low), Some(high)) => {
+            for ((word, &low), &high) in words.iter_mut().zip(low).zip(high) {
+                *word = pair(low, high);
+            }
+        }
+        _ => zip_short(precision, low, high, words),
+    }
+}
+
+/// The same where a row is short or missing.
+#[cold]
+fn zip_short(precision: Precision, low: &[f32], high: &[f32], words: &mut [u32]) {
     let at = |row: &[f32], index: usize| row.get(index).copied().unwrap_or(0.0);
     for (index, word) in words.iter_mut().enumerate() {
         *word = match precision {
@@ -239,12 +264,6 @@ pub(crate) fn fill<const WIDTH: usize>(
     group: &mut [u32],
 ) {
     let count = rows.len() / stride;
-    let steps = precision.words(TOKENS);
-    simd(|| {
-        for (panel, words) in group.chunks_mut(steps * WIDTH).enumerate() {
-            let columns = part.start + panel * WIDTH..part.end.min(part.start + (panel + 1) * WIDTH);
-            let row = |index| if index < count { &rows[index * stride..][columns.clone()] } else { &[] };
-            zip_rows::<WIDTH>(precision, row, words);
-        }
-    });
+    let row = |index| if index < count { &rows[index * stride..][part.clone()] } else { &[] };
+    simd(#[inline(always)] || zip_rows::<WIDTH>(precision, row, precision.words(TOKENS), group));
 }
