@@ -140,8 +140,9 @@ fn transpose_strided(rows: &[u32], stride: usize, steps: usize, count: usize, pa
     }
 }
 
-/// Fills panels of `WIDTH` columns and `steps` words of depth, depth along the rows. Rows are read side by
-/// side, some at a time, because they may lie a multiple of a cache's size apart.
+/// Fills panels of `WIDTH` columns and `steps` words of depth, depth along the rows; rows and columns that
+/// are missing are 0. Some rows are read side by side, because whole ones may lie a multiple of a cache's
+/// size apart.
 #[inline(always)]
 fn zip_rows<'r, const WIDTH: usize>(
     precision: Precision,
@@ -151,50 +152,47 @@ fn zip_rows<'r, const WIDTH: usize>(
 ) {
     /// Words of depth at a time: two cache lines of the narrowest panel.
     const PART: usize = 4;
+    /// Columns at a time.
+    const SPAN: usize = 256;
+    let size = steps * WIDTH;
+    let mut zipped = [[0; SPAN]; PART];
     for first in (0..steps).step_by(PART) {
-        let rows: [[&[f32]; 2]; PART] = std::array::from_fn(|index| {
-            let step = first + index;
-            let none: &[f32] = &[];
-            match precision {
-                _ if step >= steps => [none; 2],
-                Precision::F32 => [row(step), none],
-                Precision::Bf16 => [row(2 * step), row(2 * step + 1)],
+        for (span, panels) in panels.chunks_mut(SPAN / WIDTH * size).enumerate() {
+            let from = |row: &'r [f32]| row.get(span * SPAN..).unwrap_or(&[]);
+            for (step, words) in (first..steps).zip(&mut zipped) {
+                match precision {
+                    Precision::F32 => zip_row(from(row(step)), words, |words, row| {
+                        words.iter_mut().zip(row).for_each(|(word, x)| *word = x.to_bits());
+                    }),
+                    Precision::Bf16 => zip_pair(from(row(2 * step)), from(row(2 * step + 1)), words),
+                }
             }
-        });
-        for (panel, words) in panels.chunks_mut(steps * WIDTH).enumerate() {
-            let words = words.as_chunks_mut::<WIDTH>().0[first..].iter_mut();
-            for (words, [low, high]) in words.zip(rows) {
-                let part = |row: &'r [f32]| row.get(panel * WIDTH..).unwrap_or(&[]);
-                zip_pair(precision, part(low), part(high), words);
+            for (panel, words) in panels.chunks_mut(size).enumerate() {
+                let words = words.as_chunks_mut::<WIDTH>().0[first..].iter_mut();
+                for (words, zipped) in words.zip(&zipped) {
+                    words.copy_from_slice(&zipped[panel * WIDTH..][..WIDTH]);
+                }
             }
         }
     }
 }
 
-/// Writes `WIDTH` words of the beginnings of one row, or of two; what a row lacks is 0.
+/// Writes as many words as the row has elements, and then 0.
 #[inline(always)]
-fn zip_pair<const WIDTH: usize>(precision: Precision, low: &[f32], high: &[f32], words: &mut [u32; WIDTH]) {
-    match (precision, low.first_chunk::<WIDTH>(), high.first_chunk::<WIDTH>()) {
-        (Precision::F32, Some(low), _) => *words = low.map(f32::to_bits),
-        (Precision::Bf16, Some(low), Some(high)) => {
-            for ((word, &low), &high) in words.iter_mut().zip(low).zip(high) {
-                *word = pair(low, high);
-            }
-        }
-        _ => zip_short(precision, low, high, words),
-    }
+fn zip_row(row: &[f32], words: &mut [u32], write: impl Fn(&mut [u32], &[f32])) {
+    let count = words.len().min(row.len());
+    let (words, rest) = words.split_at_mut(count);
+    write(words, &row[..count]);
+    rest.fill(0);
 }
 
-/// The same where a row is short or missing.
-#[cold]
-fn zip_short(precision: Precision, low: &[f32], high: &[f32], words: &mut [u32]) {
-    let at = |row: &[f32], index: usize| row.get(index).copied().unwrap_or(0.0);
-    for (index, word) in words.iter_mut().enumerate() {
-        *word = match precision {
-            Precision::F32 => at(low, index).to_bits(),
-            Precision::Bf16 => pair(at(low, index), at(high, index)),
-        };
-    }
+/// Writes pairs of elements of two rows, of which the second may be missing, and then 0.
+#[inline(always)]
+fn zip_pair(low: &[f32], high: &[f32], words: &mut [u32]) {
+    zip_row(low, words, |words, low| match high.get(..low.len()) {
+        Some(high) => words.iter_mut().zip(low).zip(high).for_each(|((word, &low), &high)| *word = pair(low, high)),
+        None => words.iter_mut().zip(low).for_each(|(word, &low)| *word = pair(low, 0.0)),
+    });
 }
 
 /// Activations in groups of [`TOKENS`] tokens, in panels of `WIDTH` features. Features come in parts, each of
