@@ -137,7 +137,7 @@ impl CpuEngine {
         self.pack(Directions::Both);
         let Self { pool, llama, weights, gradient, .. } = self;
         let scale = 1.0 / (batch.rows * batch.length) as f32;
-        gradient.fill(0.0);
+        pool.each(gradient.chunks_mut(1 << 16), |gradient| gradient.fill(0.0));
         Ok(micro_batches(batch, rows)
             .map(|windows| llama.nats_and_gradient(pool, weights, windows, scale, gradient))
             .sum())

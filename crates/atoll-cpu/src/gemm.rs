@@ -156,6 +156,9 @@ pub(crate) fn product(
     right: Right<'_>,
     depth: Depth,
 ) {
+    if left.rows == 0 {
+        return;
+    }
     let kernel = kernel(precision);
     let Out { data, stride } = out;
     let place = |block: &Block, column| column / COLUMNS * right.panel + block.group * right.group + block.step * COLUMNS;

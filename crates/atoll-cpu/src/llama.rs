@@ -169,6 +169,8 @@ struct Scratch {
     inner: Vec<f32>,
     /// A left operand, `(TOKENS, words(widest))`.
     words: Vec<u32>,
+    /// Some rows of logits, `(n, words(V))`.
+    logit_words: Vec<u32>,
     attention: attention::Scratch,
 }
 

@@ -7,6 +7,8 @@
 //! Groups   [64 tokens][panel of 8 or 32 features][word of tokens][feature]   left or right operands
 //! ```
 
+use std::ops::Range;
+
 use super::{COLUMNS, Depth, Left, ROWS, Right};
 use crate::math::simd;
 use crate::pool::Pool;
@@ -89,7 +91,7 @@ impl Panels {
         pool.each(self.fit(stack.width, steps), |(index, panel)| {
             let columns = index * COLUMNS..stack.width.min((index + 1) * COLUMNS);
             let row = |index| stack.row(index).map_or(&[][..], |row| &row[columns.clone()]);
-            simd(#[inline(always)] || zip_rows::<COLUMNS>(precision, row, steps, panel));
+            simd(#[inline(always)] || zip_rows::<COLUMNS>(precision, row, (steps, 0..steps), panel));
         });
     }
 
@@ -112,7 +114,7 @@ impl Panels {
         let steps = precision.words(rows);
         drop(self.fit(columns, steps));
         let row = |index| if index < rows { row(index) } else { &[] };
-        simd(#[inline(always)] || zip_rows::<COLUMNS>(precision, row, steps, self.words.words_mut()));
+        simd(#[inline(always)] || zip_rows::<COLUMNS>(precision, row, (steps, 0..steps), self.words.words_mut()));
     }
 }
 
@@ -140,14 +142,14 @@ fn transpose_strided(rows: &[u32], stride: usize, steps: usize, count: usize, pa
     }
 }
 
-/// Fills panels of `WIDTH` columns and `steps` words of depth, depth along the rows; rows and columns that
-/// are missing are 0. Some rows are read side by side, because whole ones may lie a multiple of a cache's
+/// Fills a range of words of depth in panels of `WIDTH` columns and `steps` words of depth. Depth is along the
+/// rows, of which `row` gives those of the range; rows and columns that are missing are 0. Some rows are read side by side, because whole ones may lie a multiple of a cache's
 /// size apart.
 #[inline(always)]
 fn zip_rows<'r, const WIDTH: usize>(
     precision: Precision,
     row: impl Fn(usize) -> &'r [f32],
-    steps: usize,
+    (steps, range): (usize, Range<usize>),
     panels: &mut [u32],
 ) {
     /// Words of depth at a time: two cache lines of the narrowest panel.
@@ -156,10 +158,10 @@ fn zip_rows<'r, const WIDTH: usize>(
     const SPAN: usize = 256;
     let size = steps * WIDTH;
     let mut zipped = [[0; SPAN]; PART];
-    for first in (0..steps).step_by(PART) {
+    for first in range.clone().step_by(PART) {
         for (span, panels) in panels.chunks_mut(SPAN / WIDTH * size).enumerate() {
             let from = |row: &'r [f32]| row.get(span * SPAN..).unwrap_or(&[]);
-            for (step, words) in (first..steps).zip(&mut zipped) {
+            for (step, words) in (first - range.start..range.len()).zip(&mut zipped) {
                 match precision {
                     Precision::F32 => zip_row(from(row(step)), words, |words, row| {
                         words.iter_mut().zip(row).for_each(|(word, x)| *word = x.to_bits());
@@ -168,7 +170,7 @@ fn zip_rows<'r, const WIDTH: usize>(
                 }
             }
             for (panel, words) in panels.chunks_mut(size).enumerate() {
-                let words = words.as_chunks_mut::<WIDTH>().0[first..].iter_mut();
+                let words = words.as_chunks_mut::<WIDTH>().0[first..range.end].iter_mut();
                 for (words, zipped) in words.zip(&zipped) {
                     words.copy_from_slice(&zipped[panel * WIDTH..][..WIDTH]);
                 }
@@ -258,10 +260,23 @@ pub(crate) fn fill<const WIDTH: usize>(
     precision: Precision,
     rows: &[f32],
     stride: usize,
-    part: std::ops::Range<usize>,
+    part: Range<usize>,
+    group: &mut [u32],
+) {
+    fill_tokens::<WIDTH>(precision, rows, stride, part, 0..TOKENS, group);
+}
+
+/// The same for some `tokens` of the group, which begin and end at whole words; `rows` has those alone.
+pub(crate) fn fill_tokens<const WIDTH: usize>(
+    precision: Precision,
+    rows: &[f32],
+    stride: usize,
+    part: Range<usize>,
+    tokens: Range<usize>,
     group: &mut [u32],
 ) {
     let count = rows.len() / stride;
     let row = |index| if index < count { &rows[index * stride..][part.clone()] } else { &[] };
-    simd(#[inline(always)] || zip_rows::<WIDTH>(precision, row, precision.words(TOKENS), group));
+    let range = precision.words(tokens.start)..precision.words(tokens.end);
+    simd(#[inline(always)] || zip_rows::<WIDTH>(precision, row, (precision.words(TOKENS), range), group));
 }

@@ -6,7 +6,7 @@ use itertools::izip;
 use super::kept::{LayerKept, Work, logit_tokens};
 use super::{Llama, Shape, TOKENS};
 use crate::attention::{self, HeadGradients, Known, Sequence};
-use crate::gemm::panels::{LeftGroups, RightGroups, fill};
+use crate::gemm::panels::{LeftGroups, RightGroups, fill, fill_tokens};
 use crate::gemm::{COLUMNS, Depth, Left, Out, ROWS, Right, Write, product};
 use crate::layout::Layer;
 use crate::loss::cross_entropy;
@@ -16,6 +16,9 @@ use crate::rope::Turn;
 use crate::scratch::take;
 use crate::words::Precision;
 use crate::{norm, swiglu};
+
+/// Rows of logits that a thread has at once, so that they stay in its cache.
+const LOGIT_ROWS: usize = 16;
 
 impl Llama {
     /// Summed loss after [`forward`](Self::forward); writes the gradient of the final residual stream and
@@ -27,7 +30,7 @@ impl Llama {
         let last = kept.residual.len() - 1;
         let tokens = logit_tokens(*shape);
         let Work { d_x, d_gain, d_logits, h_head, .. } = work;
-        d_x.fill(0.0);
+        pool.each(d_x.chunks_mut(1 << 16), |d_x| d_x.fill(0.0));
         d_gain.fill(0.0);
         let chunks = izip!(
             kept.residual[last].chunks(tokens * d),
@@ -56,13 +59,19 @@ impl Llama {
                 fill::<COLUMNS>(precision, normed, d, 0..d, h);
                 let words = take(&mut scratch.words, n * precision.words(d));
                 precision.encode_rows(normed, d, words);
-                let logits = take(&mut scratch.wide, n * vocab);
-                shape.product(logits, Write::Set, words, d, &packed.head.forward);
-                cross_entropy(logits, vocab, targets, Some(scale), nats);
-                fill::<ROWS>(precision, logits, vocab, 0..vocab, d_logits);
-                let words = take(&mut scratch.words, n * precision.words(vocab));
-                precision.encode_rows(logits, vocab, words);
-                shape.product(normed, Write::Set, words, vocab, &packed.head.backward);
+                for first in (0..TOKENS).step_by(LOGIT_ROWS) {
+                    let rows = first.min(n)..n.min(first + LOGIT_ROWS);
+                    let logits = take(&mut scratch.wide, rows.len() * vocab);
+                    let h = &words[rows.start * precision.words(d)..rows.end * precision.words(d)];
+                    shape.product(logits, Write::Set, h, d, &packed.head.forward);
+                    cross_entropy(logits, vocab, &targets[rows.clone()], Some(scale), &mut nats[rows.clone()]);
+                    let tokens = first..first + LOGIT_ROWS;
+                    fill_tokens::<ROWS>(precision, logits, vocab, 0..vocab, tokens, d_logits);
+                    let words = take(&mut scratch.logit_words, rows.len() * precision.words(vocab));
+                    precision.encode_rows(logits, vocab, words);
+                    let d_h = &mut normed[rows.start * d..rows.end * d];
+                    shape.product(d_h, Write::Set, words, vocab, &packed.head.backward);
+                }
                 norm::backward(x, inverse_rms, gain, normed, d_x, d_gain);
             });
             let right = (&*h_head, d);
