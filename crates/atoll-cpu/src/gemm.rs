@@ -14,11 +14,11 @@
 //! twin in safe code, which is compiled for AVX2 and plain processors too.
 
 mod avx512;
-#[cfg(test)]
-mod bench_tmp;
 pub(crate) mod panels;
 mod peak;
 mod portable;
+#[cfg(test)]
+mod tests;
 
 use std::sync::OnceLock;
 
@@ -156,10 +156,12 @@ pub(crate) fn product(
     right: Right<'_>,
     depth: Depth,
 ) {
-    if left.rows == 0 {
-        return;
+    if left.rows > 0 {
+        product_by(kernel(precision), out, write, left, right, depth);
     }
-    let kernel = kernel(precision);
+}
+
+fn product_by(kernel: Kernel, out: Out<'_>, write: Write, left: Left<'_>, right: Right<'_>, depth: Depth) {
     let Out { data, stride } = out;
     let place = |block: &Block, column| column / COLUMNS * right.panel + block.group * right.group + block.step * COLUMNS;
     let mut blocks = blocks(depth).enumerate().peekable();
