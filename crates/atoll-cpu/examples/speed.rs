@@ -7,7 +7,7 @@ use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
 use atoll_core::training::AdamW;
-use atoll_cpu::{CpuEngine, Generator, Options, Sampling};
+use atoll_cpu::{CpuEngine, Generator, Options, Precision, Sampling};
 
 const VOCAB: usize = 8192;
 
@@ -37,7 +37,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let manifest = Manifest::balanced(model.tensors(), 4);
     let fragments = manifest.gather(&weights);
-    let options = Options { model: model.clone(), optimizer: AdamW::default(), rows, accumulate: 1, threads };
+    let options = Options {
+        model: model.clone(),
+        optimizer: AdamW::default(),
+        muon: None,
+        precision: Precision::F32,
+        rows,
+        accumulate: 1,
+        threads,
+    };
     let mut engine = CpuEngine::new(options, manifest, fragments, Box::new(RandomFeed { rng: Rng::new(2), length }))?;
     engine.train(2)?;
     // The fastest of several medians is the engine's speed; the slower ones are the machine's other work.
@@ -47,7 +55,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let gflops = 6.0 * model.parameters() as f64 * speed / 1e9;
     println!("{preset:6} threads {threads} batch {rows} × {length}: train {speed:8.0} tokens/s ({gflops:.0} GFLOP/s)");
 
-    let mut generator = Generator::new(&model, &weights, threads)?;
+    let mut generator = Generator::new(&model, &weights, Precision::F32, threads)?;
     let mut tokens = generator.generate(&[1; 16], &Sampling::default())?;
     tokens.next();
     let seconds = median(64, || tokens.next().map(|_| ()).ok_or("an endless text ended"))?;

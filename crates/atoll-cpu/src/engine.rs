@@ -5,12 +5,29 @@
 use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
-use atoll_core::training::AdamW;
+use atoll_core::training::{AdamW, Muon};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::layout::Layout;
 use crate::llama::{Llama, Windows};
 use crate::optimizer::{Moments, clip_factor, squares};
+
+/// What matrix products are computed in; sums, weights and everything else are `f32`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Factors in `f32`.
+    #[default]
+    F32,
+    /// Factors rounded to bf16.
+    Bf16,
+}
+
+impl Precision {
+    /// The faster one on this processor: bf16 where it has instructions for such products.
+    pub fn best() -> Self {
+        Self::F32
+    }
+}
 
 /// How an engine trains.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +36,10 @@ pub struct Options {
     pub model: ModelConfig,
     /// The inner optimizer.
     pub optimizer: AdamW,
+    /// If set, the optimizer of the layers' matrices.
+    pub muon: Option<Muon>,
+    /// What matrix products are computed in.
+    pub precision: Precision,
     /// Rows of a micro-batch.
     pub rows: usize,
     /// Micro-batches of an inner step.
@@ -222,6 +243,7 @@ fn join(manifest: &Manifest, fragments: Vec<Vec<f32>>) -> Result<Vec<f32>, Engin
 fn check(options: &Options, manifest: &Manifest) -> Result<(), EngineError> {
     let mut problems = options.model.problems();
     problems.extend(options.optimizer.problems());
+    problems.extend(options.muon.iter().flat_map(Muon::problems));
     for (name, value) in [("rows", options.rows), ("accumulate", options.accumulate)] {
         if value == 0 {
             problems.push(format!("{name} = 0 must be at least 1"));

@@ -37,7 +37,7 @@ mod optimizer;
 mod rope;
 mod swiglu;
 
-pub use engine::{CpuEngine, Gradients, NoFeed, Options};
+pub use engine::{CpuEngine, Gradients, NoFeed, Options, Precision};
 pub use generate::{Generator, Sampling, Tokens};
 
 /// Rows that one task of an elementwise pass takes; fixed, so that the threads cannot change the bits.

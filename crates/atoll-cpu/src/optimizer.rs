@@ -42,7 +42,7 @@ impl Moments {
         weights: &mut [f32],
         gradient: &[f32],
     ) {
-        let rate = settings.learning_rate_at(self.steps, progress);
+        let rate = settings.learning_rate * settings.schedule(self.steps, progress);
         self.steps += 1;
         let correction = |beta: f32| 1.0 - f64::from(beta).powf(self.steps as f64);
         let update = Update {

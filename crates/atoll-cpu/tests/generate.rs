@@ -5,7 +5,7 @@ mod common;
 
 use atoll_core::engine::EngineError;
 use atoll_core::rng::Rng;
-use atoll_cpu::{Generator, Sampling};
+use atoll_cpu::{Generator, Precision, Sampling};
 
 use common::{lively_weights, random_batch, tiny};
 
@@ -13,7 +13,7 @@ const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed
 
 fn generator(threads: usize) -> Generator {
     let model = tiny();
-    Generator::new(&model, &lively_weights(&model, 8), threads).unwrap()
+    Generator::new(&model, &lively_weights(&model, 8), Precision::F32, threads).unwrap()
 }
 
 fn prompt(length: usize) -> Vec<u32> {
@@ -80,5 +80,5 @@ fn what_does_not_fit_is_refused_in_words() {
     assert_eq!(said(generator.logits(&[61])), "token 61 is outside of the vocabulary of 61");
     assert_eq!(said(generator.logits(&[0; 161])), "161 tokens do not fit a context of 160");
     assert!(generator.generate(&[], &GREEDY).is_err());
-    assert!(Generator::new(&tiny(), &[], 1).is_err());
+    assert!(Generator::new(&tiny(), &[], Precision::F32, 1).is_err());
 }

@@ -9,7 +9,7 @@ use atoll_core::engine::{Batch, Engine};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
 use atoll_core::training::AdamW;
-use atoll_cpu::{CpuEngine, Generator, NoFeed, Options};
+use atoll_cpu::{CpuEngine, Generator, NoFeed, Options, Precision};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -61,6 +61,7 @@ impl Golden {
             rows,
             length,
             tokens: tokens.to_vec(),
+            starts: Vec::new(),
             progress: step as f32 / count,
         };
         steps.enumerate().map(batch).collect()
@@ -68,8 +69,15 @@ impl Golden {
 
     fn engine(&self, feed: Box<dyn atoll_core::engine::Feed>) -> CpuEngine {
         let optimizer: AdamW = serde_json::from_value(self.numbers["optimizer"].clone()).unwrap();
-        let options =
-            Options { model: self.model.clone(), optimizer, rows: self.number("rows"), accumulate: 1, threads: 2 };
+        let options = Options {
+            model: self.model.clone(),
+            optimizer,
+            muon: None,
+            precision: Precision::F32,
+            rows: self.number("rows"),
+            accumulate: 1,
+            threads: 2,
+        };
         engine(options, &self.tensors("weight"), feed)
     }
 }
@@ -87,7 +95,7 @@ fn check(name: &str) {
 
 fn forward_and_backward(golden: &Golden) {
     let batch = golden.batches()[0].clone();
-    let mut generator = Generator::new(&golden.model, &golden.tensors("weight"), 1).unwrap();
+    let mut generator = Generator::new(&golden.model, &golden.tensors("weight"), Precision::F32, 1).unwrap();
     let inputs = batch.tokens.chunks(batch.length + 1).map(|window| &window[..batch.length]);
     let logits: Vec<f32> = inputs.flat_map(|tokens| generator.logits(tokens).unwrap()).collect();
     let apart = farthest(&logits, &golden.floats("logits"));

@@ -20,6 +20,7 @@ use atoll_core::journal::Evaluated;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::round::{Site, SiteEvent, SiteOrder, SiteSettings, Stop};
 use atoll_core::site::Time;
+use atoll_core::training::{Packing, Training};
 use atoll_core::wire::Hello;
 
 use crate::data::{DataError, corpus, ingest, is_dataset};
@@ -112,10 +113,11 @@ pub fn join(
     let Some(dataset) = open_data(options, &terms, &tokenizer, stop, notice)? else { return Ok(Stop::Left) };
     let dataset = Arc::new(dataset);
     let manifest = terms.config.manifest(&terms.model);
-    let context = terms.config.training.context;
+    let training = &terms.config.training;
+    let (context, packing) = (training.context, training.packing);
     let leases = Leases::new();
-    let feed = LeasedFeed::new(dataset.clone(), leases.clone(), terms.config.seed, context)?;
-    let rows = options.rows.unwrap_or(terms.config.training.rows);
+    let feed = LeasedFeed::new(dataset.clone(), leases.clone(), terms.config.seed, context, packing)?;
+    let rows = options.rows.unwrap_or(training.rows);
     let engine = make_engine(Parts { terms: terms.clone(), manifest: manifest.clone(), rows, feed: Box::new(feed) })?;
     route.hello.layout = Some(engine.manifest().fingerprint());
     let machine = Site::new(SiteSettings {
@@ -123,7 +125,7 @@ pub fn join(
         up: terms.config.sync.up,
         dataset: dataset.id(),
         samples: dataset.samples(context),
-        samples_per_step: (rows * terms.config.training.accumulate) as u64,
+        samples_per_step: (rows * training.accumulate) as u64,
         session: next_session(&options.dir, welcome.session)?,
     });
     let (commands, receiver) = tokio::sync::mpsc::unbounded_channel();
@@ -132,7 +134,7 @@ pub fn join(
     let trainer = Trainer {
         machine,
         local: Local::new(engine.as_ref()),
-        held_out: held_out(&dataset, &tokenizer, context, rows)?,
+        held_out: held_out(&dataset, &tokenizer, training, rows)?,
         engine,
         leases,
         commands,
@@ -253,11 +255,13 @@ pub struct HeldOut {
     pub bytes: u64,
 }
 
-/// At most [`HELD_OUT_ROWS`] windows, spread evenly over the held-out text.
-fn held_out(dataset: &Dataset, tokenizer: &Tokenizer, context: usize, rows: usize) -> Result<HeldOut> {
+/// At most [`HELD_OUT_ROWS`] windows, spread evenly over the held-out text and packed as in training.
+fn held_out(dataset: &Dataset, tokenizer: &Tokenizer, training: &Training, rows: usize) -> Result<HeldOut> {
+    let (context, packing) = (training.context, training.packing);
     let windows = dataset.held_out_samples(context);
     let count = windows.min(HELD_OUT_ROWS);
-    held_out_windows(dataset, tokenizer, context, rows, (0..count).map(|row| row * windows / count.max(1)))
+    let spread = (0..count).map(|row| row * windows / count.max(1));
+    held_out_windows(dataset, tokenizer, context, packing, rows, spread)
 }
 
 /// Batches of the held-out windows of these numbers.
@@ -268,6 +272,7 @@ pub fn held_out_windows(
     dataset: &Dataset,
     tokenizer: &Tokenizer,
     context: usize,
+    packing: Packing,
     rows: usize,
     windows: impl Iterator<Item = u64>,
 ) -> Result<HeldOut> {
@@ -283,9 +288,10 @@ pub fn held_out_windows(
                 batch.rows += 1;
                 batch.tokens.extend_from_slice(&window);
             }
-            None => held_out.batches.push(Batch { rows: 1, length, tokens: window.clone(), progress: 0.0 }),
+            None => held_out.batches.push(Batch { rows: 1, length, tokens: window.clone(), ..Batch::default() }),
         }
     }
+    held_out.batches.iter_mut().for_each(|batch| batch.pack(packing, dataset.end_of_text()));
     Ok(held_out)
 }
 

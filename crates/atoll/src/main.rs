@@ -10,6 +10,7 @@ mod ingest;
 mod join;
 mod model;
 mod new;
+mod precision;
 mod replay;
 mod speak;
 mod status;

@@ -6,7 +6,7 @@ use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
 use atoll_core::training::AdamW;
-use atoll_cpu::{CpuEngine, Options};
+use atoll_cpu::{CpuEngine, Options, Precision};
 
 /// Odd sizes everywhere, three query heads for each of two key heads.
 pub fn tiny() -> ModelConfig {
@@ -35,7 +35,7 @@ pub fn lively_weights(config: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
 
 pub fn random_batch(rows: usize, length: usize, vocab: usize, rng: &mut Rng) -> Batch {
     let tokens = (0..rows * (length + 1)).map(|_| rng.below(vocab as u64) as u32).collect();
-    Batch { rows, length, tokens, progress: 0.0 }
+    Batch { rows, length, tokens, ..Batch::default() }
 }
 
 /// Random tokens; `rows_left` of them.
@@ -71,7 +71,15 @@ impl Feed for ListFeed {
 }
 
 pub fn options(model: &ModelConfig) -> Options {
-    Options { model: model.clone(), optimizer: AdamW::default(), rows: 2, accumulate: 1, threads: 2 }
+    Options {
+        model: model.clone(),
+        optimizer: AdamW::default(),
+        muon: None,
+        precision: Precision::F32,
+        rows: 2,
+        accumulate: 1,
+        threads: 2,
+    }
 }
 
 /// An engine with these per-tensor weights in three fragments.
