@@ -148,6 +148,7 @@ pub fn join(
         fetched: BTreeMap::new(),
         events: VecDeque::new(),
         steps_ordered: 0,
+        newest_commit: None,
         ended: None,
     };
     let result = trainer.run();
@@ -317,6 +318,8 @@ struct Trainer {
     /// Events that the machine has not seen yet.
     events: VecDeque<SiteEvent>,
     steps_ordered: u32,
+    /// Fragment and version of the newest commit that the engine has taken in.
+    newest_commit: Option<(FragmentId, u64)>,
     ended: Option<Stop>,
 }
 
@@ -441,12 +444,7 @@ impl Trainer {
     fn contribute(&mut self, fragment: FragmentId, codec: atoll_core::codec::Codec) -> Result<()> {
         let payload = match self.local.contribute(self.engine.as_mut(), fragment, codec) {
             Ok(payload) => payload,
-            Err(error) => {
-                self.give_up();
-                return Err(anyhow!(error).context(
-                    "the engine's weights cannot be contributed, and the site leaves; the run goes on without it",
-                ));
-            }
+            Err(error) => return Err(self.give_up(error.into(), "the engine's weights cannot be contributed")),
         };
         let event = SiteEvent::Contributed {
             fragment,
@@ -460,6 +458,9 @@ impl Trainer {
     }
 
     fn applied(&mut self, fragment: FragmentId, version: u64, applied: Result<Digest>) {
+        if applied.is_ok() && version > 0 {
+            self.newest_commit = Some((fragment, version));
+        }
         let digest = applied.unwrap_or_else(|error| {
             tracing::warn!("{fragment} version {version} cannot be applied: {error:#}; it is fetched anew");
             Digest::default()
@@ -469,7 +470,7 @@ impl Trainer {
 
     fn evaluate(&mut self, request: u64) -> Result<()> {
         let evaluation = self.local.evaluate(self.engine.as_mut(), &self.held_out.batches)?;
-        let commits = self.machine.held().flatten().map(|(version, _)| version).sum();
+        let commits = self.commits();
         let evaluated =
             Evaluated { commits, nats: evaluation.nats, tokens: evaluation.tokens, bytes: self.held_out.bytes };
         self.events.push_back(SiteEvent::Evaluated(request, evaluated));
@@ -481,13 +482,7 @@ impl Trainer {
         let progress = match self.engine.train(steps) {
             Ok(progress) => progress,
             Err(EngineError::Starved { .. }) => Progress::default(),
-            Err(error) => {
-                self.give_up();
-                let commits: u64 = self.machine.held().flatten().map(|(version, _)| version).sum();
-                return Err(anyhow!(error).context(format!(
-                    "training stopped; the global model of {commits} commits is good and the run goes on without this site"
-                )));
-            }
+            Err(error) => return Err(self.give_up(error.into(), "training stopped")),
         };
         self.pace(began, cpu.elapsed())?;
         let event = SiteEvent::Stepped {
@@ -522,13 +517,27 @@ impl Trainer {
         Ok(())
     }
 
-    /// Tells the coordinator that this site is leaving, so that its leases go back at once.
-    fn give_up(&mut self) {
+    /// Commits in the site's copy of the model.
+    fn commits(&self) -> u64 {
+        self.machine.held().flatten().map(|(version, _)| version).sum()
+    }
+
+    /// Tells the coordinator that this site is leaving, so that its leases go back at once; returns the
+    /// `error` that made it leave with what the operator needs to go back to.
+    fn give_up(&mut self, error: anyhow::Error, what: &str) -> anyhow::Error {
         let now = self.now();
         for order in self.machine.handle(now, SiteEvent::Leave) {
             if let SiteOrder::Report(status) = order {
                 self.command(Command::Report(status));
             }
         }
+        let good = match self.newest_commit {
+            Some((fragment, version)) => {
+                let commits = self.commits();
+                format!("the last good commit is version {version} of {fragment}, with {commits} commits in the model")
+            }
+            None => "there is no commit yet".to_string(),
+        };
+        error.context(format!("{what}; {good}; the run goes on without this site"))
     }
 }

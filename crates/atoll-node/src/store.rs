@@ -103,6 +103,18 @@ mod tests {
     }
 
     #[test]
+    fn two_sites_may_bring_the_same_bytes_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path().to_path_buf()).unwrap();
+        for payload in 0..20u8 {
+            let bytes = vec![payload; 1 << 16];
+            let put = || store.put(Digest::of(&bytes), &bytes).unwrap();
+            std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(put))));
+            assert_eq!(store.get(Digest::of(&bytes)), Some(bytes));
+        }
+    }
+
+    #[test]
     fn the_sweep_keeps_what_is_needed() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path().to_path_buf()).unwrap();

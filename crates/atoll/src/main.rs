@@ -119,3 +119,14 @@ fn complain(error: &anyhow::Error) {
         eprintln!("hint: {hint}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+}

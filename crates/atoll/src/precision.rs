@@ -5,6 +5,7 @@ use std::fmt;
 use atoll_cpu::Precision;
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::Args)]
+#[group(skip)]
 pub(crate) struct Arguments {
     /// What matrix products are computed in; sums and weights are f32 in any case.
     #[arg(long, value_enum, default_value_t)]

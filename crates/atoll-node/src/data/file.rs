@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Runs `write` on a temporary sibling of `path` and puts the result in place.
 pub(crate) fn write_with(path: &Path, write: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
@@ -11,7 +12,7 @@ pub(crate) fn write_with(path: &Path, write: impl FnOnce(&Path) -> io::Result<()
         .and_then(|()| File::options().write(true).open(&temporary)?.sync_all())
         .and_then(|()| rename(&temporary, path));
     if written.is_err() {
-        // The first error is the one to report; a leftover is overwritten by the next attempt.
+        // The first error is the one to report; a leftover costs room, nothing else.
         let _ = fs::remove_file(&temporary);
     }
     written
@@ -34,9 +35,12 @@ pub(crate) fn make_folder(path: &Path) -> io::Result<()> {
     sync_folder(path)
 }
 
+/// A name of its own for each attempt: two threads may write the same file at the same time.
 fn temporary_name(path: &Path) -> PathBuf {
+    static ATTEMPTS: AtomicU64 = AtomicU64::new(0);
+    let attempt = ATTEMPTS.fetch_add(1, Ordering::Relaxed);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
+    path.with_file_name(format!(".{name}.{}-{attempt}.tmp", std::process::id()))
 }
 
 /// Makes the names beside `path`, its own among them, durable. Windows has no such call and needs none.
