@@ -8,7 +8,7 @@ use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
 use atoll_core::training::AdamW;
-use atoll_cpu::{CpuEngine, Options};
+use atoll_cpu::{CpuEngine, Options, Precision};
 
 use crate::{Figures, median};
 
@@ -55,7 +55,8 @@ fn tokens_per_second(preset: &str, threads: usize, steps: usize) -> Result<f64> 
     let model = model(preset);
     let manifest = Manifest::balanced(model.tensors(), 4);
     let weights = manifest.gather(&model.initial_weights(1));
-    let options = Options { model, optimizer: AdamW::default(), rows: ROWS, accumulate: 1, threads };
+    let (optimizer, precision) = (AdamW::default(), Precision::F32);
+    let options = Options { model, optimizer, muon: None, precision, rows: ROWS, accumulate: 1, threads };
     let mut engine = CpuEngine::new(options, manifest, weights, Box::new(Noise(Rng::new(1))))?;
     engine.train(1)?;
     let mut speeds = Vec::new();

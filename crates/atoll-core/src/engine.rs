@@ -8,6 +8,7 @@
 pub mod conformance;
 
 use crate::manifest::{FragmentId, Manifest};
+use crate::training::Packing;
 
 /// Trains one model in place.
 pub trait Engine: Send {
@@ -65,8 +66,31 @@ pub struct Batch {
     pub length: usize,
     /// `(B, T+1)`, row-major.
     pub tokens: Vec<u32>,
+    /// `(B, T)`, row-major: for each input the position in its row of the first token that it may see,
+    /// its document's first; empty if every token may see its row from the beginning.
+    pub starts: Vec<u32>,
     /// How far the run has come, 0 at its start and 1 at its end: what learning-rate schedules see.
     pub progress: f32,
+}
+
+impl Batch {
+    /// Writes `starts` for the present tokens. An `end_of_text` belongs to the document that it ends;
+    /// the token after it begins the next one.
+    pub fn pack(&mut self, packing: Packing, end_of_text: u32) {
+        self.starts.clear();
+        if packing == Packing::Stream {
+            return;
+        }
+        for row in self.tokens.chunks_exact(self.length + 1) {
+            let mut start = 0;
+            for (position, &token) in (0..).zip(&row[..self.length]) {
+                self.starts.push(start);
+                if token == end_of_text {
+                    start = position + 1;
+                }
+            }
+        }
+    }
 }
 
 /// Where an engine's batches come from.
@@ -132,4 +156,29 @@ pub enum EngineError {
     /// The device or its driver failed.
     #[error("{0}")]
     Device(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn starts(rows: usize, tokens: &[u32], packing: Packing) -> Vec<u32> {
+        let length = tokens.len() / rows - 1;
+        let mut batch = Batch { rows, length, tokens: tokens.to_vec(), starts: vec![9], progress: 0.0 };
+        batch.pack(packing, 0);
+        batch.starts
+    }
+
+    #[test]
+    fn a_document_begins_behind_an_end_of_text() {
+        assert_eq!(starts(1, &[5, 6, 0, 7, 8, 9], Packing::Documents), [0, 0, 0, 3, 3]);
+        assert_eq!(starts(1, &[0, 0, 7, 8, 0, 9], Packing::Documents), [0, 1, 2, 2, 2]);
+        // The last token of a row is only a target, and the next row begins anew.
+        assert_eq!(starts(2, &[5, 6, 0, 7, 0, 8], Packing::Documents), [0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_stream_needs_no_starts() {
+        assert_eq!(starts(1, &[5, 0, 7, 8], Packing::Stream), [0u32; 0]);
+    }
 }

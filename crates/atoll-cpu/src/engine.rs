@@ -5,11 +5,11 @@
 use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
-use atoll_core::training::AdamW;
+use atoll_core::training::{AdamW, Muon};
 
 use crate::layout::Layout;
 use crate::llama::{Directions, Llama, Windows};
-use crate::optimizer::{Moments, clip_factor, squares};
+use crate::optimizer::{Moments, Settings, clip_factor, squares};
 use crate::pool::Pool;
 use crate::words::Precision;
 
@@ -20,6 +20,8 @@ pub struct Options {
     pub model: ModelConfig,
     /// The inner optimizer.
     pub optimizer: AdamW,
+    /// If set, the optimizer of the layers' matrices.
+    pub muon: Option<Muon>,
     /// What operands of matrix products are rounded to.
     pub precision: Precision,
     /// Rows of a micro-batch.
@@ -126,7 +128,9 @@ impl CpuEngine {
         let Self { options, pool, llama, manifest, weights, gradient, moments, .. } = self;
         let clip = clip_factor(options.optimizer.clip_norm, norm);
         let tensors = (manifest.tensors(), llama.layout.tensors.as_slice());
-        moments.step(pool, &options.optimizer, batch.progress, clip, tensors, weights, gradient);
+        let Options { optimizer, muon, precision, .. } = options;
+        let settings = Settings { optimizer, muon: muon.as_ref(), precision: *precision };
+        moments.step(pool, settings, (batch.progress, clip), tensors, weights, gradient);
         self.packed = None;
         Ok(((batch.rows * batch.length) as u64, nats))
     }
@@ -212,7 +216,7 @@ impl Engine for CpuEngine {
 /// `batch` in pieces of at most `rows` rows.
 fn micro_batches(batch: &Batch, rows: usize) -> impl Iterator<Item = Windows<'_>> {
     let (rows, length) = (rows.max(1), batch.length);
-    let starts = [].chunks(rows * length).chain(std::iter::repeat(&[][..]));
+    let starts = batch.starts.chunks(rows * length).chain(std::iter::repeat(&[][..]));
     let pieces = batch.tokens.chunks(rows * (length + 1)).zip(starts);
     pieces.map(move |(tokens, starts)| Windows { rows: tokens.len() / (length + 1), length, tokens, starts })
 }
@@ -236,6 +240,7 @@ fn join(manifest: &Manifest, fragments: Vec<Vec<f32>>) -> Result<Vec<f32>, Engin
 fn check(options: &Options, manifest: &Manifest) -> Result<(), EngineError> {
     let mut problems = options.model.problems();
     problems.extend(options.optimizer.problems());
+    problems.extend(options.muon.iter().flat_map(Muon::problems));
     for (name, value) in [("rows", options.rows), ("accumulate", options.accumulate)] {
         if value == 0 {
             problems.push(format!("{name} = 0 must be at least 1"));
@@ -267,6 +272,10 @@ fn check_batch(model: &ModelConfig, batch: &Batch) -> Result<(), EngineError> {
     }
     if length > model.max_position_embeddings {
         return wrong(format!("windows of {length} tokens for a context of {}", model.max_position_embeddings));
+    }
+    let in_order = |(index, &start): (usize, &u32)| start as usize <= index % length;
+    if !batch.starts.is_empty() && (batch.starts.len() != rows * length || !batch.starts.iter().enumerate().all(in_order)) {
+        return wrong(format!("{} document starts do not fit {rows} windows of {length}", batch.starts.len()));
     }
     match batch.tokens.iter().find(|&&token| token as usize >= model.vocab_size) {
         Some(token) => wrong(format!("token {token} is outside of the vocabulary of {}", model.vocab_size)),

@@ -32,6 +32,7 @@ mod layout;
 mod llama;
 mod loss;
 mod math;
+mod muon;
 mod norm;
 mod optimizer;
 mod pool;

@@ -1,4 +1,4 @@
-//! AdamW with decoupled weight decay (Loshchilov and Hutter, 2019), clipping by the norm over all
+//! How weights move: AdamW with decoupled weight decay (Loshchilov and Hutter, 2019), clipping by the norm over all
 //! gradients, and a schedule that looks at how far the *run* has come, so that sites which join late
 //! or train slowly share one learning rate.
 //!
@@ -7,15 +7,20 @@
 //! m ← β₁ m + (1−β₁) g        v ← β₂ v + (1−β₂) g²
 //! θ ← θ (1 − η λ) − η (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + ε)
 //! ```
+//!
+//! With Muon's settings, the layers' matrices move by their [orthogonalized](muon) momentum instead.
 
 use std::ops::Range;
 
 use atoll_core::model::{Tensor, TensorKind};
-use atoll_core::training::AdamW;
+use atoll_core::training::{AdamW, Muon};
 use itertools::izip;
 
 use crate::math::simd;
+use crate::muon;
 use crate::pool::Pool;
+use crate::scratch::take;
+use crate::words::Precision;
 
 /// Elements per task.
 const TILE: usize = 1 << 14;
@@ -26,33 +31,28 @@ pub(crate) struct Moments {
     square: Vec<f32>,
     /// Updates so far, t − 1 of the next.
     pub(crate) steps: u64,
+    /// Muon's, one for each thread.
+    scratch: Vec<muon::Scratch>,
 }
 
 impl Moments {
     pub(crate) fn new(parameters: usize) -> Self {
-        Self { mean: vec![0.0; parameters], square: vec![0.0; parameters], steps: 0 }
+        Self { mean: vec![0.0; parameters], square: vec![0.0; parameters], steps: 0, scratch: Vec::new() }
     }
 
     /// Updates the weights of all `tensors`, at their `places`, by one step.
     pub(crate) fn step(
         &mut self,
         pool: &Pool,
-        settings: &AdamW,
-        progress: f32,
-        clip: f32,
+        settings: Settings<'_>,
+        (progress, clip): (f32, f32),
         tensors: (&[Tensor], &[Range<usize>]),
         weights: &mut [f32],
         gradient: &[f32],
     ) {
-        let rate = settings.learning_rate_at(self.steps, progress);
+        let schedule = settings.optimizer.schedule(self.steps, progress);
         self.steps += 1;
-        let correction = |beta: f32| 1.0 - f64::from(beta).powf(self.steps as f64);
-        let update = Update {
-            settings,
-            clip,
-            rate: (f64::from(rate) / correction(settings.beta1)) as f32,
-            root_correction: correction(settings.beta2).sqrt() as f32,
-        };
+        let adamw = Update::new(settings.optimizer, schedule, clip, self.steps);
         let pieces = izip!(
             tensors.0,
             split(weights, tensors.1),
@@ -60,9 +60,10 @@ impl Moments {
             split(&mut self.square, tensors.1),
             tensors.1.iter().map(|place| &gradient[place.clone()]),
         );
-        let tiles = pieces.flat_map(|(tensor, weights, mean, square, gradient)| {
-            let decays = tensor.kind != TensorKind::Vector;
-            let keep = if decays { 1.0 - rate * settings.weight_decay } else { 1.0 };
+        let by_muon = |tensor: &Tensor| settings.muon.is_some() && tensor.kind == TensorKind::Matrix;
+        let (matrices, others): (Vec<_>, Vec<_>) = pieces.partition(|(tensor, ..)| by_muon(tensor));
+        let tiles = others.into_iter().flat_map(|(tensor, weights, mean, square, gradient)| {
+            let keep = adamw.keep(tensor.kind);
             let tiles = izip!(
                 weights.chunks_mut(TILE),
                 gradient.chunks(TILE),
@@ -71,7 +72,60 @@ impl Moments {
             );
             tiles.map(move |tile| (keep, tile))
         });
-        pool.each(tiles, |(keep, (w, g, m, v))| simd(#[inline(always)] || update.apply(keep, w, g, m, v)));
+        pool.each(tiles, |(keep, (w, g, m, v))| {
+            simd(#[inline(always)] || adamw.apply(keep, w, g, m, v));
+        });
+        if let Some(muon) = settings.muon {
+            self.scratch.resize_with(pool.threads(), Default::default);
+            let rate = muon.learning_rate * schedule;
+            pool.each_with(&mut self.scratch, matrices.into_iter(), |scratch, (tensor, w, m, _, g)| {
+                let matrix = Matrix { rows: tensor.shape[0], columns: tensor.shape[1], weights: w, momentum: m };
+                matrix.step(muon, settings.precision, rate, clip, g, scratch);
+            });
+        }
+    }
+}
+
+/// How weights move.
+#[derive(Clone, Copy)]
+pub(crate) struct Settings<'a> {
+    pub(crate) optimizer: &'a AdamW,
+    /// If set, the optimizer of the layers' matrices.
+    pub(crate) muon: Option<&'a Muon>,
+    /// Of Muon's products.
+    pub(crate) precision: Precision,
+}
+
+/// A matrix that Muon moves.
+struct Matrix<'a> {
+    rows: usize,
+    columns: usize,
+    weights: &'a mut [f32],
+    momentum: &'a mut [f32],
+}
+
+impl Matrix<'_> {
+    fn step(
+        self,
+        settings: &Muon,
+        precision: Precision,
+        rate: f32,
+        clip: f32,
+        gradient: &[f32],
+        scratch: &mut muon::Scratch,
+    ) {
+        let &Muon { momentum: mu, nesterov, iterations, weight_decay, .. } = settings;
+        let update = take(&mut scratch.update, gradient.len());
+        for ((update, momentum), g) in update.iter_mut().zip(self.momentum).zip(gradient) {
+            let g = g * clip;
+            *momentum = mu * *momentum + (1.0 - mu) * g;
+            *update = if nesterov { mu * *momentum + (1.0 - mu) * g } else { *momentum };
+        }
+        muon::orthogonalize(precision, self.rows, self.columns, iterations, scratch);
+        let scale = rate * 0.2 * (self.rows.max(self.columns) as f32).sqrt();
+        for (w, update) in self.weights.iter_mut().zip(&scratch.update) {
+            *w = *w * (1.0 - rate * weight_decay) - scale * update;
+        }
     }
 }
 
@@ -89,18 +143,38 @@ fn split<'a>(flat: &'a mut [f32], places: &[Range<usize>]) -> Vec<&'a mut [f32]>
     pieces
 }
 
-/// The numbers of one step.
+/// The numbers of one step of AdamW.
 struct Update<'a> {
     settings: &'a AdamW,
     /// Factor of the gradient.
     clip: f32,
-    /// η / (1−β₁ᵗ).
+    /// η.
     rate: f32,
+    /// η / (1−β₁ᵗ).
+    corrected_rate: f32,
     /// √(1−β₂ᵗ).
     root_correction: f32,
 }
 
-impl Update<'_> {
+impl<'a> Update<'a> {
+    /// Those of step t, from 1 on.
+    fn new(settings: &'a AdamW, schedule: f32, clip: f32, step: u64) -> Self {
+        let rate = settings.learning_rate * schedule;
+        let correction = |beta: f32| 1.0 - f64::from(beta).powf(step as f64);
+        Self {
+            settings,
+            clip,
+            rate,
+            corrected_rate: (f64::from(rate) / correction(settings.beta1)) as f32,
+            root_correction: correction(settings.beta2).sqrt() as f32,
+        }
+    }
+
+    /// What decay leaves of a weight.
+    fn keep(&self, kind: TensorKind) -> f32 {
+        if kind == TensorKind::Vector { 1.0 } else { 1.0 - self.rate * self.settings.weight_decay }
+    }
+
     #[inline(always)]
     fn apply(&self, keep: f32, weights: &mut [f32], gradient: &[f32], mean: &mut [f32], square: &mut [f32]) {
         let &AdamW { beta1, beta2, eps, .. } = self.settings;
@@ -109,7 +183,7 @@ impl Update<'_> {
             let g = g * self.clip;
             *m = beta1 * *m + (1.0 - beta1) * g;
             *v = beta2 * *v + (1.0 - beta2) * (g * g);
-            *w = *w * keep - self.rate * *m / (v.sqrt() / self.root_correction + eps);
+            *w = *w * keep - self.corrected_rate * *m / (v.sqrt() / self.root_correction + eps);
         }
     }
 }

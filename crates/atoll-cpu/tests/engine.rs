@@ -125,7 +125,7 @@ fn a_repeating_pattern_is_learned() {
     impl Feed for Pattern {
         fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError> {
             let tokens = (0..rows).flat_map(|row| (row..row + 25).map(|i| (i % 7) as u32)).collect();
-            *batch = Batch { rows, length: 24, tokens, progress: 0.0 };
+            *batch = Batch { rows, length: 24, tokens, ..Batch::default() };
             Ok(())
         }
     }
@@ -235,9 +235,9 @@ fn what_does_not_fit_is_refused_in_words() {
     let mut engine = engine(options(&model), &model.initial_weights(1), Box::new(NoFeed));
     assert_eq!(engine.train(1), Err(EngineError::Starved { wanted: 2 }));
     let said = |engine: &mut CpuEngine, batch: Batch| engine.evaluate(&batch).unwrap_err().to_string();
-    let batch = Batch { rows: 1, length: 2, tokens: vec![1, 2, 61], progress: 0.0 };
+    let batch = Batch { rows: 1, length: 2, tokens: vec![1, 2, 61], ..Batch::default() };
     assert_eq!(said(&mut engine, batch), "token 61 is outside of the vocabulary of 61");
-    let batch = Batch { rows: 1, length: 161, tokens: vec![0; 162], progress: 0.0 };
+    let batch = Batch { rows: 1, length: 161, tokens: vec![0; 162], ..Batch::default() };
     assert_eq!(said(&mut engine, batch), "windows of 161 tokens for a context of 160");
     assert_eq!(said(&mut engine, Batch::default()), "0 tokens are not 0 windows of 0 + 1");
 }

@@ -1,5 +1,5 @@
-//! The witness: logits, loss, gradients and a short training as Hugging Face's Llama and PyTorch's AdamW
-//! compute them (`golden/make_golden.py` writes the numbers).
+//! The witness: logits, loss, gradients and a short training as Hugging Face's Llama and PyTorch's AdamW and
+//! Muon compute them (`golden/make_golden.py` writes the numbers).
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -8,7 +8,7 @@ use atoll_core::engine::weights;
 use atoll_core::engine::{Batch, Engine};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
-use atoll_core::training::AdamW;
+use atoll_core::training::{AdamW, Muon};
 use atoll_cpu::{CpuEngine, Generator, NoFeed, Options, Precision};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -62,14 +62,16 @@ impl Golden {
             length,
             tokens: tokens.to_vec(),
             progress: step as f32 / count,
+            ..Batch::default()
         };
         steps.enumerate().map(batch).collect()
     }
 
     fn engine(&self, feed: Box<dyn atoll_core::engine::Feed>) -> CpuEngine {
         let optimizer: AdamW = serde_json::from_value(self.numbers["optimizer"].clone()).unwrap();
+        let muon: Option<Muon> = serde_json::from_value(self.numbers["muon"].clone()).unwrap();
         let options =
-            Options { model: self.model.clone(), optimizer, precision: Precision::F32, rows: self.number("rows"), accumulate: 1, threads: 2 };
+            Options { model: self.model.clone(), optimizer, muon, precision: Precision::F32, rows: self.number("rows"), accumulate: 1, threads: 2 };
         engine(options, &self.tensors("weight"), feed)
     }
 }
@@ -123,6 +125,11 @@ fn training(golden: &Golden) {
 #[test]
 fn a_tied_llama_is_the_one_of_pytorch() {
     check("tied");
+}
+
+#[test]
+fn muon_is_the_one_of_pytorch() {
+    check("muon");
 }
 
 #[test]

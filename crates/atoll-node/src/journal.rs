@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use atoll_core::journal::{Chain, Entry};
 
+use crate::data::file;
+
 /// An open journal.
 #[derive(Debug)]
 pub struct JournalFile {
@@ -30,6 +32,7 @@ impl JournalFile {
         let place = || format!("the journal {}", path.display());
         let file = OpenOptions::new().read(true).append(true).create(true).open(path).with_context(place)?;
         let length = file.metadata().with_context(place)?.len();
+        file::sync_folder(path).with_context(place)?;
         if length < offset {
             bail!("{} has {length} bytes, its snapshot speaks of {offset}\nhint: restore it from a backup", place());
         }
@@ -137,6 +140,14 @@ mod tests {
             assert_eq!(read(&path).unwrap(), entries()[..1]);
             assert_eq!(fs::read(&path).unwrap().len(), first, "the torn line must be gone");
         }
+    }
+
+    #[test]
+    fn the_name_of_a_new_journal_is_synced() {
+        let folder = tempfile::tempdir().unwrap();
+        file::synced::take();
+        assert_eq!(read(&folder.path().join("journal.jsonl")).unwrap(), []);
+        assert_eq!(file::synced::take(), [folder.path()]);
     }
 
     #[test]

@@ -300,6 +300,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use atoll_core::training::{Muon, Packing};
 
     #[test]
     fn the_defaults_have_no_problem_and_survive_toml() {
@@ -307,6 +308,17 @@ mod tests {
         assert_eq!(config.problems(), Vec::<String>::new());
         let text = toml::to_string(&config).unwrap();
         assert_eq!(toml::from_str::<RunConfig>(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn muon_and_packing_survive_toml() {
+        let text = "[training]\npacking = 'documents'\n[training.muon]\nmomentum = 0.9\n";
+        let config: RunConfig = toml::from_str(text).unwrap();
+        assert_eq!(config.training.packing, Packing::Documents);
+        assert_eq!(config.training.muon, Some(Muon { momentum: 0.9, ..Muon::default() }));
+        assert_eq!(config.problems(), Vec::<String>::new());
+        assert_eq!(toml::from_str::<RunConfig>(&toml::to_string(&config).unwrap()).unwrap(), config);
+        assert!(toml::from_str::<RunConfig>("[training.muon]\nmomentun = 0.9\n").is_err());
     }
 
     #[test]

@@ -20,6 +20,7 @@ use atoll_core::journal::Evaluated;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::round::{Site, SiteEvent, SiteOrder, SiteSettings, Stop};
 use atoll_core::site::Time;
+use atoll_core::training::{Packing, Training};
 use atoll_core::wire::Hello;
 
 use crate::data::{DataError, corpus, ingest, is_dataset};
@@ -112,10 +113,11 @@ pub fn join(
     let Some(dataset) = open_data(options, &terms, &tokenizer, stop, notice)? else { return Ok(Stop::Left) };
     let dataset = Arc::new(dataset);
     let manifest = terms.config.manifest(&terms.model);
-    let context = terms.config.training.context;
+    let training = &terms.config.training;
+    let (context, packing) = (training.context, training.packing);
     let leases = Leases::new();
-    let feed = LeasedFeed::new(dataset.clone(), leases.clone(), terms.config.seed, context)?;
-    let rows = options.rows.unwrap_or(terms.config.training.rows);
+    let feed = LeasedFeed::new(dataset.clone(), leases.clone(), terms.config.seed, context, packing)?;
+    let rows = options.rows.unwrap_or(training.rows);
     let engine = make_engine(Parts { terms: terms.clone(), manifest: manifest.clone(), rows, feed: Box::new(feed) })?;
     route.hello.layout = Some(engine.manifest().fingerprint());
     let machine = Site::new(SiteSettings {
@@ -123,7 +125,7 @@ pub fn join(
         up: terms.config.sync.up,
         dataset: dataset.id(),
         samples: dataset.samples(context),
-        samples_per_step: (rows * terms.config.training.accumulate) as u64,
+        samples_per_step: (rows * training.accumulate) as u64,
         session: next_session(&options.dir, welcome.session)?,
     });
     let (commands, receiver) = tokio::sync::mpsc::unbounded_channel();
@@ -132,7 +134,7 @@ pub fn join(
     let trainer = Trainer {
         machine,
         local: Local::new(engine.as_ref()),
-        held_out: held_out(&dataset, &tokenizer, context, rows)?,
+        held_out: held_out(&dataset, &tokenizer, training, rows)?,
         engine,
         leases,
         commands,
@@ -146,6 +148,7 @@ pub fn join(
         fetched: BTreeMap::new(),
         events: VecDeque::new(),
         steps_ordered: 0,
+        newest_commit: None,
         ended: None,
     };
     let result = trainer.run();
@@ -253,11 +256,13 @@ pub struct HeldOut {
     pub bytes: u64,
 }
 
-/// At most [`HELD_OUT_ROWS`] windows, spread evenly over the held-out text.
-fn held_out(dataset: &Dataset, tokenizer: &Tokenizer, context: usize, rows: usize) -> Result<HeldOut> {
+/// At most [`HELD_OUT_ROWS`] windows, spread evenly over the held-out text and packed as in training.
+fn held_out(dataset: &Dataset, tokenizer: &Tokenizer, training: &Training, rows: usize) -> Result<HeldOut> {
+    let (context, packing) = (training.context, training.packing);
     let windows = dataset.held_out_samples(context);
     let count = windows.min(HELD_OUT_ROWS);
-    held_out_windows(dataset, tokenizer, context, rows, (0..count).map(|row| row * windows / count.max(1)))
+    let spread = (0..count).map(|row| row * windows / count.max(1));
+    held_out_windows(dataset, tokenizer, context, packing, rows, spread)
 }
 
 /// Batches of the held-out windows of these numbers.
@@ -268,6 +273,7 @@ pub fn held_out_windows(
     dataset: &Dataset,
     tokenizer: &Tokenizer,
     context: usize,
+    packing: Packing,
     rows: usize,
     windows: impl Iterator<Item = u64>,
 ) -> Result<HeldOut> {
@@ -283,9 +289,10 @@ pub fn held_out_windows(
                 batch.rows += 1;
                 batch.tokens.extend_from_slice(&window);
             }
-            None => held_out.batches.push(Batch { rows: 1, length, tokens: window.clone(), progress: 0.0 }),
+            None => held_out.batches.push(Batch { rows: 1, length, tokens: window.clone(), ..Batch::default() }),
         }
     }
+    held_out.batches.iter_mut().for_each(|batch| batch.pack(packing, dataset.end_of_text()));
     Ok(held_out)
 }
 
@@ -311,6 +318,8 @@ struct Trainer {
     /// Events that the machine has not seen yet.
     events: VecDeque<SiteEvent>,
     steps_ordered: u32,
+    /// Fragment and version of the newest commit that the engine has taken in.
+    newest_commit: Option<(FragmentId, u64)>,
     ended: Option<Stop>,
 }
 
@@ -435,12 +444,7 @@ impl Trainer {
     fn contribute(&mut self, fragment: FragmentId, codec: atoll_core::codec::Codec) -> Result<()> {
         let payload = match self.local.contribute(self.engine.as_mut(), fragment, codec) {
             Ok(payload) => payload,
-            Err(error) => {
-                self.give_up();
-                return Err(anyhow!(error).context(
-                    "the engine's weights cannot be contributed, and the site leaves; the run goes on without it",
-                ));
-            }
+            Err(error) => return Err(self.give_up(error.into(), "the engine's weights cannot be contributed")),
         };
         let event = SiteEvent::Contributed {
             fragment,
@@ -454,6 +458,9 @@ impl Trainer {
     }
 
     fn applied(&mut self, fragment: FragmentId, version: u64, applied: Result<Digest>) {
+        if applied.is_ok() && version > 0 {
+            self.newest_commit = Some((fragment, version));
+        }
         let digest = applied.unwrap_or_else(|error| {
             tracing::warn!("{fragment} version {version} cannot be applied: {error:#}; it is fetched anew");
             Digest::default()
@@ -463,7 +470,7 @@ impl Trainer {
 
     fn evaluate(&mut self, request: u64) -> Result<()> {
         let evaluation = self.local.evaluate(self.engine.as_mut(), &self.held_out.batches)?;
-        let commits = self.machine.held().flatten().map(|(version, _)| version).sum();
+        let commits = self.commits();
         let evaluated =
             Evaluated { commits, nats: evaluation.nats, tokens: evaluation.tokens, bytes: self.held_out.bytes };
         self.events.push_back(SiteEvent::Evaluated(request, evaluated));
@@ -475,13 +482,7 @@ impl Trainer {
         let progress = match self.engine.train(steps) {
             Ok(progress) => progress,
             Err(EngineError::Starved { .. }) => Progress::default(),
-            Err(error) => {
-                self.give_up();
-                let commits: u64 = self.machine.held().flatten().map(|(version, _)| version).sum();
-                return Err(anyhow!(error).context(format!(
-                    "training stopped; the global model of {commits} commits is good and the run goes on without this site"
-                )));
-            }
+            Err(error) => return Err(self.give_up(error.into(), "training stopped")),
         };
         self.pace(began, cpu.elapsed())?;
         let event = SiteEvent::Stepped {
@@ -516,13 +517,27 @@ impl Trainer {
         Ok(())
     }
 
-    /// Tells the coordinator that this site is leaving, so that its leases go back at once.
-    fn give_up(&mut self) {
+    /// Commits in the site's copy of the model.
+    fn commits(&self) -> u64 {
+        self.machine.held().flatten().map(|(version, _)| version).sum()
+    }
+
+    /// Tells the coordinator that this site is leaving, so that its leases go back at once; returns the
+    /// `error` that made it leave with what the operator needs to go back to.
+    fn give_up(&mut self, error: anyhow::Error, what: &str) -> anyhow::Error {
         let now = self.now();
         for order in self.machine.handle(now, SiteEvent::Leave) {
             if let SiteOrder::Report(status) = order {
                 self.command(Command::Report(status));
             }
         }
+        let good = match self.newest_commit {
+            Some((fragment, version)) => {
+                let commits = self.commits();
+                format!("the last good commit is version {version} of {fragment}, with {commits} commits in the model")
+            }
+            None => "there is no commit yet".to_string(),
+        };
+        error.context(format!("{what}; {good}; the run goes on without this site"))
     }
 }

@@ -18,6 +18,7 @@ use atoll_core::outer::Global;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::data::file;
 use crate::hf;
 use crate::journal::JournalFile;
 use crate::run::{RunDir, write_atomically};
@@ -66,12 +67,13 @@ pub fn save(
     let _ = fs::remove_dir_all(&folder);
     let new = dir.snapshots().join(format!(".{:012}.new", book.entries));
     let _ = fs::remove_dir_all(&new);
-    fs::create_dir_all(&new).with_context(|| format!("{} cannot be made", new.display()))?;
+    file::make_folder(&dir.snapshots()).with_context(|| format!("{} cannot be made", dir.snapshots().display()))?;
+    fs::create_dir(&new).with_context(|| format!("{} cannot be made", new.display()))?;
     hf::save(&new, model, &global.tensors(), fs::read(dir.tokenizer()).ok().as_deref())?;
     write_atomically(&new.join("outer.safetensors"), &outer_state(global)?)?;
     let place = Place { book: book.clone(), chain, offset };
     write_atomically(&new.join("book.json"), &serde_json::to_vec(&place)?)?;
-    fs::rename(&new, &folder).with_context(|| format!("{} cannot be renamed", new.display()))?;
+    file::rename(&new, &folder).with_context(|| format!("{} cannot be renamed", new.display()))?;
     Ok(folder)
 }
 
@@ -253,4 +255,25 @@ fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
         global.residual[index] = residual;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_outlasts_a_crash() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = RunDir(folder.path().to_path_buf());
+        let model = ModelConfig::preset("nano", 300, 32).unwrap();
+        let manifest = Manifest::balanced(model.tensors(), 2);
+        let global = Global::new(manifest.clone(), manifest.gather(&model.initial_weights(1)));
+        let book = Book { seed: 7, layout: manifest.fingerprint(), ..Book::default() };
+        file::synced::take();
+        let saved = save(&dir, &model, &global, &book, Chain::default(), 0).unwrap();
+        let synced = file::synced::take();
+        assert_eq!(synced.first(), Some(&dir.0), "the folder of snapshots is new");
+        assert_eq!(synced.last(), Some(&dir.snapshots()), "the last thing is the snapshot's own name");
+        assert_eq!(load(&saved, &model, &manifest, 7).unwrap().0, global);
+    }
 }

@@ -3,11 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use atoll_core::hash::Digest;
+
+use crate::data::file;
 
 /// A folder of blobs.
 #[derive(Debug, Clone)]
@@ -21,7 +22,7 @@ impl Store {
     /// # Errors
     /// If it cannot be made.
     pub fn open(folder: PathBuf) -> Result<Self> {
-        fs::create_dir_all(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
+        file::make_folder(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
         Ok(Self { folder })
     }
 
@@ -31,17 +32,12 @@ impl Store {
     /// If the disk does not take them.
     pub fn put(&self, digest: Digest, bytes: &[u8]) -> Result<()> {
         let path = self.path(digest);
-        if self.get(digest).is_some() {
-            return Ok(());
-        }
-        let new = path.with_extension("new");
-        let write = || -> std::io::Result<()> {
-            let mut file = fs::File::create(&new)?;
-            file.write_all(bytes)?;
-            file.sync_data()?;
-            fs::rename(&new, &path)
+        let kept = match self.get(digest) {
+            // It may be the work of a process that died before it synced the name.
+            Some(_) => file::sync_folder(&path),
+            None => file::write(&path, bytes),
         };
-        write().with_context(|| format!("{} cannot be written\nhint: is the disk full?", path.display()))
+        kept.with_context(|| format!("{} cannot be written\nhint: is the disk full?", path.display()))
     }
 
     /// The bytes of that address, if they are here and undamaged.
@@ -91,6 +87,31 @@ mod tests {
         assert_eq!(store.get(digest).as_deref(), Some(&b"bytes"[..]));
         fs::write(store.path(digest), b"bytez").unwrap();
         assert_eq!(store.get(digest), None);
+    }
+
+    #[test]
+    fn what_is_kept_outlasts_a_crash() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path().to_path_buf()).unwrap();
+        file::synced::take();
+        for _ in 0..2 {
+            store.put(Digest::of(b"bytes"), b"bytes").unwrap();
+            assert_eq!(file::synced::take(), [folder.path()]);
+        }
+        let names = fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(names, 1, "nothing else is left behind");
+    }
+
+    #[test]
+    fn two_sites_may_bring_the_same_bytes_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path().to_path_buf()).unwrap();
+        for payload in 0..20u8 {
+            let bytes = vec![payload; 1 << 16];
+            let put = || store.put(Digest::of(&bytes), &bytes).unwrap();
+            std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(put))));
+            assert_eq!(store.get(Digest::of(&bytes)), Some(bytes));
+        }
     }
 
     #[test]

@@ -130,14 +130,14 @@ mod tests {
         fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError> {
             let start = self.0;
             self.0 += (rows * (CONTEXT + 1)) as u32;
-            *batch = Batch { rows, length: CONTEXT, tokens: (start..self.0).collect(), progress: 0.0 };
+            *batch = Batch { rows, length: CONTEXT, tokens: (start..self.0).collect(), ..Batch::default() };
             Ok(())
         }
     }
 
     #[test]
     fn the_toy_is_an_engine() {
-        let batch = Batch { rows: 1, length: CONTEXT, tokens: vec![1; CONTEXT + 1], progress: 0.0 };
+        let batch = Batch { rows: 1, length: CONTEXT, tokens: vec![1; CONTEXT + 1], ..Batch::default() };
         let mut make = || Box::new(Toy::new(manifest(3), Box::new(Counter(0)))) as Box<dyn Engine>;
         assert_eq!(conformance::check(&mut make, &batch), Ok(()));
     }

@@ -13,8 +13,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use atoll_node::report::Report;
 use atoll_node::run::RunDir;
 
-use crate::stop;
 use crate::view::{self, View};
+use crate::{precision, stop};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -40,6 +40,8 @@ pub(crate) struct Arguments {
     /// the cores.
     #[arg(long)]
     share: Option<f64>,
+    #[command(flatten)]
+    precision: precision::Arguments,
     /// The model's size.
     #[arg(long, default_value = "nano")]
     preset: String,
@@ -192,6 +194,7 @@ impl Demo<'_> {
                 command.arg(ticket).arg("--data").arg(self.tokens()).args(["--device", "cpu", "--supervised"]);
                 command.arg("--dir").arg(self.dir.0.join("sites").join(&name));
                 command.args(["--threads", &threads.to_string(), "--share", &format!("{share:.4}")]);
+                command.args(self.arguments.precision.words());
                 Ward::start(&name, command, logs)
             })
             .collect()
@@ -239,6 +242,7 @@ impl Demo<'_> {
             .arg("--data")
             .arg(self.tokens())
             .arg("--json")
+            .args(self.arguments.precision.words())
             .stderr(Stdio::inherit())
             .output()?;
         if !output.status.success() {
@@ -252,7 +256,7 @@ impl Demo<'_> {
             None => "/// Returns the ".to_string(),
         });
         let mut generate = self.atoll("generate");
-        generate.arg(&self.dir.0).args(["--prompt", &prompt, "--tokens", "120"]);
+        generate.arg(&self.dir.0).args(["--prompt", &prompt, "--tokens", "120"]).args(self.arguments.precision.words());
         let text = generate.stderr(Stdio::inherit()).output()?;
         if !text.status.success() {
             bail!("`atoll generate` failed");

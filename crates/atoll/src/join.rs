@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use atoll_core::engine::Engine;
 use atoll_core::round::Stop;
-use atoll_cpu::{CpuEngine, Options};
+use atoll_cpu::{CpuEngine, Options, Precision};
 use atoll_node::identity::Ticket;
 use atoll_node::site::{Parts, SiteOptions, join};
 
-use crate::stop;
+use crate::{precision, stop};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -29,6 +29,8 @@ pub(crate) struct Arguments {
     /// Threads of the CPU engine; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    #[command(flatten)]
+    precision: precision::Arguments,
     /// Samples per micro-batch, if not the run's.
     #[arg(long)]
     rows: Option<usize>,
@@ -57,6 +59,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let dir = arguments.dir.clone().unwrap_or_else(|| PathBuf::from(format!("atoll-{}", ticket.site)));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if arguments.threads == 0 { cores } else { arguments.threads };
+    let precision = arguments.precision.resolve();
     let options = SiteOptions {
         dir,
         ticket,
@@ -66,10 +69,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         share: arguments.share,
         streams: arguments.streams,
         engine: "cpu".to_string(),
-        device: device_name(threads, arguments.share),
+        device: device_name(threads, precision, arguments.share),
     };
+    tracing::info!("{} trains on {}", options.ticket.site, options.device);
     let flag = stop::flag(arguments.supervised)?;
-    let ending = join(&options, |parts| make_engine(parts, threads), &flag, &mut |line| tracing::info!("{line}"))?;
+    let make = |parts| make_engine(parts, threads, precision);
+    let ending = join(&options, make, &flag, &mut |line| tracing::info!("{line}"))?;
     match ending {
         Stop::Finished => println!("the run is finished"),
         _ => println!("{} left the run; the same command comes back to it", options.ticket.site),
@@ -88,16 +93,19 @@ fn ticket(text: &str) -> Result<Ticket> {
     Ticket::from_text(&text)
 }
 
-fn device_name(threads: usize, share: f64) -> String {
-    let threads = format!("cpu, {threads} thread{}", if threads == 1 { "" } else { "s" });
-    if share < 1.0 { format!("{threads} at {:.0} %", share * 100.0) } else { threads }
+fn device_name(threads: usize, precision: Precision, share: f64) -> String {
+    let (plural, precision) = (if threads == 1 { "" } else { "s" }, precision::name(precision));
+    let device = format!("cpu, {precision}, {threads} thread{plural}");
+    if share < 1.0 { format!("{device} at {:.0} %", share * 100.0) } else { device }
 }
 
-fn make_engine(parts: Parts, threads: usize) -> Result<Box<dyn Engine>> {
+fn make_engine(parts: Parts, threads: usize, precision: Precision) -> Result<Box<dyn Engine>> {
     let training = &parts.terms.config.training;
     let options = Options {
         model: parts.terms.model.clone(),
         optimizer: training.optimizer.clone(),
+        muon: training.muon.clone(),
+        precision,
         rows: parts.rows,
         accumulate: training.accumulate,
         threads,
@@ -106,4 +114,15 @@ fn make_engine(parts: Parts, threads: usize) -> Result<Box<dyn Engine>> {
     let weights = parts.manifest.fragments().map(zeros).collect();
     let engine = CpuEngine::new(options, parts.manifest, weights, parts.feed)?;
     Ok(Box::new(engine))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_told_in_a_few_words() {
+        assert_eq!(device_name(1, Precision::F32, 1.0), "cpu, f32, 1 thread");
+        assert_eq!(device_name(8, Precision::Bf16, 0.25), "cpu, bf16, 8 threads at 25 %");
+    }
 }

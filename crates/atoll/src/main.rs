@@ -10,6 +10,7 @@ mod ingest;
 mod join;
 mod model;
 mod new;
+mod precision;
 mod replay;
 mod speak;
 mod status;
@@ -116,5 +117,16 @@ fn complain(error: &anyhow::Error) {
     eprintln!("error: {}", sentences.join(": "));
     if let Some(hint) = hint {
         eprintln!("hint: {hint}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
     }
 }

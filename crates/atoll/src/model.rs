@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use atoll_core::model::ModelConfig;
+use atoll_core::training::Packing;
 use atoll_node::data::Tokenizer;
-use atoll_node::run::RunDir;
+use atoll_node::run::{RunConfig, RunDir};
 use atoll_node::{hf, snapshot};
 
 /// A model with its tokenizer.
@@ -28,6 +29,15 @@ pub(crate) fn load(dir: &Path) -> Result<Loaded> {
     let bytes = fs::read(&path)
         .with_context(|| format!("{} cannot be read\nhint: a model folder needs its tokenizer.json", path.display()))?;
     Ok(Loaded { folder, config, weights, tokenizer: Tokenizer::from_bytes(bytes)? })
+}
+
+/// What a token saw in training, if `dir` is a run folder; a model's own folder does not tell.
+pub(crate) fn packing(dir: &Path) -> Result<Packing> {
+    let path = RunDir(dir.to_path_buf()).config();
+    if !path.exists() {
+        return Ok(Packing::default());
+    }
+    Ok(RunConfig::load(&path)?.training.packing)
 }
 
 /// The finished model, else the newest snapshot, else `dir` itself.

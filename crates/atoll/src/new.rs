@@ -128,6 +128,7 @@ const TEMPLATE: &str = include_str!("run.toml");
 #[cfg(test)]
 mod tests {
     use super::*;
+    use atoll_core::training::Muon;
     use clap::Parser;
 
     #[derive(Parser)]
@@ -141,6 +142,16 @@ mod tests {
         let line = Line::parse_from(["new", "some/run"]);
         let config: RunConfig = toml::from_str(&run_toml(&line.arguments)).unwrap();
         assert_eq!(config, RunConfig::default());
+    }
+
+    #[test]
+    fn the_commented_muon_is_the_default_one() {
+        let line = Line::parse_from(["new", "some/run"]);
+        let text = run_toml(&line.arguments);
+        let (_, table) = text.split_once("# [training.muon]\n").unwrap();
+        let (table, _) = table.split_once("\n\n").unwrap();
+        let muon: Muon = toml::from_str(&table.replace("# ", "")).unwrap();
+        assert_eq!(muon, Muon::default());
     }
 
     #[test]

@@ -15,6 +15,7 @@ use atoll_node::hf;
 use atoll_node::site::held_out_windows;
 
 use crate::model::{self, Loaded};
+use crate::precision;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct GenerateArguments {
@@ -41,6 +42,8 @@ pub(crate) struct GenerateArguments {
     /// Threads; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    #[command(flatten)]
+    precision: precision::Arguments,
 }
 
 pub(crate) fn generate(arguments: &GenerateArguments) -> Result<()> {
@@ -61,7 +64,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> Result<()> {
         top_p: arguments.top_p,
         seed: arguments.seed,
     };
-    let mut generator = Generator::new(&config, &weights, arguments.threads)?;
+    let mut generator = Generator::new(&config, &weights, arguments.precision.resolve(), arguments.threads)?;
     let mut said: Vec<u32> = Vec::new();
     let mut shown = 0;
     let mut out = std::io::stdout().lock();
@@ -101,6 +104,8 @@ pub(crate) struct EvalArguments {
     /// Threads; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    #[command(flatten)]
+    precision: precision::Arguments,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -120,8 +125,9 @@ pub(crate) fn eval(arguments: &EvalArguments) -> Result<()> {
     }
     let count = if arguments.windows == 0 { all } else { arguments.windows.min(all) };
     let windows = (0..count).map(|window| window * all / count);
-    let held_out = held_out_windows(&dataset, &loaded.tokenizer, context, ROWS, windows)?;
-    let mut engine = engine(&loaded, arguments.threads)?;
+    let held_out =
+        held_out_windows(&dataset, &loaded.tokenizer, context, model::packing(&arguments.dir)?, ROWS, windows)?;
+    let mut engine = engine(&loaded, arguments)?;
     let mut sum = Evaluation::default();
     for batch in &held_out.batches {
         let part = engine.evaluate(batch)?;
@@ -174,9 +180,16 @@ fn dataset(arguments: &EvalArguments, loaded: &Loaded, scratch: &tempfile::TempD
     )?)
 }
 
-fn engine(loaded: &Loaded, threads: usize) -> Result<CpuEngine> {
-    let options =
-        Options { model: loaded.config.clone(), optimizer: AdamW::default(), rows: ROWS, accumulate: 1, threads };
+fn engine(loaded: &Loaded, arguments: &EvalArguments) -> Result<CpuEngine> {
+    let options = Options {
+        model: loaded.config.clone(),
+        optimizer: AdamW::default(),
+        muon: None,
+        precision: arguments.precision.resolve(),
+        rows: ROWS,
+        accumulate: 1,
+        threads: arguments.threads,
+    };
     let manifest = Manifest::balanced(loaded.config.tensors(), 1);
     let weights = manifest.gather(&loaded.weights);
     Ok(CpuEngine::new(options, manifest, weights, Box::new(NoFeed))?)

@@ -11,7 +11,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use atoll_cpu::Generator;
+use atoll_cpu::{Generator, Precision};
 use atoll_node::hf;
 use common::{Lab, atoll, wait};
 
@@ -39,7 +39,7 @@ fn transformers_compute_the_same_logits() {
     let (config, weights) = hf::load(Path::new(&folder)).unwrap();
     let length = config.max_position_embeddings.min(200) as u32;
     let tokens: Vec<u32> = (0..length).map(|i| (i * 37 + 11) % config.vocab_size as u32).collect();
-    let ours = Generator::new(&config, &weights, 2).unwrap().logits(&tokens).unwrap();
+    let ours = Generator::new(&config, &weights, Precision::F32, 2).unwrap().logits(&tokens).unwrap();
 
     let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".to_string());
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/logits.py");

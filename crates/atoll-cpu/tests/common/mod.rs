@@ -35,7 +35,7 @@ pub fn lively_weights(config: &ModelConfig, seed: u64) -> Vec<Vec<f32>> {
 
 pub fn random_batch(rows: usize, length: usize, vocab: usize, rng: &mut Rng) -> Batch {
     let tokens = (0..rows * (length + 1)).map(|_| rng.below(vocab as u64) as u32).collect();
-    Batch { rows, length, tokens, progress: 0.0 }
+    Batch { rows, length, tokens, ..Batch::default() }
 }
 
 /// Random tokens; `rows_left` of them.
@@ -71,7 +71,7 @@ impl Feed for ListFeed {
 }
 
 pub fn options(model: &ModelConfig) -> Options {
-    Options { model: model.clone(), optimizer: AdamW::default(), precision: Precision::F32, rows: 2, accumulate: 1, threads: 2 }
+    Options { model: model.clone(), optimizer: AdamW::default(), muon: None, precision: Precision::F32, rows: 2, accumulate: 1, threads: 2 }
 }
 
 /// An engine with these per-tensor weights in three fragments.

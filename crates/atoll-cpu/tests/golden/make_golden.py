@@ -1,5 +1,5 @@
 """Writes the golden numbers that the engine is compared with: what Hugging Face's Llama and PyTorch's
-AdamW make of two tiny random models, in fp32, on one thread.
+AdamW and Muon make of tiny random models, in fp32, on one thread.
 
     python make_golden.py
 
@@ -8,11 +8,13 @@ the configuration, the loss, and a short training: losses, and two checksums of 
 at its end.
 """
 
+import inspect
 import json
 import math
 from pathlib import Path
 
 import torch
+import torch.optim._muon
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,6 +32,7 @@ MODELS = {
     "tied": dict(num_key_value_heads=2, rope_theta=10000.0, tie_word_embeddings=True),
     "untied": dict(num_key_value_heads=1, rope_theta=500.0, tie_word_embeddings=False),
 }
+MODELS["muon"] = MODELS["tied"]
 ROWS, LENGTH, STEPS = 3, 23, 8
 OPTIMIZER = dict(
     learning_rate=3e-3,
@@ -41,6 +44,11 @@ OPTIMIZER = dict(
     warmup_steps=4,
     final_share=0.1,
 )
+MUON = dict(learning_rate=2e-3, momentum=0.9, nesterov=True, iterations=5, weight_decay=0.05)
+
+# PyTorch orthogonalizes in bf16; the numbers here are to say more about the algorithm than about rounding.
+source = inspect.getsource(torch.optim._muon._zeropower_via_newtonschulz)
+exec(source.replace("torch.bfloat16", "torch.float32"), vars(torch.optim._muon))
 
 
 def random_model(shape, seed):
@@ -64,22 +72,42 @@ def schedule(step, progress):
     return (share + (1 - share) * cosine) * min(1.0, (step + 1) / OPTIMIZER["warmup_steps"])
 
 
-def train(model, batches):
-    """Steps of clipped AdamW; step i of n is at progress i / n. Returns the loss before each step."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
+def optimizers(model, muon):
+    """AdamW, and if wanted Muon for the matrices of the layers, with the learning rate of each."""
+    matrices = [p for name, p in model.named_parameters() if muon and "layers" in name and p.dim() > 1]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    decayed = [p for p in others if p.dim() > 1]
+    plain = [p for p in others if p.dim() == 1]
     groups = [dict(params=decayed, weight_decay=OPTIMIZER["weight_decay"]), dict(params=plain, weight_decay=0.0)]
     betas = (OPTIMIZER["beta1"], OPTIMIZER["beta2"])
-    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER["learning_rate"], betas=betas, eps=OPTIMIZER["eps"])
+    adamw = torch.optim.AdamW(groups, lr=OPTIMIZER["learning_rate"], betas=betas, eps=OPTIMIZER["eps"])
+    if not muon:
+        return [(adamw, OPTIMIZER["learning_rate"])]
+    muon = torch.optim.Muon(
+        matrices,
+        lr=MUON["learning_rate"],
+        weight_decay=MUON["weight_decay"],
+        momentum=MUON["momentum"],
+        nesterov=MUON["nesterov"],
+        ns_steps=MUON["iterations"],
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [(adamw, OPTIMIZER["learning_rate"]), (muon, MUON["learning_rate"])]
+
+
+def train(model, batches, muon):
+    """Clipped steps; step i of n is at progress i / n. Returns the loss before each step."""
+    pairs = optimizers(model, muon)
     losses, norms = [], []
     for step, tokens in enumerate(batches):
         _, loss = loss_of(model, tokens)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_norm"]).item())
-        for group in optimizer.param_groups:
-            group["lr"] = OPTIMIZER["learning_rate"] * schedule(step, step / len(batches))
-        optimizer.step()
+        for optimizer, rate in pairs:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * schedule(step, step / len(batches))
+            optimizer.step()
         losses.append(loss.item())
     return losses, norms
 
@@ -101,10 +129,11 @@ def write(folder, name, special, seed):
         tensors["weight." + key] = weight.detach().clone()
         tensors["gradient." + key] = weight.grad.clone()
     save_file(tensors, folder / f"{name}.safetensors")
-    losses, norms = train(model, tokens)
+    losses, norms = train(model, tokens, name == "muon")
     numbers = dict(
         model=shape,
         optimizer=OPTIMIZER,
+        muon=MUON if name == "muon" else None,
         rows=ROWS,
         length=LENGTH,
         loss=loss.item(),

@@ -165,6 +165,11 @@ impl Dataset {
         self.manifest.tokenizer
     }
 
+    /// The token that stands after every document.
+    pub fn end_of_text(&self) -> u32 {
+        self.manifest.end_of_text
+    }
+
     /// Loads that tokenizer, which lies beside the shards.
     ///
     /// # Errors

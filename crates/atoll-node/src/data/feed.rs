@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use atoll_core::data::{Permutation, Ranges};
 use atoll_core::engine::{Batch, EngineError, Feed};
+use atoll_core::training::Packing;
 
 use crate::data::DataError;
 use crate::data::dataset::{Dataset, Split};
@@ -87,6 +88,7 @@ pub struct LeasedFeed {
     leases: Leases,
     seed: u64,
     context: usize,
+    packing: Packing,
     samples: u64,
     /// The epoch of the last sample and its order.
     order: (u64, Permutation),
@@ -95,18 +97,24 @@ pub struct LeasedFeed {
 }
 
 impl LeasedFeed {
-    /// The feed of windows of `context` tokens in the order of the run's `seed`.
+    /// The feed of windows of `context` tokens, packed like that, in the order of the run's `seed`.
     ///
     /// # Errors
     /// If the dataset has no such window.
-    pub fn new(dataset: Arc<Dataset>, leases: Leases, seed: u64, context: usize) -> Result<Self, DataError> {
+    pub fn new(
+        dataset: Arc<Dataset>,
+        leases: Leases,
+        seed: u64,
+        context: usize,
+        packing: Packing,
+    ) -> Result<Self, DataError> {
         let samples = dataset.samples(context);
         if samples == 0 || context == 0 {
             let (path, tokens) = (dataset.path().to_path_buf(), dataset.tokens(Split::Train));
             return Err(DataError::TooFewTokens { path, tokens, context });
         }
         let order = (0, Permutation::new(samples, seed, dataset.id(), 0));
-        Ok(Self { dataset, leases, seed, context, samples, order, positions: Vec::new() })
+        Ok(Self { dataset, leases, seed, context, packing, samples, order, positions: Vec::new() })
     }
 
     /// The sample at `position`.
@@ -130,6 +138,7 @@ impl Feed for LeasedFeed {
             let window = self.dataset.window(Split::Train, sample, self.context, &mut batch.tokens);
             window.map_err(|error| EngineError::Data(error.to_string()))?;
         }
+        batch.pack(self.packing, self.dataset.end_of_text());
         Ok(())
     }
 }

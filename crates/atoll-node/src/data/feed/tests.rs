@@ -23,8 +23,12 @@ fn dataset() -> (tempfile::TempDir, Arc<Dataset>) {
 }
 
 fn feed(dataset: &Arc<Dataset>, seed: u64) -> (Leases, LeasedFeed) {
+    packed_feed(dataset, seed, Packing::Stream)
+}
+
+fn packed_feed(dataset: &Arc<Dataset>, seed: u64, packing: Packing) -> (Leases, LeasedFeed) {
     let leases = Leases::new();
-    let feed = LeasedFeed::new(Arc::clone(dataset), leases.clone(), seed, CONTEXT).unwrap();
+    let feed = LeasedFeed::new(Arc::clone(dataset), leases.clone(), seed, CONTEXT, packing).unwrap();
     (leases, feed)
 }
 
@@ -110,14 +114,69 @@ fn cleared_leases_are_not_trained() {
     assert_eq!(leases.take_trained(), Ranges::span(0, 4));
 }
 
+/// One epoch of packed batches, of several sizes.
+fn epoch(dataset: &Arc<Dataset>, packing: Packing) -> Vec<Batch> {
+    let (leases, mut feed) = packed_feed(dataset, 7, packing);
+    leases.grant(&Ranges::span(0, dataset.samples(CONTEXT)));
+    let mut batches = Vec::new();
+    for size in [5, 1, 8].into_iter().cycle() {
+        let mut batch = batches.last().cloned().unwrap_or_default();
+        let size = size.min(leases.available() as usize);
+        if size == 0 {
+            break;
+        }
+        feed.next(size, &mut batch).unwrap();
+        batches.push(batch);
+    }
+    batches
+}
+
+/// Asserts of each token what `starts` promises: it sees a run of its own document that reaches back to
+/// the document's beginning or the row's.
+fn check_starts(row: &[u32], starts: &[u32], end_of_text: u32) {
+    assert_eq!(starts.len(), CONTEXT);
+    for (position, &start) in starts.iter().enumerate() {
+        let start = start as usize;
+        assert!(start <= position);
+        assert!(!row[start..position].contains(&end_of_text), "{row:?} {starts:?} sees another document");
+        assert!(start == 0 || row[start - 1] == end_of_text, "{row:?} {starts:?} misses its document's start");
+    }
+}
+
+#[test]
+fn a_token_sees_its_own_document_only() {
+    let (_folder, dataset) = dataset();
+    let end_of_text = dataset.end_of_text();
+    let mut documents = 0;
+    for batch in epoch(&dataset, Packing::Documents) {
+        for (row, starts) in batch.tokens.chunks(CONTEXT + 1).zip(batch.starts.chunks(CONTEXT)) {
+            check_starts(row, starts, end_of_text);
+        }
+        assert_eq!(batch.starts.len(), batch.rows * batch.length);
+        documents += batch.starts.iter().zip(0..).filter(|&(&start, at)| start > 0 && start == at % 16).count();
+    }
+    // Every document but the first begins behind another's end; only a row's first token does not show it.
+    let all = dataset.documents(Split::Train) as usize;
+    assert!(documents > all / 2 && documents < all, "{documents} of {all}");
+}
+
+#[test]
+fn packing_changes_nothing_but_what_is_seen() {
+    let (_folder, dataset) = dataset();
+    let (stream, documents) = (epoch(&dataset, Packing::Stream), epoch(&dataset, Packing::Documents));
+    assert!(stream.iter().all(|batch| batch.starts.is_empty()));
+    assert!(stream.iter().map(|batch| &batch.tokens).eq(documents.iter().map(|batch| &batch.tokens)));
+}
+
 #[test]
 fn batches_reuse_their_memory() {
     let (_folder, dataset) = dataset();
-    let (leases, mut feed) = feed(&dataset, 7);
+    let (leases, mut feed) = packed_feed(&dataset, 7, Packing::Documents);
     leases.grant(&Ranges::span(0, 100));
     let mut batch = Batch::default();
     feed.next(8, &mut batch).unwrap();
-    let places = |batch: &Batch, feed: &LeasedFeed| (batch.tokens.as_ptr(), feed.positions.as_ptr());
+    let places =
+        |batch: &Batch, feed: &LeasedFeed| (batch.tokens.as_ptr(), batch.starts.as_ptr(), feed.positions.as_ptr());
     let first = places(&batch, &feed);
     for _ in 0..5 {
         feed.next(8, &mut batch).unwrap();
@@ -128,6 +187,6 @@ fn batches_reuse_their_memory() {
 #[test]
 fn too_little_text_for_one_window_is_refused() {
     let (_folder, dataset) = dataset();
-    let error = LeasedFeed::new(dataset, Leases::new(), 7, 1 << 20).unwrap_err().to_string();
+    let error = LeasedFeed::new(dataset, Leases::new(), 7, 1 << 20, Packing::Stream).unwrap_err().to_string();
     assert!(error.contains("fewer than one window of 1048576 + 1\nhint: bring more text"), "{error}");
 }
