@@ -42,7 +42,7 @@ pub(crate) fn orthogonalize(
     if rows <= columns {
         return iterate(precision, rows, columns, iterations, scratch);
     }
-    turn(&scratch.update, columns, take(&mut scratch.turned, rows * columns));
+    turn(&scratch.update[..rows * columns], columns, take(&mut scratch.turned, rows * columns));
     std::mem::swap(&mut scratch.update, &mut scratch.turned);
     iterate(precision, columns, rows, iterations, scratch);
     turn(&scratch.update[..rows * columns], rows, take(&mut scratch.turned, rows * columns));

@@ -10,26 +10,36 @@ use atoll_core::engine::{Batch, Engine, EngineError, Feed};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
-use atoll_core::training::AdamW;
-use atoll_cpu::{CpuEngine, NoFeed, Options};
+use atoll_core::training::{AdamW, Muon};
+use atoll_cpu::{CpuEngine, NoFeed, Options, Precision};
 
 use common::{ListFeed, RandomFeed, engine, lively_weights, options, random_batch, tiny};
 
-#[test]
-fn conforms() {
-    let model = tiny();
+/// All laws, for the engine with these options.
+fn conforms(options: &Options) {
+    let model = &options.model;
     let weights = model.initial_weights(3);
     let mut make = || -> Box<dyn Engine> {
-        Box::new(engine(options(&model), &weights, Box::new(RandomFeed::new(17, model.vocab_size))))
+        Box::new(engine(options.clone(), &weights, Box::new(RandomFeed::new(17, model.vocab_size))))
     };
     let batch = random_batch(5, 13, model.vocab_size, &mut Rng::new(4));
     assert_eq!(check(&mut make, &batch), Ok(()));
 }
 
+#[test]
+fn conforms_in_either_precision_and_with_either_optimizer() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        for muon in [None, Some(Muon::default())] {
+            conforms(&Options { precision, muon, ..options(&tiny()) });
+        }
+    }
+}
+
 /// Loss and all weights, as bits, after some steps on shapes that fill several tiles and blocks.
-fn bits(threads: usize) -> (u64, Vec<u32>) {
+fn bits(threads: usize, precision: Precision) -> (u64, Vec<u32>) {
     let model = ModelConfig { tie_word_embeddings: false, vocab_size: 700, ..tiny() };
-    let options = Options { threads, accumulate: 2, ..options(&model) };
+    let muon = Some(Muon::default());
+    let options = Options { threads, precision, muon, accumulate: 2, ..options(&model) };
     let feed = RandomFeed::new(151, model.vocab_size);
     let mut engine = engine(options, &lively_weights(&model, 5), Box::new(feed));
     let loss = engine.train(3).unwrap().loss;
@@ -38,9 +48,11 @@ fn bits(threads: usize) -> (u64, Vec<u32>) {
 
 #[test]
 fn the_bits_do_not_depend_on_threads() {
-    let one = bits(1);
-    for threads in [2, 3, 5] {
-        assert!(bits(threads) == one, "{threads} threads");
+    for precision in [Precision::F32, Precision::Bf16] {
+        let one = bits(1, precision);
+        for threads in [2, 3, 5] {
+            assert!(bits(threads, precision) == one, "{precision:?}, {threads} threads");
+        }
     }
 }
 
@@ -118,17 +130,58 @@ fn accumulation_is_one_larger_batch() {
     assert!(apart < 1e-6, "{apart}");
 }
 
+/// Rows of 0 1 2 … 6 0 1 2 …, each from another start.
+struct Pattern;
+impl Feed for Pattern {
+    fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError> {
+        let tokens = (0..rows).flat_map(|row| (row..row + 25).map(|i| (i % 7) as u32)).collect();
+        *batch = Batch { rows, length: 24, tokens, ..Batch::default() };
+        Ok(())
+    }
+}
+/// Two documents in one row, the second from position 7 on, are two rows.
+#[test]
+fn documents_of_a_row_do_not_see_each_other() {
+    let model = tiny();
+    let mut rng = Rng::new(5);
+    let tokens: Vec<u32> = (0..101).map(|_| rng.below(61) as u32).collect();
+    let starts = (0..100).map(|position| if position < 7 { 0 } else { 7 }).collect();
+    let row = |tokens: &[u32]| Batch { rows: 1, length: tokens.len() - 1, tokens: tokens.to_vec(), ..Batch::default() };
+    let packed = Batch { starts, ..row(&tokens) };
+    let mut engine = engine(options(&model), &lively_weights(&model, 3), Box::new(NoFeed));
+    let (whole, apart) = (row(&tokens), [row(&tokens[..8]), row(&tokens[7..])]);
+    let nats: Vec<f64> = apart.iter().map(|batch| engine.evaluate(batch).unwrap().nats).collect();
+    let together = engine.evaluate(&packed).unwrap().nats;
+    assert!((together - nats[0] - nats[1]).abs() < 1e-3, "{together} is not {nats:?}");
+    assert!((together - engine.evaluate(&whole).unwrap().nats).abs() > 0.1, "the documents made no difference");
+
+    let of = |batch: &Batch, engine: &mut CpuEngine| engine.gradients(batch).unwrap().tensors.concat();
+    let (ours, first, second) = (of(&packed, &mut engine), of(&apart[0], &mut engine), of(&apart[1], &mut engine));
+    for ((ours, first), second) in ours.iter().zip(first).zip(second) {
+        let expected = 0.07 * first + 0.93 * second; // each is the gradient of a mean
+        assert!((ours - expected).abs() < 1e-5, "{ours} is not {expected}");
+    }
+    let wrong = Batch { starts: vec![0; 99], ..row(&tokens) };
+    assert_eq!(engine.evaluate(&wrong).unwrap_err().to_string(), "99 document starts do not fit 1 windows of 100");
+}
+
+/// Rounding operands moves a loss by far less than a step of training does.
+#[test]
+fn bf16_trains_as_f32_does() {
+    let model = ModelConfig { hidden_size: 64, intermediate_size: 160, ..tiny() };
+    let losses = |precision| -> Vec<f64> {
+        let options = Options { precision, ..options(&model) };
+        let mut engine = engine(options, &model.initial_weights(1), Box::new(Pattern));
+        (0..60).map(|_| engine.train(1).unwrap().loss).collect()
+    };
+    let (f32, bf16) = (losses(Precision::F32), losses(Precision::Bf16));
+    assert!(f32[59] < 0.5 * f32[0], "{f32:?}");
+    let apart = f32.iter().zip(&bf16).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(apart > 0.0 && apart < 0.02, "losses are {apart} apart");
+}
+
 #[test]
 fn a_repeating_pattern_is_learned() {
-    /// Rows of 0 1 2 … 6 0 1 2 …, each from another start.
-    struct Pattern;
-    impl Feed for Pattern {
-        fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError> {
-            let tokens = (0..rows).flat_map(|row| (row..row + 25).map(|i| (i % 7) as u32)).collect();
-            *batch = Batch { rows, length: 24, tokens, ..Batch::default() };
-            Ok(())
-        }
-    }
     let model = tiny();
     let optimizer = AdamW { learning_rate: 1e-2, warmup_steps: 5, ..AdamW::default() };
     let options = Options { optimizer, ..options(&model) };

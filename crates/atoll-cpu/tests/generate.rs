@@ -82,3 +82,33 @@ fn what_does_not_fit_is_refused_in_words() {
     assert!(generator.generate(&[], &GREEDY).is_err());
     assert!(Generator::new(&tiny(), &[], Precision::F32, 1).is_err());
 }
+
+/// Texts of a batch are those that each prompt gets alone, also when their contexts fill up at different times.
+#[test]
+fn a_batch_says_what_each_prompt_would_get_alone() {
+    let model = tiny();
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut generator = Generator::new(&model, &lively_weights(&model, 8), precision, 2).unwrap();
+        let prompts = [prompt(3), prompt(150), prompt(1)];
+        let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+        let sampling = Sampling { seed: 11, ..Sampling::default() };
+        let steps: Vec<Vec<u32>> = generator.generate_batch(&prompts, &sampling).unwrap().take(30).collect();
+        for (index, prompt) in prompts.iter().enumerate() {
+            let sampling = Sampling { seed: 11 + index as u64, ..Sampling::default() };
+            let alone: Vec<u32> = generator.generate(prompt, &sampling).unwrap().take(30).collect();
+            let together: Vec<u32> = steps.iter().map(|tokens| tokens[index]).collect();
+            assert_eq!(together, alone, "{precision:?}, prompt {index}");
+        }
+    }
+}
+
+#[test]
+fn bf16_weights_hardly_move_the_logits() {
+    let model = tiny();
+    let logits = |precision| {
+        let mut generator = Generator::new(&model, &model.initial_weights(2), precision, 1).unwrap();
+        generator.logits(&prompt(40)).unwrap()
+    };
+    let apart = logits(Precision::F32).iter().zip(logits(Precision::Bf16)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart > 0.0 && apart < 0.02, "{apart}");
+}
