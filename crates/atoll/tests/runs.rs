@@ -58,6 +58,7 @@ fn any_process_may_be_killed_and_started_again() {
         match round {
             0 => {
                 a.0.kill().unwrap();
+                a.0.wait().unwrap();
                 a = start("a", &tickets[0]);
             }
             1 => {
@@ -67,6 +68,7 @@ fn any_process_may_be_killed_and_started_again() {
             }
             _ => {
                 b.0.kill().unwrap();
+                b.0.wait().unwrap();
                 coordinator.0.kill().unwrap();
                 coordinator.0.wait().unwrap();
                 coordinator = lab.coordinate();
