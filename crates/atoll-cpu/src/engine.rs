@@ -12,6 +12,15 @@ use crate::layout::Layout;
 use crate::llama::{Llama, Windows};
 use crate::optimizer::{Moments, clip_factor, squares};
 
+/// In which numbers the matrix products are computed; weights and sums stay `f32`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// 32 bits.
+    F32,
+    /// 16 bits with the exponent of 32.
+    Bf16,
+}
+
 /// How an engine trains.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
@@ -19,6 +28,8 @@ pub struct Options {
     pub model: ModelConfig,
     /// The inner optimizer.
     pub optimizer: AdamW,
+    /// In which numbers.
+    pub precision: Precision,
     /// Rows of a micro-batch.
     pub rows: usize,
     /// Micro-batches of an inner step.

@@ -9,7 +9,7 @@ use rayon::ThreadPool;
 use serde::{Deserialize, Serialize};
 
 use crate::attention::{self, Heads, Inputs, Outputs};
-use crate::engine::thread_pool;
+use crate::engine::{Precision, thread_pool};
 use crate::gemm::{Mat, Write, matmul};
 use crate::layout::{Layer, Layout};
 use crate::math::max;
@@ -60,7 +60,12 @@ impl Generator {
     ///
     /// # Errors
     /// [`EngineError::Device`] if the configuration is unsound or the weights are another model's.
-    pub fn new(config: &ModelConfig, weights: &[Vec<f32>], threads: usize) -> Result<Self, EngineError> {
+    pub fn new(
+        config: &ModelConfig,
+        weights: &[Vec<f32>],
+        _precision: Precision,
+        threads: usize,
+    ) -> Result<Self, EngineError> {
         let problems = config.problems();
         if !problems.is_empty() {
             return Err(EngineError::Device(problems.join("\n")));

@@ -34,11 +34,13 @@ mod loss;
 mod math;
 mod norm;
 mod optimizer;
+mod peak;
 mod rope;
 mod swiglu;
 
-pub use engine::{CpuEngine, Gradients, NoFeed, Options};
+pub use engine::{CpuEngine, Gradients, NoFeed, Options, Precision};
 pub use generate::{Generator, Sampling, Tokens};
+pub use peak::peak;
 
 /// Rows that one task of an elementwise pass takes; fixed, so that the threads cannot change the bits.
 const TILE_ROWS: usize = 32;
