@@ -33,9 +33,6 @@ use torch::Torch;
 
 pub(crate) use worker::work;
 
-/// Steps before the first round: PyTorch compiles, memory is touched for the first time.
-const WARM_UP_STEPS: usize = 2;
-
 /// Between two turns, until the threads of the one before sleep: OpenMP's may spin for 200 ms.
 const PAUSE: Duration = Duration::from_millis(250);
 
@@ -46,19 +43,22 @@ const ROUNDS_MIN: usize = 3;
 struct Shape {
     preset: &'static str,
     threads: &'static [usize],
+    /// Steps before the first round: PyTorch compiles, memory is touched for the first time.
+    warm_up_steps: usize,
     rounds: usize,
-    /// No further round begins after these seconds.
+    /// No further round begins after these seconds, counted from the start of the first process.
     seconds_max: u64,
     compiled: bool,
 }
 
 const SHAPES: [Shape; 3] = [
-    Shape { preset: "mini", threads: &[2, 1], rounds: 21, seconds_max: 900, compiled: true },
-    Shape { preset: "micro", threads: &[2, 1], rounds: 21, seconds_max: 600, compiled: true },
-    Shape { preset: "small", threads: &[2], rounds: 7, seconds_max: 900, compiled: true },
+    Shape { preset: "mini", threads: &[2, 1], warm_up_steps: 2, rounds: 21, seconds_max: 1200, compiled: true },
+    Shape { preset: "micro", threads: &[2, 1], warm_up_steps: 2, rounds: 21, seconds_max: 900, compiled: true },
+    Shape { preset: "small", threads: &[2], warm_up_steps: 2, rounds: 7, seconds_max: 1200, compiled: true },
 ];
 
-const QUICK: [Shape; 1] = [Shape { preset: "mini", threads: &[2], rounds: 9, seconds_max: 45, compiled: false }];
+const QUICK: [Shape; 1] =
+    [Shape { preset: "mini", threads: &[2], warm_up_steps: 1, rounds: 9, seconds_max: 60, compiled: false }];
 
 /// What is not there to be measured, in sentences.
 #[derive(Default)]
@@ -91,11 +91,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
 
 /// Measures one shape: all its contenders, in turns.
 fn train(shape: &Shape, torch: Option<&Torch>, missing: &mut Missing) -> Result<Results> {
+    let began = Instant::now();
     let mut racers = start(shape, torch, missing)?;
     let mut ceilings = ceilings(shape);
-    let began = Instant::now();
     for round in 0..shape.rounds {
-        if round >= ROUNDS_MIN && began.elapsed().as_secs() >= shape.seconds_max {
+        if time_is_up(round, began, shape.seconds_max) {
             break;
         }
         ceilings.iter_mut().for_each(Ceiling::measure);
@@ -104,6 +104,10 @@ fn train(shape: &Shape, torch: Option<&Torch>, missing: &mut Missing) -> Result<
     }
     let cells = racers.into_iter().map(|racer| racer.measured).collect();
     Results::new(shape.preset, cells, ceilings)
+}
+
+fn time_is_up(round: usize, began: Instant, seconds_max: u64) -> bool {
+    round >= ROUNDS_MIN && began.elapsed().as_secs() >= seconds_max
 }
 
 /// A contender at work.
@@ -123,7 +127,7 @@ fn start(shape: &Shape, torch: Option<&Torch>, missing: &mut Missing) -> Result<
             (_, Some(torch)) => torch.start(&cell.spec()?),
             (_, None) => continue,
         };
-        let warm = side.and_then(|mut side| side.ask(WARM_UP_STEPS).map(|_| side));
+        let warm = side.and_then(|mut side| side.ask(shape.warm_up_steps).map(|_| side));
         match warm {
             Ok(side) => racers.push(Racer { side, measured: Measured::new(cell), failed: None }),
             Err(error) if cell.contender == Contender::Atoll => return Err(error.context(format!("{cell}"))),

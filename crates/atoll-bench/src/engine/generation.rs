@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -13,7 +14,7 @@ use tempfile::TempDir;
 
 use super::gguf::{self, Storage};
 use super::spec::{self, Number, Spec, Work};
-use super::{Missing, PAUSE, turns, worker};
+use super::{Missing, PAUSE, time_is_up, turns, worker};
 use crate::{Arguments, Figures, median, quantile};
 
 const PRESET: &str = "mini";
@@ -33,16 +34,20 @@ struct Voice {
 }
 
 pub(crate) fn run(arguments: &Arguments, missing: &mut Missing) -> Result<Figures> {
-    let rounds = if arguments.quick { 5 } else { 21 };
+    let (rounds, seconds_max) = if arguments.quick { (7, 15) } else { (21, 300) };
+    let began = Instant::now();
     let llama = Llama::find(&arguments.llama_bench).map_err(|error| missing.add(format!("llama.cpp. {error:#}"))).ok();
     let mut voices = vec![atoll(Number::Fp32, Storage::Fp32)?, atoll(Number::Bf16, Storage::Bf16)?];
     if let Some(llama) = &llama {
         voices.extend(llama.voices()?);
     }
     for round in 0..rounds {
+        if time_is_up(round, began, seconds_max) {
+            break;
+        }
         take_turns(round, &mut voices, missing)?;
     }
-    print(rounds, &voices);
+    print(&voices);
     Ok(figures(&voices))
 }
 
@@ -127,7 +132,8 @@ fn tokens_per_second(json: &str) -> Result<f64> {
     speed.context("llama-bench measured no generation")
 }
 
-fn print(rounds: usize, voices: &[Voice]) {
+fn print(voices: &[Voice]) {
+    let rounds = voices.first().map_or(0, |voice| voice.tokens_per_second.len());
     println!("\nGeneration: {PRESET}, threads: {THREADS}, one text, {TOKENS} tokens, rounds: {rounds}");
     println!("numbers   who         tokens/s   (quartiles)     Atoll is");
     for voice in voices {
