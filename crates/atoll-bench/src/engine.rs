@@ -10,10 +10,11 @@
 //! ```
 //!
 //! A ratio is the median of the rounds' ratios; a speed the median of the rounds' speeds. The processor's peak
-//! is measured in every round too. What could not be measured is named loudly and has no figure.
+//! is measured in every round too, and what others on the machine took meanwhile. What could not be measured is named loudly and has no figure.
 
 mod generation;
 mod gguf;
+mod others;
 mod report;
 mod side;
 mod spec;
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::{Arguments, Figures};
+use others::{Look, Others};
 use report::{Ceiling, Measured, Results};
 use side::Side;
 use spec::{Cell, Contender, Number};
@@ -35,9 +37,6 @@ pub(crate) use worker::work;
 
 /// Between two turns, until the threads of the one before sleep: OpenMP's may spin for 200 ms.
 const PAUSE: Duration = Duration::from_millis(250);
-
-/// Rounds that happen even when time is up: fewer have no median.
-const ROUNDS_MIN: usize = 3;
 
 /// One model and how long it is measured.
 struct Shape {
@@ -93,21 +92,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
 fn train(shape: &Shape, torch: Option<&Torch>, missing: &mut Missing) -> Result<Results> {
     let began = Instant::now();
     let mut racers = start(shape, torch, missing)?;
-    let mut ceilings = ceilings(shape);
+    let (mut ceilings, mut others) = (ceilings(shape), Others::default());
     for round in 0..shape.rounds {
         if time_is_up(round, began, shape.seconds_max) {
             break;
         }
         ceilings.iter_mut().for_each(Ceiling::measure);
-        take_turns(round, &mut racers);
+        take_turns(round, &mut racers, &mut others);
         drop_failed(&mut racers, missing)?;
     }
     let cells = racers.into_iter().map(|racer| racer.measured).collect();
-    Results::new(shape.preset, cells, ceilings)
+    Results::new(shape.preset, cells, ceilings, others)
 }
 
+/// The first round happens even when time is up.
 fn time_is_up(round: usize, began: Instant, seconds_max: u64) -> bool {
-    round >= ROUNDS_MIN && began.elapsed().as_secs() >= seconds_max
+    round > 0 && began.elapsed().as_secs() >= seconds_max
 }
 
 /// A contender at work.
@@ -161,14 +161,16 @@ fn ceilings(shape: &Shape) -> Vec<Ceiling> {
 }
 
 /// One step of each.
-fn take_turns(round: usize, racers: &mut [Racer]) {
+fn take_turns(round: usize, racers: &mut [Racer], others: &mut Others) {
     for index in turns(round, racers.len()) {
         let racer = &mut racers[index];
         sleep(PAUSE);
+        let before = Look::at(racer.side.process());
         match racer.side.ask(1) {
             Ok(answer) => racer.measured.add(&answer),
             Err(error) => racer.failed = Some(error),
         }
+        others.add(before.as_ref(), Look::at(racer.side.process()).as_ref());
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use atoll_core::model::ModelConfig;
 
+use super::others::Others;
 use super::side::Answer;
 use super::spec::{self, Cell, Contender, LENGTH, Number, ROWS, VOCABULARY, flop_per_token};
 use super::torch::Torch;
@@ -15,6 +16,9 @@ use crate::{Figures, median, quantile};
 
 /// How long the peak is measured in each round.
 const PEAK_TIME: Duration = Duration::from_millis(200);
+
+/// Others' share of the processors below which a machine counts as quiet.
+const QUIET: f64 = 0.05;
 
 const MEBIBYTE: f64 = 1_048_576.0;
 
@@ -40,6 +44,7 @@ pub(crate) struct Results {
     pub(crate) model: ModelConfig,
     pub(crate) cells: Vec<Measured>,
     pub(crate) ceilings: Vec<Ceiling>,
+    pub(crate) others: Others,
 }
 
 /// What is compared, and how.
@@ -97,8 +102,13 @@ impl Ceiling {
 }
 
 impl Results {
-    pub(crate) fn new(preset: &'static str, cells: Vec<Measured>, ceilings: Vec<Ceiling>) -> Result<Self> {
-        Ok(Self { preset, model: spec::model(preset)?, cells, ceilings })
+    pub(crate) fn new(
+        preset: &'static str,
+        cells: Vec<Measured>,
+        ceilings: Vec<Ceiling>,
+        others: Others,
+    ) -> Result<Self> {
+        Ok(Self { preset, model: spec::model(preset)?, cells, ceilings, others })
     }
 
     fn find(&self, contender: Contender, number: Number, threads: usize) -> Option<&Measured> {
@@ -160,6 +170,7 @@ impl Results {
             }
         }
         self.add_scaling(&mut figures);
+        figures.extend(self.others.share().map(|share| (format!("{}_others_processor_share", self.preset), share)));
         self.cells.iter().for_each(|measured| self.add_cell(&mut figures, measured));
         figures
     }
@@ -232,7 +243,7 @@ mod tests {
 
     fn results(cells: Vec<Measured>) -> Results {
         let ceiling = |threads| Ceiling { number: Number::Fp32, threads, flops: vec![1e12; 3] };
-        Results::new("mini", cells, vec![ceiling(2), ceiling(1)]).unwrap()
+        Results::new("mini", cells, vec![ceiling(2), ceiling(1)], Others::default()).unwrap()
     }
 
     #[test]

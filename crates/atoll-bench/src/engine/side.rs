@@ -38,6 +38,11 @@ impl Side {
         Ok(Self { child, questions, answers, complaints })
     }
 
+    /// Its number.
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Lets it take `steps` steps.
     pub(crate) fn ask(&mut self, steps: usize) -> Result<Answer> {
         let mut line = String::new();
