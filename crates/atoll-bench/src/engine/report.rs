@@ -135,6 +135,10 @@ impl Results {
             let gflops = median(flops.clone()) / 1e9;
             println!("peak, {}, threads: {threads}: {gflops:.0} GFLOP/s", number.name());
         }
+        if let Some(share) = self.others.share() {
+            let note = if share > QUIET { ": NOT A QUIET MACHINE, compare with care" } else { "" };
+            println!("others took {:.0} % of the processors during the turns{note}", share * 100.0);
+        }
         println!(
             "threads   numbers   who                tokens/s   (quartiles)       peak MiB   share    loss   Atoll is"
         );
