@@ -17,18 +17,19 @@ pub fn peak(_precision: Precision, threads: usize) -> f64 {
 }
 
 fn one_thread() -> f64 {
-    const STEPS: usize = 200_000;
-    let mut sums = [1.0f32; LANES];
+    const STEPS: usize = 1_000_000;
     let (a, b) = (black_box(0.999_f32), black_box(0.001_f32));
     let began = Instant::now();
-    simd(
+    let sums = simd(
         #[inline(always)]
         || {
+            let mut sums = [1.0f32; LANES];
             for _ in 0..STEPS {
                 for sum in &mut sums {
                     *sum = sum.mul_add(a, b);
                 }
             }
+            sums
         },
     );
     black_box(sums);
