@@ -118,13 +118,13 @@ impl Results {
         })
     }
 
-    /// Of the peak of its numbers and threads, in the same round.
+    /// Of the peak of its numbers and threads, in the same round. A peak that somebody passed is none.
     fn share(&self, measured: &Measured) -> Option<f64> {
         let Cell { number, threads, .. } = measured.cell;
         let ceiling = self.ceilings.iter().find(|ceiling| (ceiling.number, ceiling.threads) == (number, threads))?;
         let flop = flop_per_token(&self.model) * (ROWS * LENGTH) as f64;
         let rounds = measured.seconds.iter().zip(&ceiling.flops);
-        Some(median(rounds.map(|(seconds, peak)| flop / seconds / peak).collect()))
+        Some(median(rounds.map(|(seconds, peak)| flop / seconds / peak).collect())).filter(|&share| share <= 1.0)
     }
 
     pub(crate) fn print(&self) {
@@ -150,7 +150,7 @@ impl Results {
         let [low, middle, high] = [0.25, 0.5, 0.75].map(|share| measured.tokens_per_second(share));
         let quartiles = format!("({low:.0} – {high:.0})");
         let memory = measured.peak_bytes.map_or_else(|| "?".to_string(), |bytes| format!("{:.0}", bytes / MEBIBYTE));
-        let share = self.share(measured).map_or_else(|| "?".to_string(), |share| format!("{:.1} %", share * 100.0));
+        let share = self.share(measured).map_or_else(|| "none".to_string(), |share| format!("{:.1} %", share * 100.0));
         let loss = measured.loss.map_or_else(|| "?".to_string(), |loss| format!("{loss:.2}"));
         let against = match self.find(Contender::Atoll, number, threads) {
             Some(atoll) if contender != Contender::Atoll => format!("× {:.2}", atoll.speed_over(measured)),
@@ -263,6 +263,12 @@ mod tests {
         assert_eq!(figures["mini_2_threads_fp32_atoll_tokens_per_second"], 2048.0);
         let share = 2048.0 * flop_per_token(&spec::model("mini").unwrap()) / 1e12;
         assert!((figures["fma_peak_share_fp32"] - share).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_peak_that_was_passed_is_no_peak() {
+        let figures = results(vec![measured(Contender::Atoll, 2, &[0.1], 100.0)]).figures();
+        assert!(!figures.contains_key("fma_peak_share_fp32"), "1.6 TFLOP/s of 1");
     }
 
     #[test]
