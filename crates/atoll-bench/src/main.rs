@@ -33,13 +33,22 @@ struct Arguments {
     /// Minutes of training in `joint` and `slow`.
     #[arg(long)]
     minutes: Option<f64>,
+    /// The Python whose PyTorch `engine` compares with; without it $PYTHON, else python3.
+    #[arg(long, value_name = "PATH")]
+    python: Option<PathBuf>,
+    /// The `llama-bench` of llama.cpp that `engine` compares with.
+    #[arg(long, value_name = "PATH", default_value = "llama-bench")]
+    llama_bench: PathBuf,
+    /// What `engine` asks of a process that it starts.
+    #[arg(long, value_name = "JSON", hide = true)]
+    worker: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Name {
     /// Codecs: gigabytes of weights per second, bits per weight.
     Codec,
-    /// The CPU engine: tokens per second.
+    /// The CPU engine beside PyTorch and llama.cpp: tokens per second, memory, share of the processor's peak.
     Engine,
     /// Simulated worlds: how many of many seeds hold every invariant.
     Sim,
@@ -54,10 +63,13 @@ type Figures = BTreeMap<String, f64>;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    if let Some(spec) = &arguments.worker {
+        return engine::work(spec);
+    }
     let began = Instant::now();
     let figures = match arguments.name {
         Name::Codec => codec::run(arguments.quick)?,
-        Name::Engine => engine::run(arguments.quick)?,
+        Name::Engine => engine::run(&arguments)?,
         Name::Sim => sim::run(arguments.quick),
         Name::Joint => processes::joint(&arguments)?,
         Name::Slow => processes::slow(&arguments)?,
@@ -94,7 +106,12 @@ fn commit() -> String {
 }
 
 /// The middle value.
-fn median(mut values: Vec<f64>) -> f64 {
+fn median(values: Vec<f64>) -> f64 {
+    quantile(values, 0.5)
+}
+
+/// The value below which this share of the others lies; NaN for none.
+fn quantile(mut values: Vec<f64>, share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    values.get((values.len() as f64 * share) as usize).copied().unwrap_or(f64::NAN)
 }

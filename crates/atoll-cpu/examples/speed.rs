@@ -38,7 +38,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let manifest = Manifest::balanced(model.tensors(), 4);
     let fragments = manifest.gather(&weights);
-    let options = Options { model: model.clone(), optimizer: AdamW::default(), muon: None, precision, rows, accumulate: 1, threads };
+    let options = Options {
+        model: model.clone(),
+        optimizer: AdamW::default(),
+        muon: None,
+        precision,
+        rows,
+        accumulate: 1,
+        threads,
+    };
     let mut engine = CpuEngine::new(options, manifest, fragments, Box::new(RandomFeed { rng: Rng::new(2), length }))?;
     engine.train(2)?;
     // The fastest of several medians is the engine's speed; the slower ones are the machine's other work.

@@ -141,15 +141,18 @@ pub(crate) fn forward(
             let out_of = |data| Out { data, stride: seen };
             product(precision, out_of(scores), Write::Set, queries, keys_transposed.right(), keys_transposed.depth());
             let rows = scores.chunks_mut(seen).zip(log_sum.chunks_mut(heads.queries)).zip(first..);
-            let shares = simd(#[inline(always)] || {
-                let mut shares = [0.0; BLOCK];
-                for (((scores, log_sum), position), share) in rows.zip(&mut shares) {
-                    let (most, sum) = weigh(scores, sequence.visible(position), heads.scale());
-                    log_sum[head] = most + sum.ln();
-                    *share = 1.0 / sum;
-                }
-                shares
-            });
+            let shares = simd(
+                #[inline(always)]
+                || {
+                    let mut shares = [0.0; BLOCK];
+                    for (((scores, log_sum), position), share) in rows.zip(&mut shares) {
+                        let (most, sum) = weigh(scores, sequence.visible(position), heads.scale());
+                        log_sum[head] = most + sum.ln();
+                        *share = 1.0 / sum;
+                    }
+                    shares
+                },
+            );
             precision.encode_rows(scores, seen, p_words);
             let weights = Left::rows(p_words, count, precision.words(seen));
             let depth = Depth { groups: 1, steps: precision.words(seen) };
@@ -200,11 +203,14 @@ fn pack_head(
 
 /// Decodes one head of rows that are `stride` words apart.
 fn decode_head(precision: Precision, words: &[u32], stride: usize, place: usize, rows: &mut [f32], dim: usize) {
-    simd(#[inline(always)] || {
-        for (row, words) in rows.chunks_mut(dim).zip(words.chunks(stride)) {
-            precision.decode(&words[place..][..precision.words(dim)], row);
-        }
-    });
+    simd(
+        #[inline(always)]
+        || {
+            for (row, words) in rows.chunks_mut(dim).zip(words.chunks(stride)) {
+                precision.decode(&words[place..][..precision.words(dim)], row);
+            }
+        },
+    );
 }
 
 /// What the backward pass knows about one sequence's output: itself and its gradient, `(T, words(Q))`,
@@ -280,13 +286,16 @@ fn backward_block(
     let into = |data| Out { data, stride: seen };
     product(precision, into(p), Write::Set, q_left, first_columns(keys_transposed, seen), keys_transposed.depth());
     product(precision, into(ds), Write::Set, d_out_left, first_columns(values, seen), values.depth());
-    simd(#[inline(always)] || {
-        let rows = p.chunks_mut(seen).zip(ds.chunks_mut(seen)).zip(out.chunks(dim).zip(d_out.chunks(dim)));
-        for (((p, ds), (out, d_out)), position) in rows.zip(first..) {
-            let log_sum = known.log_sum[position * heads.queries + head];
-            backward_row(p, ds, sequence.visible(position), dot(out, d_out), log_sum, heads.scale());
-        }
-    });
+    simd(
+        #[inline(always)]
+        || {
+            let rows = p.chunks_mut(seen).zip(ds.chunks_mut(seen)).zip(out.chunks(dim).zip(d_out.chunks(dim)));
+            for (((p, ds), (out, d_out)), position) in rows.zip(first..) {
+                let log_sum = known.log_sum[position * heads.queries + head];
+                backward_row(p, ds, sequence.visible(position), dot(out, d_out), log_sum, heads.scale());
+            }
+        },
+    );
 
     let mut add = |gradient, rows: &[f32], right_rows: &[f32]| {
         left.resize(precision, BLOCK, &[seen]);
@@ -313,14 +322,7 @@ fn first_columns(panels: &Panels, columns: usize) -> Right<'_> {
 /// Turns the scores of one query into probabilities p, and dp into ds = scale · p ⊙ (dp − Σ p ⊙ dp).
 /// That sum is out · d_out, here `mean`, so it needs no pass over the keys.
 #[inline(always)]
-fn backward_row(
-    p: &mut [f32],
-    ds: &mut [f32],
-    visible: std::ops::Range<usize>,
-    mean: f32,
-    log_sum: f32,
-    scale: f32,
-) {
+fn backward_row(p: &mut [f32], ds: &mut [f32], visible: std::ops::Range<usize>, mean: f32, log_sum: f32, scale: f32) {
     for row in [&mut *p, &mut *ds] {
         row[..visible.start].fill(0.0);
         row[visible.end..].fill(0.0);

@@ -274,7 +274,9 @@ fn check_batch(model: &ModelConfig, batch: &Batch) -> Result<(), EngineError> {
         return wrong(format!("windows of {length} tokens for a context of {}", model.max_position_embeddings));
     }
     let in_order = |(index, &start): (usize, &u32)| start as usize <= index % length;
-    if !batch.starts.is_empty() && (batch.starts.len() != rows * length || !batch.starts.iter().enumerate().all(in_order)) {
+    if !batch.starts.is_empty()
+        && (batch.starts.len() != rows * length || !batch.starts.iter().enumerate().all(in_order))
+    {
         return wrong(format!("{} document starts do not fit {rows} windows of {length}", batch.starts.len()));
     }
     match batch.tokens.iter().find(|&&token| token as usize >= model.vocab_size) {

@@ -121,7 +121,10 @@ impl Strip<'_> {
         let row = place(last).max(place((self.rows / ROWS * ROWS).saturating_sub(1)));
         let left = row + (steps - 1) * self.left_step + (groups - 1) * self.left_group;
         assert!(left < self.left.len(), "left operand inside its slice");
-        assert!((groups - 1) * self.right_group + steps * COLUMNS <= self.right.len(), "right operand inside its slice");
+        assert!(
+            (groups - 1) * self.right_group + steps * COLUMNS <= self.right.len(),
+            "right operand inside its slice"
+        );
         assert!((self.rows - 1) * self.out_stride + self.columns <= self.out.len(), "result inside its slice");
     }
 }
@@ -163,7 +166,8 @@ pub(crate) fn product(
 
 fn product_by(kernel: Kernel, out: Out<'_>, write: Write, left: Left<'_>, right: Right<'_>, depth: Depth) {
     let Out { data, stride } = out;
-    let place = |block: &Block, column| column / COLUMNS * right.panel + block.group * right.group + block.step * COLUMNS;
+    let place =
+        |block: &Block, column| column / COLUMNS * right.panel + block.group * right.group + block.step * COLUMNS;
     let mut blocks = blocks(depth).enumerate().peekable();
     while let Some((index, block)) = blocks.next() {
         let after = blocks.peek().map_or(0, |(_, block)| place(block, 0));

@@ -47,4 +47,3 @@ pub use gemm::peak;
 pub use generate::{Batched, Generator, Sampling, Tokens};
 pub use pool::Pool;
 pub use words::Precision;
-

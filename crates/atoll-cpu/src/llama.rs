@@ -131,14 +131,7 @@ pub(crate) enum Directions {
 
 impl Packed {
     /// Packs all weights anew.
-    pub(crate) fn pack(
-        &mut self,
-        pool: &Pool,
-        shape: Shape,
-        layout: &Layout,
-        weights: &[f32],
-        directions: Directions,
-    ) {
+    pub(crate) fn pack(&mut self, pool: &Pool, shape: Shape, layout: &Layout, weights: &[f32], directions: Directions) {
         let pack = |operand: &mut Operand, parts: &[&std::ops::Range<usize>], width: usize| {
             let parts: Vec<&[f32]> = parts.iter().map(|&place| &weights[place.clone()]).collect();
             let stack = Stack { parts: &parts, width };

@@ -32,13 +32,7 @@ pub(crate) struct Scratch {
 }
 
 /// Makes the matrix `(rows, columns)` in `scratch.update` orthogonal.
-pub(crate) fn orthogonalize(
-    precision: Precision,
-    rows: usize,
-    columns: usize,
-    iterations: u32,
-    scratch: &mut Scratch,
-) {
+pub(crate) fn orthogonalize(precision: Precision, rows: usize, columns: usize, iterations: u32, scratch: &mut Scratch) {
     if rows <= columns {
         return iterate(precision, rows, columns, iterations, scratch);
     }
@@ -80,14 +74,20 @@ fn iterate(precision: Precision, m: usize, n: usize, iterations: u32, scratch: &
         let rows = &*gram;
         panels.pack_rows(precision, m, m, |row| &rows[row * m..][..m]);
         multiply(precision, powers, gram_words, m, panels.right(), panels.depth());
-        simd(#[inline(always)] || powers.iter_mut().zip(&*gram).for_each(|(square, a)| *square = b * a + c * *square));
+        simd(
+            #[inline(always)]
+            || powers.iter_mut().zip(&*gram).for_each(|(square, a)| *square = b * a + c * *square),
+        );
 
         let power_words = take(words, m * precision.words(m));
         precision.encode_rows(powers, m, power_words);
         let rows = &*x;
         panels.pack_rows(precision, m, n, |row| &rows[row * n..][..n]);
         multiply(precision, next, power_words, m, panels.right(), panels.depth());
-        simd(#[inline(always)] || add_scaled(next, a, x));
+        simd(
+            #[inline(always)]
+            || add_scaled(next, a, x),
+        );
         x.copy_from_slice(next);
     }
 }
@@ -106,7 +106,8 @@ mod tests {
 
     #[test]
     fn rows_or_columns_become_nearly_orthonormal() {
-        for (precision, rows, columns) in [(Precision::F32, 12, 50), (Precision::Bf16, 33, 70), (Precision::F32, 45, 9)] {
+        for (precision, rows, columns) in [(Precision::F32, 12, 50), (Precision::Bf16, 33, 70), (Precision::F32, 45, 9)]
+        {
             let mut rng = Rng::new(3);
             let update = (0..rows * columns).map(|_| rng.normal() as f32).collect();
             let mut scratch = Scratch { update, ..Scratch::default() };

@@ -64,16 +64,15 @@ impl Moments {
         let (matrices, others): (Vec<_>, Vec<_>) = pieces.partition(|(tensor, ..)| by_muon(tensor));
         let tiles = others.into_iter().flat_map(|(tensor, weights, mean, square, gradient)| {
             let keep = adamw.keep(tensor.kind);
-            let tiles = izip!(
-                weights.chunks_mut(TILE),
-                gradient.chunks(TILE),
-                mean.chunks_mut(TILE),
-                square.chunks_mut(TILE)
-            );
+            let tiles =
+                izip!(weights.chunks_mut(TILE), gradient.chunks(TILE), mean.chunks_mut(TILE), square.chunks_mut(TILE));
             tiles.map(move |tile| (keep, tile))
         });
         pool.each(tiles, |(keep, (w, g, m, v))| {
-            simd(#[inline(always)] || adamw.apply(keep, w, g, m, v));
+            simd(
+                #[inline(always)]
+                || adamw.apply(keep, w, g, m, v),
+            );
         });
         if let Some(muon) = settings.muon {
             self.scratch.resize_with(pool.threads(), Default::default);
@@ -192,7 +191,12 @@ impl<'a> Update<'a> {
 pub(crate) fn squares(pool: &Pool, gradient: &[f32], places: &[Range<usize>]) -> Vec<f64> {
     let tiles = |place: &Range<usize>| gradient[place.clone()].chunks(TILE);
     let mut parts = vec![0.0; places.iter().map(|place| tiles(place).len()).sum()];
-    pool.each(places.iter().flat_map(tiles).zip(&mut parts), |(tile, part)| *part = simd(#[inline(always)] || sum_of_squares(tile)));
+    pool.each(places.iter().flat_map(tiles).zip(&mut parts), |(tile, part)| {
+        *part = simd(
+            #[inline(always)]
+            || sum_of_squares(tile),
+        )
+    });
     let mut parts = parts.into_iter();
     places.iter().map(|place| parts.by_ref().take(tiles(place).len()).sum()).collect()
 }

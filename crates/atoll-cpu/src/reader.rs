@@ -130,7 +130,12 @@ impl Reader {
                 rows.push((&text[..q_width], &keys[..], &values[..], text_out));
             }
         }
-        pool.each(rows.into_iter(), |(q, keys, values, out)| simd(#[inline(always)] || meet(heads, q, keys, values, out)));
+        pool.each(rows.into_iter(), |(q, keys, values, out)| {
+            simd(
+                #[inline(always)]
+                || meet(heads, q, keys, values, out),
+            )
+        });
         self.add_linear(pool, x, &attended, q_width, |packed| &packed.layers[layer].o.forward);
     }
 
@@ -221,8 +226,7 @@ fn meet(heads: Heads, q: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) 
     let scale = 1.0 / (dim as f32).sqrt();
     for (head, (q, out)) in q.chunks(dim).zip(out.chunks_mut(dim)).enumerate() {
         let shared = head / heads.group() * dim;
-        let mut scores: Vec<f32> =
-            keys.chunks(kv_width).map(|k| scale * dot(q, &k[shared..shared + dim])).collect();
+        let mut scores: Vec<f32> = keys.chunks(kv_width).map(|k| scale * dot(q, &k[shared..shared + dim])).collect();
         let most = max(&scores);
         let share = 1.0 / exp_and_sum(&mut scores, most);
         out.fill(0.0);

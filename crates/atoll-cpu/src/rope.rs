@@ -51,14 +51,17 @@ impl Rope {
         let angles = position * self.half..(position + 1) * self.half;
         let (cos, sin) = (&self.cos[angles.clone()], &self.sin[angles]);
         let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
-        simd(#[inline(always)] || {
-            for head in x.chunks_exact_mut(2 * self.half) {
-                let (low, high) = head.split_at_mut(self.half);
-                for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                    let sin = sign * sin;
-                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+        simd(
+            #[inline(always)]
+            || {
+                for head in x.chunks_exact_mut(2 * self.half) {
+                    let (low, high) = head.split_at_mut(self.half);
+                    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                        let sin = sign * sin;
+                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 }

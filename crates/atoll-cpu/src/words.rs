@@ -71,20 +71,26 @@ impl Precision {
 
     /// Encodes rows of `width` elements.
     pub(crate) fn encode_rows(self, rows: &[f32], width: usize, words: &mut [u32]) {
-        simd(#[inline(always)] || {
-            for (row, words) in rows.chunks(width).zip(words.chunks_mut(self.words(width))) {
-                self.encode(row, words);
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for (row, words) in rows.chunks(width).zip(words.chunks_mut(self.words(width))) {
+                    self.encode(row, words);
+                }
+            },
+        );
     }
 
     /// Decodes rows of `width` elements.
     pub(crate) fn decode_rows(self, words: &[u32], width: usize, rows: &mut [f32]) {
-        simd(#[inline(always)] || {
-            for (row, words) in rows.chunks_mut(width).zip(words.chunks(self.words(width))) {
-                self.decode(words, row);
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for (row, words) in rows.chunks_mut(width).zip(words.chunks(self.words(width))) {
+                    self.decode(words, row);
+                }
+            },
+        );
     }
 }
 

@@ -5,7 +5,7 @@ mod common;
 
 use atoll_core::engine::EngineError;
 use atoll_core::rng::Rng;
-use atoll_cpu::{Precision, Generator, Sampling};
+use atoll_cpu::{Generator, Precision, Sampling};
 
 use common::{lively_weights, random_batch, tiny};
 
@@ -109,6 +109,7 @@ fn bf16_weights_hardly_move_the_logits() {
         let mut generator = Generator::new(&model, &model.initial_weights(2), precision, 1).unwrap();
         generator.logits(&prompt(40)).unwrap()
     };
-    let apart = logits(Precision::F32).iter().zip(logits(Precision::Bf16)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let apart =
+        logits(Precision::F32).iter().zip(logits(Precision::Bf16)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(apart > 0.0 && apart < 0.02, "{apart}");
 }

@@ -70,8 +70,15 @@ impl Golden {
     fn engine(&self, feed: Box<dyn atoll_core::engine::Feed>) -> CpuEngine {
         let optimizer: AdamW = serde_json::from_value(self.numbers["optimizer"].clone()).unwrap();
         let muon: Option<Muon> = serde_json::from_value(self.numbers["muon"].clone()).unwrap();
-        let options =
-            Options { model: self.model.clone(), optimizer, muon, precision: Precision::F32, rows: self.number("rows"), accumulate: 1, threads: 2 };
+        let options = Options {
+            model: self.model.clone(),
+            optimizer,
+            muon,
+            precision: Precision::F32,
+            rows: self.number("rows"),
+            accumulate: 1,
+            threads: 2,
+        };
         engine(options, &self.tensors("weight"), feed)
     }
 }

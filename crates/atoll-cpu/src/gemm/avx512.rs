@@ -34,8 +34,9 @@ pub(super) fn bf16() -> Option<Kernel> {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_castsi512_ps, _mm512_fmadd_ps, _mm512_loadu_si512,
-        _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _MM_HINT_T0, _mm_prefetch,
+        __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_castsi512_ps, _mm512_dpbf16_ps,
+        _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32,
+        _mm512_setzero_ps,
     };
 
     use crate::gemm::{COLUMNS, ROWS, Strip, Write};
@@ -60,13 +61,17 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     unsafe fn run_f32(strip: &mut Strip<'_>) {
         // SAFETY: that of this function.
-        unsafe { rows(strip, |sum, left, right| _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum)) }
+        unsafe {
+            rows(strip, |sum, left, right| _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum))
+        }
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn run_bf16(strip: &mut Strip<'_>) {
         // SAFETY: that of this function; both vector types are 512 bits without invalid values.
-        unsafe { rows(strip, |sum, left, right| _mm512_dpbf16_ps(sum, std::mem::transmute(left), std::mem::transmute(right))) }
+        unsafe {
+            rows(strip, |sum, left, right| _mm512_dpbf16_ps(sum, std::mem::transmute(left), std::mem::transmute(right)))
+        }
     }
 
     /// Computes the tiles of a strip, the last one perhaps as 4, 2 and 1 rows.

@@ -74,14 +74,17 @@ impl Panels {
         pool.each(self.fit(stack.height(), steps), |(index, panel)| {
             let mut rows = vec![0; COLUMNS * steps];
             let sources = (index * COLUMNS..).map_while(|row| stack.row(row));
-            simd(#[inline(always)] || {
-                let mut count = 0;
-                for (words, row) in rows.chunks_mut(steps).zip(sources) {
-                    precision.encode(row, words);
-                    count += 1;
-                }
-                transpose(&rows, steps, count, panel);
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    let mut count = 0;
+                    for (words, row) in rows.chunks_mut(steps).zip(sources) {
+                        precision.encode(row, words);
+                        count += 1;
+                    }
+                    transpose(&rows, steps, count, panel);
+                },
+            );
         });
     }
 
@@ -91,7 +94,10 @@ impl Panels {
         pool.each(self.fit(stack.width, steps), |(index, panel)| {
             let columns = index * COLUMNS..stack.width.min((index + 1) * COLUMNS);
             let row = |index| stack.row(index).map_or(&[][..], |row| &row[columns.clone()]);
-            simd(#[inline(always)] || zip_rows::<COLUMNS>(precision, row, (steps, 0..steps), panel));
+            simd(
+                #[inline(always)]
+                || zip_rows::<COLUMNS>(precision, row, (steps, 0..steps), panel),
+            );
         });
     }
 
@@ -99,7 +105,10 @@ impl Panels {
     pub(crate) fn pack_words(&mut self, words: &[u32], rows: usize, stride: usize, steps: usize) {
         for (index, panel) in self.fit(rows, steps) {
             let count = COLUMNS.min(rows - index * COLUMNS);
-            simd(#[inline(always)] || transpose_strided(&words[index * COLUMNS * stride..], stride, steps, count, panel));
+            simd(
+                #[inline(always)]
+                || transpose_strided(&words[index * COLUMNS * stride..], stride, steps, count, panel),
+            );
         }
     }
 
@@ -114,7 +123,10 @@ impl Panels {
         let steps = precision.words(rows);
         drop(self.fit(columns, steps));
         let row = |index| if index < rows { row(index) } else { &[] };
-        simd(#[inline(always)] || zip_rows::<COLUMNS>(precision, row, (steps, 0..steps), self.words.words_mut()));
+        simd(
+            #[inline(always)]
+            || zip_rows::<COLUMNS>(precision, row, (steps, 0..steps), self.words.words_mut()),
+        );
     }
 }
 
@@ -278,5 +290,8 @@ pub(crate) fn fill_tokens<const WIDTH: usize>(
     let count = rows.len() / stride;
     let row = |index| if index < count { &rows[index * stride..][part.clone()] } else { &[] };
     let range = precision.words(tokens.start)..precision.words(tokens.end);
-    simd(#[inline(always)] || zip_rows::<WIDTH>(precision, row, (precision.words(TOKENS), range), group));
+    simd(
+        #[inline(always)]
+        || zip_rows::<WIDTH>(precision, row, (precision.words(TOKENS), range), group),
+    );
 }

@@ -16,9 +16,11 @@ pub fn peak(precision: Precision, threads: usize) -> f64 {
 }
 
 fn once(precision: Precision, pool: &Pool) -> f64 {
-    /// Words of depth: both operands stay in the first cache.
-    const STEPS: usize = 128;
-    const TILES: usize = 20_000;
+    /// Words of depth that are read over and over: both operands stay in the first cache.
+    const STEPS: usize = 32;
+    /// How often, before a tile is written.
+    const REPEATS: usize = 256;
+    const TILES: usize = 400;
     let began = Instant::now();
     pool.each(0..pool.threads(), |_| {
         let (left, right) = (vec![0; ROWS * STEPS], vec![0; COLUMNS * STEPS]);
@@ -33,7 +35,7 @@ fn once(precision: Precision, pool: &Pool) -> f64 {
                 right: &right,
                 right_group: 0,
                 next: 0,
-                depth: Depth { groups: 1, steps: STEPS },
+                depth: Depth { groups: REPEATS, steps: STEPS },
                 out: &mut out,
                 out_stride: COLUMNS,
                 rows: ROWS,
@@ -42,6 +44,6 @@ fn once(precision: Precision, pool: &Pool) -> f64 {
             });
         }
     });
-    let operations = 2 * ROWS * COLUMNS * STEPS * precision.per_word() * TILES * pool.threads();
+    let operations = 2 * ROWS * COLUMNS * STEPS * REPEATS * precision.per_word() * TILES * pool.threads();
     operations as f64 / began.elapsed().as_secs_f64()
 }

@@ -179,9 +179,8 @@ impl Llama {
             work.d_attended.words().chunks(length * q_words),
             log_sum.chunks(length * heads.queries),
         );
-        let sequences = sequences.map(|(words, starts, out, d_out, log_sum)| {
-            (Sequence { words, starts }, Known { out, d_out, log_sum })
-        });
+        let sequences = sequences
+            .map(|(words, starts, out, d_out, log_sum)| (Sequence { words, starts }, Known { out, d_out, log_sum }));
         let tasks = izip!(
             sequences.flat_map(|sequence| (0..heads.keys).map(move |shared| (sequence, shared))),
             work.d_q.chunks_mut(heads.group() * length * heads.dim),

@@ -71,7 +71,15 @@ impl Feed for ListFeed {
 }
 
 pub fn options(model: &ModelConfig) -> Options {
-    Options { model: model.clone(), optimizer: AdamW::default(), muon: None, precision: Precision::F32, rows: 2, accumulate: 1, threads: 2 }
+    Options {
+        model: model.clone(),
+        optimizer: AdamW::default(),
+        muon: None,
+        precision: Precision::F32,
+        rows: 2,
+        accumulate: 1,
+        threads: 2,
+    }
 }
 
 /// An engine with these per-tensor weights in three fragments.
