@@ -53,7 +53,7 @@ struct Shape {
 
 const BOTH: &[Number] = &[Number::Fp32, Number::Bf16];
 
-/// `small` twice, because all of its processes at once would fill 24 GiB of memory.
+/// `small` twice, because all of its processes at once would take some 20 GiB of memory.
 const SHAPES: [Shape; 4] = [
     Shape { preset: "mini", threads: &[2, 1], numbers: BOTH, rounds: 21, seconds_max: 1200, ..LONG },
     Shape { preset: "micro", threads: &[2, 1], numbers: BOTH, rounds: 21, seconds_max: 900, ..LONG },
@@ -70,7 +70,7 @@ const QUICK: [Shape; 1] = [Shape {
     numbers: BOTH,
     warm_up_steps: 1,
     rounds: 9,
-    seconds_max: 60,
+    seconds_max: 45,
     compiled: false,
 }];
 
