@@ -42,6 +42,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 struct Shape {
     preset: &'static str,
     threads: &'static [usize],
+    numbers: &'static [Number],
     /// Steps before the first round: PyTorch compiles, memory is touched for the first time.
     warm_up_steps: usize,
     rounds: usize,
@@ -50,14 +51,28 @@ struct Shape {
     compiled: bool,
 }
 
-const SHAPES: [Shape; 3] = [
-    Shape { preset: "mini", threads: &[2, 1], warm_up_steps: 2, rounds: 21, seconds_max: 1200, compiled: true },
-    Shape { preset: "micro", threads: &[2, 1], warm_up_steps: 2, rounds: 21, seconds_max: 900, compiled: true },
-    Shape { preset: "small", threads: &[2], warm_up_steps: 2, rounds: 7, seconds_max: 1200, compiled: true },
+const BOTH: &[Number] = &[Number::Fp32, Number::Bf16];
+
+/// `small` twice, because all of its processes at once would take some 20 GiB of memory.
+const SHAPES: [Shape; 4] = [
+    Shape { preset: "mini", threads: &[2, 1], numbers: BOTH, rounds: 21, seconds_max: 1200, ..LONG },
+    Shape { preset: "micro", threads: &[2, 1], numbers: BOTH, rounds: 21, seconds_max: 900, ..LONG },
+    Shape { preset: "small", threads: &[2], numbers: &[Number::Fp32], ..LONG },
+    Shape { preset: "small", threads: &[2], numbers: &[Number::Bf16], ..LONG },
 ];
 
-const QUICK: [Shape; 1] =
-    [Shape { preset: "mini", threads: &[2], warm_up_steps: 1, rounds: 9, seconds_max: 60, compiled: false }];
+const LONG: Shape =
+    Shape { preset: "", threads: &[], numbers: &[], warm_up_steps: 2, rounds: 7, seconds_max: 600, compiled: true };
+
+const QUICK: [Shape; 1] = [Shape {
+    preset: "mini",
+    threads: &[2],
+    numbers: BOTH,
+    warm_up_steps: 1,
+    rounds: 9,
+    seconds_max: 45,
+    compiled: false,
+}];
 
 /// What is not there to be measured, in sentences.
 #[derive(Default)]
@@ -148,7 +163,7 @@ fn cells(shape: &Shape, torch: bool) -> Vec<Cell> {
     };
     let mut cells = Vec::new();
     for &threads in shape.threads {
-        for number in Number::BOTH {
+        for &number in shape.numbers {
             cells.extend(contenders.iter().map(|&contender| Cell { preset: shape.preset, threads, number, contender }));
         }
     }
@@ -156,7 +171,7 @@ fn cells(shape: &Shape, torch: bool) -> Vec<Cell> {
 }
 
 fn ceilings(shape: &Shape) -> Vec<Ceiling> {
-    let of = |&threads| Number::BOTH.map(|number| Ceiling::new(number, threads));
+    let of = |&threads| shape.numbers.iter().map(move |&number| Ceiling::new(number, threads));
     shape.threads.iter().flat_map(of).collect()
 }
 

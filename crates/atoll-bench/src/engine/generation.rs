@@ -13,6 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::gguf::{self, Storage};
+use super::others::{Look, Others};
 use super::spec::{self, Number, Spec, Work};
 use super::{Missing, PAUSE, time_is_up, turns, worker};
 use crate::{Arguments, Figures, median, quantile};
@@ -29,6 +30,8 @@ struct Voice {
     storage: Storage,
     /// Says some tokens; returns how many came per second.
     say: Box<dyn FnMut() -> Result<f64>>,
+    /// Whose number is known: one that lives through all rounds.
+    process: Option<u32>,
     /// Round by round.
     tokens_per_second: Vec<f64>,
 }
@@ -41,23 +44,29 @@ pub(crate) fn run(arguments: &Arguments, missing: &mut Missing) -> Result<Figure
     if let Some(llama) = &llama {
         voices.extend(llama.voices()?);
     }
+    let mut others = Others::default();
     for round in 0..rounds {
         if time_is_up(round, began, seconds_max) {
             break;
         }
-        take_turns(round, &mut voices, missing)?;
+        take_turns(round, &mut voices, &mut others, missing)?;
     }
-    print(&voices);
-    Ok(figures(&voices))
+    print(&voices, others);
+    let mut figures = figures(&voices);
+    figures.extend(others.share().map(|share| ("generate_others_processor_share".to_string(), share)));
+    Ok(figures)
 }
 
 /// Each speaks once. Who fails is not asked again.
-fn take_turns(round: usize, voices: &mut Vec<Voice>, missing: &mut Missing) -> Result<()> {
+fn take_turns(round: usize, voices: &mut Vec<Voice>, others: &mut Others, missing: &mut Missing) -> Result<()> {
     let mut failed = Vec::new();
     for index in turns(round, voices.len()) {
         let voice = &mut voices[index];
         sleep(PAUSE);
-        match (voice.say)() {
+        let before = voice.process.and_then(Look::at);
+        let said = (voice.say)();
+        others.add(before.as_ref(), voice.process.and_then(Look::at).as_ref());
+        match said {
             Ok(speed) => voice.tokens_per_second.push(speed),
             Err(error) if voice.who == ATOLL => return Err(error.context("Atoll's generator")),
             Err(error) => failed.push((index, error)),
@@ -74,8 +83,9 @@ fn take_turns(round: usize, voices: &mut Vec<Voice>, missing: &mut Missing) -> R
 fn atoll(number: Number, storage: Storage) -> Result<Voice> {
     let mut side = worker::start(&Spec::new(Work::Generate, PRESET, number, THREADS)?)?;
     side.ask(TOKENS)?;
+    let process = Some(side.process());
     let say = move || Ok(TOKENS as f64 / side.ask(TOKENS)?.seconds);
-    Ok(Voice { who: ATOLL, storage, say: Box::new(say), tokens_per_second: Vec::new() })
+    Ok(Voice { who: ATOLL, storage, say: Box::new(say), process, tokens_per_second: Vec::new() })
 }
 
 /// `llama-bench` and the model in its format.
@@ -105,7 +115,13 @@ impl Llama {
             gguf::write(&file, &model, &weights, storage)?;
             let program = self.program.clone();
             let say = move || speak(&program, &file);
-            voices.push(Voice { who: LLAMA_CPP, storage, say: Box::new(say), tokens_per_second: Vec::new() });
+            voices.push(Voice {
+                who: LLAMA_CPP,
+                storage,
+                say: Box::new(say),
+                process: None,
+                tokens_per_second: Vec::new(),
+            });
         }
         Ok(voices)
     }
@@ -132,9 +148,10 @@ fn tokens_per_second(json: &str) -> Result<f64> {
     speed.context("llama-bench measured no generation")
 }
 
-fn print(voices: &[Voice]) {
+fn print(voices: &[Voice], others: Others) {
     let rounds = voices.first().map_or(0, |voice| voice.tokens_per_second.len());
     println!("\nGeneration: {PRESET}, threads: {THREADS}, one text, {TOKENS} tokens, rounds: {rounds}");
+    others.print();
     println!("numbers   who         tokens/s   (quartiles)     Atoll is");
     for voice in voices {
         let [low, middle, high] = [0.25, 0.5, 0.75].map(|share| quantile(voice.tokens_per_second.clone(), share));

@@ -8,6 +8,9 @@ use std::time::Instant;
 /// Linux counts processor time in hundredths of a second.
 const TICKS_PER_SECOND: f64 = 100.0;
 
+/// Others' share of the processors below which a machine counts as quiet.
+const QUIET: f64 = 0.05;
+
 /// Processor time of everybody and of one process, at one moment.
 pub(crate) struct Look {
     at: Instant,
@@ -44,6 +47,12 @@ impl Others {
     /// Of all that the processors could have done; `None` if nobody looked.
     pub(crate) fn share(&self) -> Option<f64> {
         (self.possible_ticks > 0.0).then(|| (self.ticks / self.possible_ticks).min(1.0))
+    }
+
+    pub(crate) fn print(&self) {
+        let Some(share) = self.share() else { return };
+        let note = if share > QUIET { ": NOT A QUIET MACHINE, compare with care" } else { "" };
+        println!("others took {:.0} % of the processors during the turns{note}", share * 100.0);
     }
 }
 

@@ -17,9 +17,6 @@ use crate::{Figures, median, quantile};
 /// How long the peak is measured in each round.
 const PEAK_TIME: Duration = Duration::from_millis(200);
 
-/// Others' share of the processors below which a machine counts as quiet.
-const QUIET: f64 = 0.05;
-
 const MEBIBYTE: f64 = 1_048_576.0;
 
 /// What the rounds told of one cell.
@@ -134,10 +131,7 @@ impl Results {
             let gflops = median(flops.clone()) / 1e9;
             println!("peak, {}, threads: {threads}: {gflops:.0} GFLOP/s", number.name());
         }
-        if let Some(share) = self.others.share() {
-            let note = if share > QUIET { ": NOT A QUIET MACHINE, compare with care" } else { "" };
-            println!("others took {:.0} % of the processors during the turns{note}", share * 100.0);
-        }
+        self.others.print();
         println!(
             "threads   numbers   who                tokens/s   (quartiles)       peak MiB   share    loss   Atoll is"
         );
@@ -173,7 +167,7 @@ impl Results {
             }
         }
         self.add_scaling(&mut figures);
-        figures.extend(self.others.share().map(|share| (format!("{}_others_processor_share", self.preset), share)));
+        figures.extend(self.others.share().map(|share| (self.others_name(), share)));
         self.cells.iter().for_each(|measured| self.add_cell(&mut figures, measured));
         figures
     }
@@ -215,6 +209,16 @@ impl Results {
         if let Some(bytes) = measured.peak_bytes {
             figures.insert(format!("{name}_peak_bytes"), bytes);
         }
+    }
+
+    /// `small` is measured in two parts.
+    fn others_name(&self) -> String {
+        let numbers: Vec<&str> = Number::BOTH
+            .into_iter()
+            .filter(|&number| self.ceilings.iter().any(|ceiling| ceiling.number == number))
+            .map(Number::name)
+            .collect();
+        format!("{}_{}_others_processor_share", self.preset, numbers.join("_"))
     }
 
     fn prefix(&self, threads: usize) -> String {
