@@ -56,7 +56,7 @@ const BOTH: &[Number] = &[Number::Fp32, Number::Bf16];
 /// `small` twice, because all of its processes at once would take some 20 GiB of memory.
 const SHAPES: [Shape; 4] = [
     Shape { preset: "mini", threads: &[2, 1], numbers: BOTH, rounds: 21, seconds_max: 1200, ..LONG },
-    Shape { preset: "micro", threads: &[2, 1], numbers: BOTH, rounds: 21, seconds_max: 900, ..LONG },
+    Shape { preset: "micro", threads: &[2, 1], numbers: BOTH, rounds: 9, seconds_max: 400, ..LONG },
     Shape { preset: "small", threads: &[2], numbers: &[Number::Fp32], ..LONG },
     Shape { preset: "small", threads: &[2], numbers: &[Number::Bf16], ..LONG },
 ];

@@ -714,6 +714,8 @@ impl World {
         check(head.machine.phase() == Phase::Finished, || "sites finished before the run".into())?;
         check(&book == head.machine.book(), || "the journal does not rebuild the book".into())?;
         check(global == head.global, || "the journal does not rebuild the model".into())?;
+        let (counted, passed) = (head.machine.seconds(), self.now.0 as f64 / 1e6);
+        check(counted <= passed + 1e-3, || format!("{counted} s of training were counted in {passed} s"))?;
         check(book.tokens == book.ledger.consumed() * toy::CONTEXT as u64, || "tokens were counted twice".into())?;
         Ok(Outcome {
             trace: self.trace,

@@ -127,8 +127,8 @@ pub struct Coordinator {
     phase: Phase,
     /// Seconds during which at least one site was training.
     seconds: f64,
-    /// When [`Coordinator::advance`] last ran.
-    advanced: Time,
+    /// When [`Coordinator::advance`] last ran; none in this process.
+    advanced: Option<Time>,
     /// Number of the last standing.
     number: u64,
     closing_since: Option<Time>,
@@ -201,7 +201,7 @@ impl Coordinator {
             arrived: BTreeSet::new(),
             phase,
             seconds,
-            advanced: Time::default(),
+            advanced: None,
             number: 0,
             closing_since: None,
             started: None,
@@ -541,9 +541,9 @@ impl Coordinator {
     /// Does whatever time or the latest event has made possible.
     fn advance(&mut self, now: Time, orders: &mut Vec<Order>) {
         if self.views.values().any(|view| view.is_live(now) && view.status.vitals.steps > 0) {
-            self.seconds += now.seconds_since(self.advanced);
+            self.seconds += self.advanced.map_or(0.0, |before| now.seconds_since(before));
         }
-        self.advanced = now;
+        self.advanced = Some(now);
         if self.phase == Phase::Finished {
             return;
         }
