@@ -1,6 +1,7 @@
 //! The engine that runs everywhere: a Llama trained and sampled on the CPU, its forward and backward
 //! passes written by hand over flat `f32` vectors. All weights are one vector, all gradients another,
-//! laid out so that a manifest's fragment is one contiguous piece; activations are allocated once.
+//! laid out so that a manifest's fragment is one contiguous piece; activations are allocated once. Sums are
+//! `f32` throughout; operands of products are `f32` or `bf16`, see [`Precision`].
 //!
 //! One inner step of [`CpuEngine`]:
 //!
@@ -15,14 +16,18 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | `gemm` | matrix products; the only `unsafe` |
+//! | `words` | `f32` or pairs of `bf16` in 32-bit words: what products read |
+//! | `gemm` | matrix products: packing, blocking, a kernel for AVX-512 and its portable twin |
+//! | `pool` | threads that spin between passes |
 //! | `math` | vectorized `exp`, dot products |
 //! | `layout` | where each tensor lies in the flat vectors |
-//! | `norm`, `rope`, `attention`, `swiglu`, `loss` | the parts of a Llama, forward and backward |
-//! | `llama` | the parts put together over a batch |
-//! | `optimizer` | clipping, AdamW |
+//! | `norm`, `rope`, `attention`, `swiglu`, `loss` | the parts of a Llama, for some rows on one thread |
+//! | `llama` | the passes over a batch, forward and backward |
+//! | `optimizer`, `muon` | clipping, AdamW, Muon |
 //! | [`engine`](CpuEngine) | `atoll_core`'s engine trait |
-//! | [`generate`](Generator) | a key–value cache and sampling |
+//! | `reader`, [`generate`](Generator) | texts with a key–value cache, sampling |
+//!
+//! `unsafe` is in two files: `gemm/avx512.rs` (pointers of the kernel) and `pool.rs` (one lifetime).
 
 mod attention;
 mod engine;

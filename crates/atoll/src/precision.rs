@@ -25,8 +25,12 @@ enum Wish {
 }
 
 impl Arguments {
-    /// What the engine is to use on this machine.
+    /// What the engine is to use on this machine; says so if that will be slow.
     pub(crate) fn resolve(self) -> Precision {
+        if self.precision == Wish::Bf16 && Precision::best() != Precision::Bf16 {
+            eprintln!("bf16 products take a slower path here: this processor has no instructions for them");
+            eprintln!("hint: --precision f32 is faster");
+        }
         match self.precision {
             Wish::Auto => Precision::best(),
             Wish::F32 => Precision::F32,
