@@ -112,6 +112,7 @@ fn train(shape: &Shape, torch: Option<&Torch>, missing: &mut Missing) -> Result<
         if time_is_up(round, began, shape.seconds_max) {
             break;
         }
+        sleep(PAUSE);
         ceilings.iter_mut().for_each(Ceiling::measure);
         take_turns(round, &mut racers, &mut others);
         drop_failed(&mut racers, missing)?;

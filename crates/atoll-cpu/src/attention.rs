@@ -10,7 +10,7 @@
 use atoll_core::model::ModelConfig;
 
 use crate::gemm::panels::{LeftGroups, Panels, RightGroups, TOKENS, fill};
-use crate::gemm::{Depth, Left, Out, Right, Write, product};
+use crate::gemm::{COLUMNS, Depth, Left, Out, ROWS, Right, Write, product};
 use crate::math::{dot, exp, exp_and_sum, max, simd};
 use crate::scratch;
 use crate::words::Precision;
@@ -30,7 +30,7 @@ pub(crate) struct Heads {
     pub(crate) precision: Precision,
 }
 
-/// The tokens that attend to each other: one row of a batch, or what a cache holds.
+/// The tokens that attend to each other: one row of a batch, or a new text.
 #[derive(Clone, Copy)]
 pub(crate) struct Sequence<'a> {
     /// Queries, keys and values, `(T, words(Q + 2·KV))`.
@@ -65,7 +65,8 @@ impl Heads {
         self.queries / self.keys
     }
 
-    fn scale(self) -> f32 {
+    /// What a score is multiplied with, 1/√hd.
+    pub(crate) fn scale(self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
 
@@ -158,10 +159,15 @@ pub(crate) fn forward(
             let depth = Depth { groups: 1, steps: precision.words(seen) };
             product(precision, Out { data: attended, stride: dim }, Write::Set, weights, values.right(), depth);
             let rows = attended.chunks_mut(dim).zip(out.chunks_mut(out_stride));
-            for ((attended, out), share) in rows.zip(shares) {
-                attended.iter_mut().for_each(|x| *x *= share);
-                precision.encode(attended, &mut out[heads.q_place(head)..][..heads.head_words()]);
-            }
+            simd(
+                #[inline(always)]
+                || {
+                    for ((attended, out), share) in rows.zip(shares) {
+                        attended.iter_mut().for_each(|x| *x *= share);
+                        precision.encode(attended, &mut out[heads.q_place(head)..][..heads.head_words()]);
+                    }
+                },
+            );
         }
     }
 }
@@ -300,8 +306,8 @@ fn backward_block(
     let mut add = |gradient, rows: &[f32], right_rows: &[f32]| {
         left.resize(precision, BLOCK, &[seen]);
         right.resize(precision, BLOCK, &[dim]);
-        left.groups_mut().for_each(|group| fill::<8>(precision, rows, seen, 0..seen, group));
-        right.groups_mut().for_each(|group| fill::<32>(precision, right_rows, dim, 0..dim, group));
+        left.groups_mut().for_each(|group| fill::<ROWS>(precision, rows, seen, 0..seen, group));
+        right.groups_mut().for_each(|group| fill::<COLUMNS>(precision, right_rows, dim, 0..dim, group));
         let out = Out { data: gradient, stride: dim };
         product(precision, out, Write::Add, left.left(0, seen), right.right(dim), left.depth(BLOCK));
     };

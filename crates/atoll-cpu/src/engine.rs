@@ -142,9 +142,15 @@ impl CpuEngine {
         let Self { pool, llama, weights, gradient, .. } = self;
         let scale = 1.0 / (batch.rows * batch.length) as f32;
         pool.each(gradient.chunks_mut(1 << 16), |gradient| gradient.fill(0.0));
-        Ok(micro_batches(batch, rows)
-            .map(|windows| llama.nats_and_gradient(pool, weights, windows, scale, gradient))
-            .sum())
+        let mut nats = 0.0;
+        for windows in micro_batches(batch, rows) {
+            nats += llama.nats_and_gradient(pool, weights, windows, scale, gradient);
+            // What is lost is refused later; the activations that lost it stay to be looked at.
+            if !nats.is_finite() {
+                break;
+            }
+        }
+        Ok(nats)
     }
 
     /// Norm of the gradient, if the loss and every tensor's gradient are finite.

@@ -117,15 +117,18 @@ impl Strip<'_> {
         assert!(groups > 0 && steps > 0 && self.rows > 0 && (1..=COLUMNS).contains(&self.columns));
         // Either the last row is the farthest, or the last one of the panel before.
         let last = self.rows - 1;
-        let place = |row: usize| row / ROWS * self.left_panel + row % ROWS * self.left_row;
+        let place = |row: usize| {
+            (row / ROWS).saturating_mul(self.left_panel).saturating_add((row % ROWS).saturating_mul(self.left_row))
+        };
         let row = place(last).max(place((self.rows / ROWS * ROWS).saturating_sub(1)));
-        let left = row + (steps - 1) * self.left_step + (groups - 1) * self.left_group;
+        let far = |count: usize, stride: usize| (count - 1).saturating_mul(stride);
+        let depth = far(steps, self.left_step).saturating_add(far(groups, self.left_group));
+        let left = row.saturating_add(depth);
         assert!(left < self.left.len(), "left operand inside its slice");
-        assert!(
-            (groups - 1) * self.right_group + steps * COLUMNS <= self.right.len(),
-            "right operand inside its slice"
-        );
-        assert!((self.rows - 1) * self.out_stride + self.columns <= self.out.len(), "result inside its slice");
+        let right = far(groups, self.right_group).saturating_add(steps.saturating_mul(COLUMNS));
+        assert!(right <= self.right.len(), "right operand inside its slice");
+        let out = far(self.rows, self.out_stride).saturating_add(self.columns);
+        assert!(out <= self.out.len(), "result inside its slice");
     }
 }
 

@@ -59,8 +59,8 @@ struct Text {
 }
 
 impl Generator {
-    /// A generator with these weights, one vector per tensor in the order of [`ModelConfig::tensors`], which
-    /// it keeps in that precision, on that many threads (0 takes one per core; the text does not depend on it).
+    /// A generator with these weights, one vector per tensor in the order of [`ModelConfig::tensors`], whose
+    /// matrices it keeps in that precision, on that many threads (0 takes one per core; the text does not depend on it).
     ///
     /// # Errors
     /// [`EngineError::Device`] if the configuration is unsound or the weights are another model's.

@@ -16,11 +16,11 @@
 //! The numbers, for preset `mini` (12.6 M parameters, V 8192) on 8 × 256 tokens, in `f32` | `bf16`:
 //!
 //! ```text
-//! kept      residual stream, q, k, v, attention, gate, up      6 layers: 189 MB | 113 MB
-//! work      gradients by token, packed operands                           95 MB |  63 MB
+//! kept      residual stream, q, k, v, attention, gate, up      6 layers: 192 MB | 117 MB
+//! work      gradients by token, packed operands                           75 MB |  51 MB
 //! weights, gradient, two moments                                         201 MB | 201 MB
 //! packed weights, once in each direction                                 101 MB |  50 MB
-//! work of a token: 6 × parameters = 76 MFLOP, attention 4 MFLOP           163 GFLOP a step
+//! work of a token: 6 × parameters = 76 MFLOP, attention 4 MFLOP           162 GFLOP a step
 //! ```
 
 mod backward;

@@ -115,11 +115,16 @@ impl Matrix<'_> {
     ) {
         let &Muon { momentum: mu, nesterov, iterations, weight_decay, .. } = settings;
         let update = take(&mut scratch.update, gradient.len());
-        for ((update, momentum), g) in update.iter_mut().zip(self.momentum).zip(gradient) {
-            let g = g * clip;
-            *momentum = mu * *momentum + (1.0 - mu) * g;
-            *update = if nesterov { mu * *momentum + (1.0 - mu) * g } else { *momentum };
-        }
+        simd(
+            #[inline(always)]
+            || {
+                for ((update, momentum), g) in update.iter_mut().zip(self.momentum).zip(gradient) {
+                    let g = g * clip;
+                    *momentum = mu * *momentum + (1.0 - mu) * g;
+                    *update = if nesterov { mu * *momentum + (1.0 - mu) * g } else { *momentum };
+                }
+            },
+        );
         muon::orthogonalize(precision, self.rows, self.columns, iterations, scratch);
         let scale = rate * 0.2 * (self.rows.max(self.columns) as f32).sqrt();
         for (w, update) in self.weights.iter_mut().zip(&scratch.update) {

@@ -54,12 +54,12 @@ impl Pool {
     pub fn new(threads: usize) -> Self {
         let threads = if threads == 0 { thread::available_parallelism().map_or(1, usize::from) } else { threads };
         let shared = Arc::new(Shared::default());
-        let spawn = |_| {
+        let spawn = || {
             let shared = shared.clone();
             thread::Builder::new().name("atoll-cpu".to_string()).spawn(move || shared.serve())
         };
         // Where the system gives fewer threads, fewer will do.
-        let workers = (1..threads).map_while(|index| spawn(index).ok()).collect();
+        let workers = (1..threads).map_while(|_| spawn().ok()).collect();
         Self { shared, workers, turn: Mutex::new(()) }
     }
 
@@ -68,7 +68,8 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Calls `work` with every item, on all threads; returns when all is done.
+    /// Calls `work` with every item, on all threads; returns when all is done. `work` must not begin another
+    /// pass on the same pool.
     pub fn each<I>(&self, items: I, work: impl Fn(I::Item) + Sync)
     where
         I: Iterator + Send,
@@ -83,6 +84,7 @@ impl Pool {
         I: Iterator + Send,
         I::Item: Send,
     {
+        assert!(!own.is_empty(), "something for at least one thread");
         let (own, items) = (Mutex::new(own.iter_mut()), Mutex::new(items));
         self.broadcast(&|| {
             let Some(own) = lock(&own).next() else { return };
@@ -137,9 +139,10 @@ impl Shared {
                 return;
             }
             seen += 1;
-            let Some(Pass { work, caller }) = lock(&self.pass).clone() else { continue };
+            let pass = lock(&self.pass).clone();
+            let Pass { work, caller } = pass.expect("a pass that began is there until all are done");
             if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
-                *lock(&self.panic) = Some(panic);
+                lock(&self.panic).get_or_insert(panic);
             }
             if self.busy.fetch_sub(1, Ordering::AcqRel) == 1 {
                 caller.unpark();

@@ -79,7 +79,10 @@ impl Reader {
     pub(crate) fn forget(&mut self, text: usize) {
         let Cache { seen, layers } = &mut self.texts[text];
         *seen = 0;
-        layers.iter_mut().for_each(|(keys, values)| (keys.clear(), values.clear()).1);
+        for (keys, values) in layers {
+            keys.clear();
+            values.clear();
+        }
     }
 
     /// Reads the next tokens of some texts; returns the normed residual stream, `(all tokens, D)`. A text that
@@ -223,10 +226,10 @@ fn read_text(pool: &Pool, heads: Heads, qkv: &[f32], out: &mut [f32]) {
 #[inline(always)]
 fn meet(heads: Heads, q: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
     let (dim, kv_width) = (heads.dim, heads.kv_width());
-    let scale = 1.0 / (dim as f32).sqrt();
     for (head, (q, out)) in q.chunks(dim).zip(out.chunks_mut(dim)).enumerate() {
         let shared = head / heads.group() * dim;
-        let mut scores: Vec<f32> = keys.chunks(kv_width).map(|k| scale * dot(q, &k[shared..shared + dim])).collect();
+        let mut scores: Vec<f32> =
+            keys.chunks(kv_width).map(|k| heads.scale() * dot(q, &k[shared..shared + dim])).collect();
         let most = max(&scores);
         let share = 1.0 / exp_and_sum(&mut scores, most);
         out.fill(0.0);

@@ -6,14 +6,12 @@
 compile_error!("the first of two bf16 lies in the lower half of a word, which must come first in memory");
 
 use bytemuck::{Pod, Zeroable};
-use serde::{Deserialize, Serialize};
 
 use crate::math::simd;
 
 /// What operands of matrix products are rounded to. Sums, weights, moments and the residual stream are
 /// `f32` in both.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Precision {
     /// 32 bits.
     #[default]
@@ -119,7 +117,7 @@ fn rounded(x: f32) -> u32 {
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 struct Line([u32; 16]);
 
-/// Words that begin at a cache line. Growing keeps nothing.
+/// Words that begin at a cache line.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Buffer {
     lines: Vec<Line>,
@@ -127,9 +125,11 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    /// As many words as that; their values are unspecified, but 0 where memory is new.
+    /// As many words as that; what they hold is unspecified. Memory is kept.
     pub(crate) fn resize(&mut self, len: usize) {
-        self.lines.resize(len.div_ceil(16), Line([0; 16]));
+        if self.lines.len() < len.div_ceil(16) {
+            self.lines.resize(len.div_ceil(16), Line([0; 16]));
+        }
         self.len = len;
     }
 

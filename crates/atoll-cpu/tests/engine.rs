@@ -37,9 +37,10 @@ fn conforms_in_either_precision_and_with_either_optimizer() {
 
 /// Loss and all weights, as bits, after some steps on shapes that fill several tiles and blocks.
 fn bits(threads: usize, precision: Precision) -> (u64, Vec<u32>) {
-    let model = ModelConfig { tie_word_embeddings: false, vocab_size: 700, ..tiny() };
+    // More tokens than gradients of logits are kept for at once.
+    let model = ModelConfig { tie_word_embeddings: false, vocab_size: 9000, ..tiny() };
     let muon = Some(Muon::default());
-    let options = Options { threads, precision, muon, accumulate: 2, ..options(&model) };
+    let options = Options { threads, precision, muon, rows: 7, accumulate: 2, ..options(&model) };
     let feed = RandomFeed::new(151, model.vocab_size);
     let mut engine = engine(options, &lively_weights(&model, 5), Box::new(feed));
     let loss = engine.train(3).unwrap().loss;
@@ -116,7 +117,7 @@ fn gradients_are_slopes_with_a_head_of_its_own() {
 /// Micro-batches change the order of additions, nothing else; nor does a batch of more than one chunk of logits.
 #[test]
 fn accumulation_is_one_larger_batch() {
-    let model = tiny();
+    let model = ModelConfig { vocab_size: 9000, ..tiny() };
     let weights_after = |rows, accumulate| {
         let options = Options { rows, accumulate, ..options(&model) };
         let feed = RandomFeed::new(151, model.vocab_size);
@@ -163,6 +164,43 @@ fn documents_of_a_row_do_not_see_each_other() {
     }
     let wrong = Batch { starts: vec![0; 99], ..row(&tokens) };
     assert_eq!(engine.evaluate(&wrong).unwrap_err().to_string(), "99 document starts do not fit 1 windows of 100");
+}
+
+/// Odd widths, lengths and groups, a small batch and then a large one: rounding operands turns a gradient a little.
+#[test]
+fn bf16_gradients_are_those_of_f32_but_for_rounding() {
+    let model = ModelConfig { tie_word_embeddings: false, ..tiny() };
+    let of = |precision| {
+        let options = Options { precision, ..options(&model) };
+        engine(options, &lively_weights(&model, 4), Box::new(NoFeed))
+    };
+    let (mut f32, mut bf16) = (of(Precision::F32), of(Precision::Bf16));
+    for (rows, length) in [(1, 17), (3, 151), (1, 1)] {
+        let batch = random_batch(rows, length, model.vocab_size, &mut Rng::new(6));
+        let (exact, rounded) = (f32.gradients(&batch).unwrap(), bf16.gradients(&batch).unwrap());
+        let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+        for ((exact, rounded), tensor) in exact.tensors.iter().zip(&rounded.tensors).zip(model.tensors()) {
+            let apart: Vec<f32> = exact.iter().zip(rounded).map(|(a, b)| a - b).collect();
+            let share = norm(&apart) / norm(exact).max(1e-6);
+            assert!(share < 0.05, "{rows} × {length}: the gradient of {} is {share} apart", tensor.name);
+        }
+    }
+}
+
+/// An engine that evaluates after a step sees the weights of that step.
+#[test]
+fn evaluation_sees_the_present_weights() {
+    let model = tiny();
+    let feed = RandomFeed::new(17, model.vocab_size);
+    let mut trained = engine(options(&model), &lively_weights(&model, 2), Box::new(feed));
+    let batch = random_batch(2, 17, model.vocab_size, &mut Rng::new(1));
+    let before = trained.evaluate(&batch).unwrap();
+    trained.train(1).unwrap();
+    let fragments = weights(&mut trained).unwrap();
+    let tensors = trained.manifest().scatter(&fragments);
+    let mut fresh = engine(options(&model), &tensors, Box::new(NoFeed));
+    let after = trained.evaluate(&batch).unwrap();
+    assert!(after != before && after == fresh.evaluate(&batch).unwrap());
 }
 
 /// Rounding operands moves a loss by far less than a step of training does.

@@ -18,7 +18,7 @@ enum Wish {
     /// bf16 where the processor has instructions for it, else f32.
     #[default]
     Auto,
-    /// Factors in f32: the same results on every processor.
+    /// Factors in f32: processors differ by the rounding of sums alone.
     F32,
     /// Factors rounded to bf16: faster where the processor has instructions for it.
     Bf16,

@@ -68,11 +68,8 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
 
 #[test]
 fn unsafe_stays_where_it_is_explained() {
-    let allowed = [
-        "crates/atoll-cpu/src/gemm/avx512.rs",
-        "crates/atoll-cpu/src/pool.rs",
-        "crates/atoll-node/src/data/map.rs",
-    ];
+    let allowed =
+        ["crates/atoll-cpu/src/gemm/avx512.rs", "crates/atoll-cpu/src/pool.rs", "crates/atoll-node/src/data/map.rs"];
     let mut files = Vec::new();
     sources(&root().join("crates"), &mut files);
     assert!(files.len() > 30, "the sources were not found");

@@ -51,7 +51,9 @@ pub(crate) fn introduce(torch: Option<&Torch>) {
     println!("All contenders of a shape take turns of one step; each is a process of its own.");
     println!("tokens/s: median and quartiles of the rounds. Atoll is: median of the rounds' ratios.");
     println!("FLOP per token = 6 · parameters + 12 · layers · heads · head_dim · {LENGTH}/2 (causal attention).");
-    println!("Share: of the peak of fused multiply-adds in registers, same numbers and threads, round by round;");
+    println!(
+        "Share: of the peak of fused multiply-adds on what the first cache holds, same numbers and threads, round by round;"
+    );
     println!("none: the peak was passed, so somebody had disturbed it.");
 }
 

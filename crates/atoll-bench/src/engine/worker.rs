@@ -64,7 +64,7 @@ fn options(spec: &Spec, model: ModelConfig) -> Options {
     }
 }
 
-/// One text at a time. A generator of several texts at once would read `spec.rows` of them here.
+/// One text at a time.
 fn speaker(spec: &Spec) -> Result<Steps> {
     let model = model(&spec.preset)?;
     let mut generator = Generator::new(&model, &model.initial_weights(1), spec.precision.precision(), spec.threads)?;

@@ -118,6 +118,10 @@ mod x86 {
                 let mut next = right.wrapping_add(strip.next).wrapping_add(share);
                 for _ in 0..strip.depth.steps {
                     _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                    if COUNT < ROWS {
+                        // Few rows pass over more than a cache line at a time.
+                        _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(LANES).cast());
+                    }
                     let columns = [_mm512_loadu_si512(right.cast()), _mm512_loadu_si512(right.add(LANES).cast())];
                     for (row, sums) in sums.iter_mut().enumerate() {
                         let word = _mm512_set1_epi32(left.add(row * strip.left_row).read() as i32);

@@ -217,7 +217,6 @@ pub(crate) struct Groups<const WIDTH: usize> {
     /// Panels of all parts together.
     panels: usize,
     steps: usize,
-    count: usize,
 }
 
 /// Panels for a left operand.
@@ -230,8 +229,7 @@ impl<const WIDTH: usize> Groups<WIDTH> {
     pub(crate) fn resize(&mut self, precision: Precision, tokens: usize, parts: &[usize]) {
         self.panels = parts.iter().map(|part| part.div_ceil(WIDTH)).sum();
         self.steps = precision.words(TOKENS);
-        self.count = tokens.div_ceil(TOKENS);
-        self.words.resize(self.count * self.size());
+        self.words.resize(tokens.div_ceil(TOKENS) * self.size());
     }
 
     /// Words of a group.

@@ -1,6 +1,6 @@
 //! The twin of [`avx512`](super::avx512) in safe code, compiled for the widest vectors that the processor
-//! has: AVX2, NEON, or none. Products of `bf16` are exact in `f32`, so only sums round, and the twins
-//! differ in no more than their order.
+//! has: AVX2, NEON, or none. Products of `bf16` are exact in `f32`, so only sums round, and the
+//! twins differ by that and by denormals, which `VDPBF16PS` takes for 0.
 
 use pulp::{Arch, Simd, WithSimd};
 

@@ -253,6 +253,9 @@ impl Llama {
     }
 }
 
+/// Rows of a weight's gradient that are one task.
+const ROWS_EACH: usize = 64;
+
 /// Some rows of the gradient of a matrix.
 struct Task<'a> {
     out: &'a mut [f32],
@@ -269,7 +272,7 @@ impl Task<'_> {
     }
 }
 
-/// The gradient `(out, in)` in pieces of [`TOKENS`] rows; its rows are the features of `left` from panel `panel` on.
+/// The gradient `(out, in)` in pieces of [`ROWS_EACH`] rows; its rows are the features of `left` from panel `panel` on.
 fn tasks<'a>(
     gradient: &'a mut [f32],
     left: &'a LeftGroups,
@@ -277,7 +280,6 @@ fn tasks<'a>(
     (right, width): (&'a RightGroups, usize),
     (precision, depth): (Precision, Depth),
 ) -> impl Iterator<Item = Task<'a>> + Send {
-    const ROWS_EACH: usize = 64;
     gradient.chunks_mut(ROWS_EACH * width).enumerate().map(move |(index, out)| {
         let left = left.left(panel + index * ROWS_EACH / ROWS, out.len() / width);
         Task { out, left, right: right.right(width), depth, precision }

@@ -96,7 +96,7 @@ pub(super) struct Work {
     pub(super) h_head: RightGroups,
 }
 
-/// Words of logits that exist at once beside those that threads work on: 16 MiB.
+/// Words of logits that exist at once beside those that threads work on: 16 MiB, unless the vocabulary is huge.
 const LOGITS: usize = 1 << 22;
 
 impl Work {
@@ -123,7 +123,7 @@ impl Work {
     }
 }
 
-/// Tokens whose gradients of logits exist at once, whole groups.
+/// Tokens whose gradients of logits exist at once: whole groups, and enough of them for some threads.
 pub(super) fn logit_tokens(shape: Shape) -> usize {
-    (LOGITS / shape.precision.words(shape.vocab * TOKENS)).max(1) * TOKENS
+    (LOGITS / shape.precision.words(shape.vocab * TOKENS)).max(6) * TOKENS
 }
