@@ -274,9 +274,10 @@ fn backward_block(
     gradients: HeadGradients<'_>,
     scratch: &mut Scratch,
 ) {
+    let HeadGradients { q: d_q, k: d_k, v: d_v } = gradients;
     let Heads { precision, dim, .. } = heads;
     let (stride, out_stride) = (heads.stride(), precision.words(heads.q_width()));
-    let seen = gradients.k.len() / dim;
+    let seen = d_k.len() / dim;
     let count = seen - first;
     let Scratch { keys_transposed, keys, values, scores, d_scores, row_words, heads: rows, left, right, .. } = scratch;
     let (p, ds) = (scratch::take(scores, count * seen), scratch::take(d_scores, count * seen));
@@ -311,13 +312,13 @@ fn backward_block(
         let out = Out { data: gradient, stride: dim };
         product(precision, out, Write::Add, left.left(0, seen), right.right(dim), left.depth(BLOCK));
     };
-    add(gradients.v, p, d_out);
-    add(gradients.k, ds, queries);
+    add(d_v, p, d_out);
+    add(d_k, ds, queries);
     let ds_words = scratch::take(row_words, count * precision.words(seen));
     precision.encode_rows(ds, seen, ds_words);
     let depth = Depth { groups: 1, steps: precision.words(seen) };
     let ds_left = rows(ds_words, precision.words(seen));
-    product(precision, Out { data: gradients.q, stride: dim }, Write::Set, ds_left, keys.right(), depth);
+    product(precision, Out { data: d_q, stride: dim }, Write::Set, ds_left, keys.right(), depth);
 }
 
 /// The first `columns` columns of the operand.

@@ -200,7 +200,7 @@ pub(crate) fn squares(pool: &Pool, gradient: &[f32], places: &[Range<usize>]) ->
         *part = simd(
             #[inline(always)]
             || sum_of_squares(tile),
-        )
+        );
     });
     let mut parts = parts.into_iter();
     places.iter().map(|place| parts.by_ref().take(tiles(place).len()).sum()).collect()

@@ -137,7 +137,7 @@ impl Reader {
             simd(
                 #[inline(always)]
                 || meet(heads, q, keys, values, out),
-            )
+            );
         });
         self.add_linear(pool, x, &attended, q_width, |packed| &packed.layers[layer].o.forward);
     }

@@ -34,10 +34,12 @@ pub(super) fn bf16() -> Option<Kernel> {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_castsi512_ps, _mm512_dpbf16_ps,
+        __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_castsi512_ps, _mm512_dpbf16_ps,
         _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32,
         _mm512_setzero_ps,
     };
+
+    use std::mem::transmute;
 
     use crate::gemm::{COLUMNS, ROWS, Strip, Write};
 
@@ -62,7 +64,7 @@ mod x86 {
     unsafe fn run_f32(strip: &mut Strip<'_>) {
         // SAFETY: that of this function.
         unsafe {
-            rows(strip, |sum, left, right| _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum))
+            rows(strip, |sum, left, right| _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum));
         }
     }
 
@@ -70,7 +72,9 @@ mod x86 {
     unsafe fn run_bf16(strip: &mut Strip<'_>) {
         // SAFETY: that of this function; both vector types are 512 bits without invalid values.
         unsafe {
-            rows(strip, |sum, left, right| _mm512_dpbf16_ps(sum, std::mem::transmute(left), std::mem::transmute(right)))
+            rows(strip, |sum, left, right| {
+                _mm512_dpbf16_ps(sum, transmute::<__m512i, __m512bh>(left), transmute::<__m512i, __m512bh>(right))
+            });
         }
     }
 
