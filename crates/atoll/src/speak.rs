@@ -9,7 +9,7 @@ use atoll_core::engine::{Engine, Evaluation};
 use atoll_core::journal::Evaluated;
 use atoll_core::manifest::Manifest;
 use atoll_core::training::AdamW;
-use atoll_cpu::{CpuEngine, Generator, NoFeed, Options, Sampling};
+use atoll_cpu::{CpuEngine, Generator, NoFeed, Options, Precision, Sampling};
 use atoll_node::data::{Dataset, IngestOptions, Source, TextField, ingest, is_dataset};
 use atoll_node::hf;
 use atoll_node::site::held_out_windows;
@@ -104,8 +104,6 @@ pub(crate) struct EvalArguments {
     /// Threads; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    #[command(flatten)]
-    precision: precision::Arguments,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -185,7 +183,8 @@ fn engine(loaded: &Loaded, arguments: &EvalArguments) -> Result<CpuEngine> {
         model: loaded.config.clone(),
         optimizer: AdamW::default(),
         muon: None,
-        precision: arguments.precision.resolve(),
+        // A measurement is to be the same wherever it is taken.
+        precision: Precision::F32,
         rows: ROWS,
         accumulate: 1,
         threads: arguments.threads,
