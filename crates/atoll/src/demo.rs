@@ -242,7 +242,6 @@ impl Demo<'_> {
             .arg("--data")
             .arg(self.tokens())
             .arg("--json")
-            .args(self.arguments.precision.words())
             .stderr(Stdio::inherit())
             .output()?;
         if !output.status.success() {

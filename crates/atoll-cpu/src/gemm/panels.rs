@@ -82,7 +82,7 @@ impl Panels {
                         precision.encode(row, words);
                         count += 1;
                     }
-                    transpose(&rows, steps, count, panel);
+                    transpose(&rows, steps, steps, count, panel);
                 },
             );
         });
@@ -107,7 +107,7 @@ impl Panels {
             let count = COLUMNS.min(rows - index * COLUMNS);
             simd(
                 #[inline(always)]
-                || transpose_strided(&words[index * COLUMNS * stride..], stride, steps, count, panel),
+                || transpose(&words[index * COLUMNS * stride..], stride, steps, count, panel),
             );
         }
     }
@@ -130,14 +130,9 @@ impl Panels {
     }
 }
 
-/// Writes each row's words as a column of the panel; columns beyond `count` are 0.
+/// Writes each of `count` rows, `stride` words apart, as a column of the panel; columns beyond them are 0.
 #[inline(always)]
-fn transpose(rows: &[u32], steps: usize, count: usize, panel: &mut [u32]) {
-    transpose_strided(rows, steps, steps, count, panel);
-}
-
-#[inline(always)]
-fn transpose_strided(rows: &[u32], stride: usize, steps: usize, count: usize, panel: &mut [u32]) {
+fn transpose(rows: &[u32], stride: usize, steps: usize, count: usize, panel: &mut [u32]) {
     /// Words of each row that are moved together, a cache line.
     const PART: usize = 16;
     let panel = panel.as_chunks_mut::<COLUMNS>().0;
@@ -155,8 +150,8 @@ fn transpose_strided(rows: &[u32], stride: usize, steps: usize, count: usize, pa
 }
 
 /// Fills a range of words of depth in panels of `WIDTH` columns and `steps` words of depth. Depth is along the
-/// rows, of which `row` gives those of the range; rows and columns that are missing are 0. Some rows are read side by side, because whole ones may lie a multiple of a cache's
-/// size apart.
+/// rows, of which `row` gives those of the range; rows and columns that are missing are 0. Some rows are read
+/// side by side, because whole ones may lie a multiple of a cache's size apart.
 #[inline(always)]
 fn zip_rows<'r, const WIDTH: usize>(
     precision: Precision,
