@@ -1,30 +1,57 @@
-//! What a site does with weights. For each fragment it keeps Θ, its copy of the global model, and a
-//! **reference**: the point from which its own unsent progress is measured.
+//! What a site does with weights. For each fragment it keeps Θ, its copy of the global model, a **reference**, the
+//! point from which its own unsent progress is measured, and a **residual**, what its codec has not delivered yet.
 //!
 //! ```text
-//! contribute   Δ = reference − θ          (pseudo-gradient: the outer step subtracts it)
+//! contribute   wish = (reference − θ) + residual        (pseudo-gradient: the outer step subtracts it)
+//!              payload = encode(wish)                   residual ← wish − decode(payload)
 //!              reference ← θ
-//! commit       Θ ← Θ + decode(payload)    θ ← Θ + (θ − reference)      reference ← Θ
+//! commit       Θ ← Θ + decode(payload)
+//!   carry      θ ← θ + (Θ − reference)                  reference ← Θ
+//!   overwrite  θ ← Θ                                    reference ← Θ
 //! ```
 //!
-//! The second line is *carry*: steps taken while a contribution travelled are kept on top of the new
-//! global model, and work already sent is not applied twice, whether the commit contains it or not.
+//! *Carry* keeps the steps taken while a contribution travelled on top of the new global model; work already sent is
+//! not applied twice, whether the commit contains it or not. Everything here runs beside the training: an engine only
+//! hands out its weights and takes in a [`Change`].
+
+use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, Codec, CodecError};
 use crate::engine::{Batch, Engine, EngineError, Evaluation};
 use crate::hash::Digest;
-use crate::manifest::FragmentId;
+use crate::manifest::{FragmentId, Manifest};
+use crate::simd::simd;
+use crate::team::Team;
 
-/// A site's copy of the global model and the references of its own progress.
-#[derive(Debug, Clone, Default)]
+/// What becomes of the steps that a site took while its contribution travelled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Follow {
+    /// Carry as long as they point where the commits point, else overwrite.
+    #[default]
+    Auto,
+    /// Keep them.
+    Carry,
+    /// Give them up.
+    Overwrite,
+}
+
+/// A site's copy of the global model, the references of its own progress, and its residuals.
+#[derive(Debug, Clone)]
 pub struct Local {
     fragments: Vec<Copies>,
+    follow: Follow,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Copies {
     theta: Vec<f32>,
     reference: Vec<f32>,
+    residual: Vec<f32>,
+    /// The last commit's payload.
+    last: Vec<u8>,
+    /// Smoothed cosine of this site's steps to the last commit, where that one moved Θ.
+    agreement: f64,
 }
 
 /// A pseudo-gradient ready for the wire.
@@ -34,35 +61,57 @@ pub struct Payload {
     pub bytes: Vec<u8>,
     /// Their content address.
     pub digest: Digest,
-    /// Euclidean length of Δ.
+    /// Euclidean length of what they say.
     pub norm: f64,
+    /// Smoothed cosine of the site's own steps to the last commit.
+    pub agreement: f64,
+    /// Memory of the fragment's length for the next reading of weights.
+    pub spare: Vec<f32>,
+}
+
+/// What an engine is to do with the weights of a fragment.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// Replace them by these.
+    Write(Vec<f32>),
+    /// Add these.
+    Add(Vec<f32>),
+}
+
+impl Change {
+    /// Has `engine` do it; returns the memory.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn apply(self, engine: &mut dyn Engine, fragment: FragmentId) -> Result<Vec<f32>, EngineError> {
+        match self {
+            Change::Write(weights) => engine.write(fragment, &weights).map(|()| weights),
+            Change::Add(change) => engine.add(fragment, &change).map(|()| change),
+        }
+    }
 }
 
 /// Why weights could not be moved.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub enum DeltaError {
-    /// The engine failed.
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-    /// Weights or payload are unusable.
-    #[error("{fragment}: {source}")]
-    Codec {
-        /// Where.
-        fragment: FragmentId,
-        /// Why.
-        source: CodecError,
-    },
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{fragment}: {source}")]
+pub struct DeltaError {
+    /// Where.
+    pub fragment: FragmentId,
+    /// Why.
+    pub source: CodecError,
 }
 
+/// Weight of the newest cosine in the smoothed one.
+const AGREEMENT_SHARE: f64 = 0.2;
+
 impl Local {
-    /// Copies for an engine's fragments, all zero until [`install`](Self::install).
-    pub fn new(engine: &dyn Engine) -> Self {
-        let manifest = engine.manifest();
+    /// Copies for a layout, all zero until [`install`](Self::install).
+    pub fn new(manifest: &Manifest, follow: Follow) -> Self {
         let zeros = |fragment| {
             let theta = vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)];
-            Copies { reference: theta.clone(), theta }
+            Copies { reference: theta.clone(), residual: theta.clone(), theta, ..Copies::default() }
         };
-        Self { fragments: manifest.fragments().map(zeros).collect() }
+        Self { fragments: manifest.fragments().map(zeros).collect(), follow }
     }
 
     /// This site's copy of the global model.
@@ -70,121 +119,191 @@ impl Local {
         &self.fragments[fragment.index()].theta
     }
 
-    /// Starts `fragment` over from the global `weights`; local progress on it is given up.
+    /// What the codec of the way up has not delivered yet, by fragment.
+    pub fn residuals(&self) -> impl Iterator<Item = &[f32]> {
+        self.fragments.iter().map(|copies| copies.residual.as_slice())
+    }
+
+    /// Takes up the residuals of an earlier process; those of another length are left out.
+    pub fn restore_residuals(&mut self, residuals: Vec<Vec<f32>>) {
+        let fits = |(copies, residual): &(&mut Copies, Vec<f32>)| {
+            copies.residual.len() == residual.len() && codec::check_finite(residual).is_ok()
+        };
+        let fitting = self.fragments.iter_mut().zip(residuals).filter(fits);
+        fitting.for_each(|(copies, residual)| copies.residual = residual);
+    }
+
+    /// Starts `fragment` over from the global `weights`; local progress on it is given up, the residual is kept.
     ///
     /// # Errors
-    /// If the weights are not finite or do not fit the engine.
-    pub fn install(
-        &mut self,
-        engine: &mut dyn Engine,
-        fragment: FragmentId,
-        weights: &[f32],
-    ) -> Result<Digest, DeltaError> {
-        codec::check_finite(weights).map_err(|source| DeltaError::Codec { fragment, source })?;
-        engine.write(fragment, weights)?;
+    /// If the weights are not finite or not as many as the fragment has.
+    pub fn install(&mut self, fragment: FragmentId, weights: &[f32]) -> Result<(Digest, Change), DeltaError> {
         let copies = &mut self.fragments[fragment.index()];
+        let expected = copies.theta.len();
+        let fits = match weights.len() {
+            found if found != expected => Err(CodecError::Count { found, expected }),
+            _ => codec::check_finite(weights),
+        };
+        fits.map_err(|source| DeltaError { fragment, source })?;
         copies.theta.copy_from_slice(weights);
         copies.reference.copy_from_slice(weights);
-        Ok(Digest::of_weights(&copies.theta))
+        copies.last = Vec::new();
+        Ok((Digest::of_weights(weights), Change::Write(weights.to_vec())))
     }
 
-    /// Takes what the engine has learnt since the last contribution as a payload.
+    /// Makes a payload of what was learnt since the last contribution. `weights` are the engine's as they are now.
     ///
     /// # Errors
-    /// If the engine's weights are not finite.
+    /// If they are not finite.
     pub fn contribute(
         &mut self,
-        engine: &mut dyn Engine,
         fragment: FragmentId,
+        weights: Vec<f32>,
         codec: Codec,
+        team: &dyn Team,
     ) -> Result<Payload, DeltaError> {
         let copies = &mut self.fragments[fragment.index()];
-        let mut local = vec![0.0; copies.theta.len()];
-        engine.read(fragment, &mut local)?;
-        let delta: Vec<f32> = copies.reference.iter().zip(&local).map(|(reference, local)| reference - local).collect();
-        let bytes = codec.encode(&delta).map_err(|source| DeltaError::Codec { fragment, source })?;
-        copies.reference = local;
-        Ok(Payload { digest: Digest::of(&bytes), bytes, norm: norm(&delta) })
+        copies.agree(&weights);
+        let mut wish = std::mem::take(&mut copies.reference);
+        let residual = std::mem::take(&mut copies.residual);
+        let bytes = codec.encode_prepared(&mut wish, team, |start, wish| {
+            let (weights, residual) = (&weights[start..start + wish.len()], &residual[start..start + wish.len()]);
+            for ((wish, weight), rest) in wish.iter_mut().zip(weights).zip(residual) {
+                *wish = (*wish - weight) + rest;
+            }
+        });
+        (copies.reference, copies.residual) = (weights, wish);
+        let bytes = bytes.map_err(|source| DeltaError { fragment, source })?;
+        let sent = codec::Payload::check(&bytes, copies.theta.len(), team);
+        let norm = sent.map_err(|source| DeltaError { fragment, source })?.norm();
+        Ok(Payload { digest: Digest::of(&bytes), bytes, norm, agreement: copies.agreement, spare: residual })
     }
 
-    /// Applies a commit's payload to Θ and carries local progress over. Returns the new Θ's digest.
+    /// Applies a commit's payload to Θ. Returns the new Θ's digest and what the engine is to do.
     ///
     /// # Errors
-    /// If the payload is none, or the engine fails.
+    /// If the payload is none; then nothing has changed.
     pub fn commit(
         &mut self,
-        engine: &mut dyn Engine,
         fragment: FragmentId,
-        payload: &[u8],
-    ) -> Result<Digest, DeltaError> {
+        payload: Vec<u8>,
+        team: &dyn Team,
+    ) -> Result<(Digest, Change), DeltaError> {
         let copies = &mut self.fragments[fragment.index()];
-        let change = codec::decode(payload, copies.theta.len());
-        let change = change.map_err(|source| DeltaError::Codec { fragment, source })?;
-        add(&mut copies.theta, &change);
-        self.rebase(engine, fragment)?;
-        Ok(Digest::of_weights(self.theta(fragment)))
+        let sound = codec::Payload::check(&payload, copies.theta.len(), team);
+        sound.map_err(|source| DeltaError { fragment, source })?.add_to(&mut copies.theta, team);
+        copies.last = payload;
+        Ok((Digest::of_weights(&copies.theta), copies.rebase(self.follow)))
     }
 
-    /// Gives up what was sent and refused, keeping what was learnt since: θ ← Θ + (θ − reference).
-    ///
-    /// # Errors
-    /// If the engine fails.
-    pub fn rebase(&mut self, engine: &mut dyn Engine, fragment: FragmentId) -> Result<(), DeltaError> {
-        let copies = &mut self.fragments[fragment.index()];
-        let mut local = vec![0.0; copies.theta.len()];
-        engine.read(fragment, &mut local)?;
-        for ((local, reference), theta) in local.iter_mut().zip(&copies.reference).zip(&copies.theta) {
-            *local = theta + (*local - reference);
-        }
-        engine.write(fragment, &local)?;
-        copies.reference.copy_from_slice(&copies.theta);
-        Ok(())
+    /// Gives up what was sent and refused, keeping what was learnt since: θ ← θ + (Θ − reference).
+    pub fn rebase(&mut self, fragment: FragmentId) -> Change {
+        self.fragments[fragment.index()].rebase(Follow::Carry)
     }
 
-    /// Loss of the global model (not of the local weights) on `batches`.
+    /// Writes the global model into `engine`, measures its loss on `batches`, and puts the engine's own weights back.
     ///
     /// # Errors
     /// If the engine fails; its own weights are put back all the same.
     pub fn evaluate(&self, engine: &mut dyn Engine, batches: &[Batch]) -> Result<Evaluation, EngineError> {
-        let own = crate::engine::weights(engine)?;
-        self.write_all(engine, self.fragments.iter().map(|copies| &copies.theta))?;
-        let losses: Result<Vec<Evaluation>, EngineError> = batches.iter().map(|batch| engine.evaluate(batch)).collect();
-        self.write_all(engine, own.iter())?;
-        let sum = |total: Evaluation, part: &Evaluation| Evaluation {
-            nats: total.nats + part.nats,
-            tokens: total.tokens + part.tokens,
+        let thetas: Vec<&[f32]> = self.fragments.iter().map(|copies| copies.theta.as_slice()).collect();
+        evaluate(&thetas, engine, batches)
+    }
+
+    /// All of Θ, to be evaluated elsewhere.
+    pub fn thetas(&self) -> Vec<Vec<f32>> {
+        self.fragments.iter().map(|copies| copies.theta.clone()).collect()
+    }
+}
+
+impl Copies {
+    /// Measures whether the steps since the last contribution point where the last commit pointed, looking only at
+    /// weights that it moved.
+    fn agree(&mut self, weights: &[f32]) {
+        let len = weights.len();
+        let Ok(commit) = codec::Payload::check(&self.last, len, &crate::team::Alone) else { return };
+        let (mut dot, mut own, mut theirs) = (0.0, 0.0, 0.0);
+        commit.visit(0..len, |place, value| {
+            let (step, value) = (f64::from(weights[place] - self.reference[place]), f64::from(value));
+            (dot, own, theirs) = (dot + step * value, own + step * step, theirs + value * value);
+        });
+        if own > 0.0 && theirs > 0.0 {
+            self.agreement += AGREEMENT_SHARE * (dot / (own * theirs).sqrt() - self.agreement);
+        }
+    }
+
+    /// Makes Θ the reference; what the engine must do for that.
+    fn rebase(&mut self, follow: Follow) -> Change {
+        let carry = match follow {
+            Follow::Carry => true,
+            Follow::Overwrite => false,
+            Follow::Auto => self.agreement >= 0.0,
         };
-        Ok(losses?.iter().fold(Evaluation::default(), sum))
-    }
-
-    fn write_all<'a>(
-        &self,
-        engine: &mut dyn Engine,
-        weights: impl Iterator<Item = &'a Vec<f32>>,
-    ) -> Result<(), EngineError> {
-        weights.enumerate().try_for_each(|(index, weights)| engine.write(FragmentId(index as u16), weights))
+        if !carry {
+            self.reference.copy_from_slice(&self.theta);
+            return Change::Write(self.theta.clone());
+        }
+        let theta = &self.theta;
+        let mut change = std::mem::replace(&mut self.reference, theta.clone());
+        simd(
+            #[inline(always)]
+            || change.iter_mut().zip(theta).for_each(|(change, theta)| *change = theta - *change),
+        );
+        Change::Add(change)
     }
 }
 
-/// Adds `change` to `weights`, element by element: the one operation by which every copy of Θ moves.
+/// Loss of the model `thetas` on `batches`, measured by an engine that trains another one.
+///
+/// # Errors
+/// If the engine fails; its own weights are put back all the same.
+pub fn evaluate(
+    thetas: &[impl AsRef<[f32]>],
+    engine: &mut dyn Engine,
+    batches: &[Batch],
+) -> Result<Evaluation, EngineError> {
+    let own = crate::engine::weights(engine)?;
+    write_all(engine, thetas)?;
+    let losses: Result<Vec<Evaluation>, EngineError> = batches.iter().map(|batch| engine.evaluate(batch)).collect();
+    write_all(engine, &own)?;
+    let sum = |total: Evaluation, part: &Evaluation| Evaluation {
+        nats: total.nats + part.nats,
+        tokens: total.tokens + part.tokens,
+    };
+    Ok(losses?.iter().fold(Evaluation::default(), sum))
+}
+
+fn write_all(engine: &mut dyn Engine, fragments: &[impl AsRef<[f32]>]) -> Result<(), EngineError> {
+    (0..).zip(fragments).try_for_each(|(index, weights)| engine.write(FragmentId(index), weights.as_ref()))
+}
+
+/// Adds `change` to `weights`, element by element.
 pub fn add(weights: &mut [f32], change: &[f32]) {
-    weights.iter_mut().zip(change).for_each(|(weight, change)| *weight += change);
+    simd(
+        #[inline(always)]
+        || weights.iter_mut().zip(change).for_each(|(weight, change)| *weight += change),
+    );
 }
 
-const LANES: usize = 8;
+const LANES: usize = 16;
 
 /// Dot product in `f64`, summed in a fixed order: the same bits on every machine.
 pub fn dot(a: &[f32], b: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; LANES];
-    let (a_blocks, a_rest) = a.as_chunks::<LANES>();
-    let (b_blocks, b_rest) = b.as_chunks::<LANES>();
-    for (a, b) in a_blocks.iter().zip(b_blocks) {
-        for lane in 0..LANES {
-            lanes[lane] += f64::from(a[lane]) * f64::from(b[lane]);
-        }
-    }
-    let rest: f64 = a_rest.iter().zip(b_rest).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-    lanes.iter().sum::<f64>() + rest
+    simd(
+        #[inline(always)]
+        || {
+            let mut lanes = [0.0f64; LANES];
+            let (a_blocks, a_rest) = a.as_chunks::<LANES>();
+            let (b_blocks, b_rest) = b.as_chunks::<LANES>();
+            for (a, b) in a_blocks.iter().zip(b_blocks) {
+                for lane in 0..LANES {
+                    lanes[lane] += f64::from(a[lane]) * f64::from(b[lane]);
+                }
+            }
+            let rest: f64 = a_rest.iter().zip(b_rest).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            lanes.iter().sum::<f64>() + rest
+        },
+    )
 }
 
 /// Euclidean length, in the same fixed order as [`dot`].

@@ -34,6 +34,18 @@ pub trait Engine: Send {
     /// [`EngineError::Layout`] if there is no such fragment or the length differs.
     fn write(&mut self, fragment: FragmentId, weights: &[f32]) -> Result<(), EngineError>;
 
+    /// Adds `change` to the weights of `fragment`, as after a commit; the optimizer's state stays. An engine
+    /// whose weights are in the host's memory does better than this.
+    ///
+    /// # Errors
+    /// [`EngineError::Layout`] if there is no such fragment or the length differs.
+    fn add(&mut self, fragment: FragmentId, change: &[f32]) -> Result<(), EngineError> {
+        let mut weights = vec![0.0; change.len()];
+        self.read(fragment, &mut weights)?;
+        crate::delta::add(&mut weights, change);
+        self.write(fragment, &weights)
+    }
+
     /// Summed loss of the present weights on `batch`; changes nothing.
     ///
     /// # Errors

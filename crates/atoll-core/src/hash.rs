@@ -19,15 +19,11 @@ impl Digest {
     /// The name of a slice of weights: the hash of their little-endian `f32` bytes. It is therefore
     /// also the content address of those bytes on the wire.
     pub fn of_weights(weights: &[f32]) -> Self {
-        let mut hasher = blake3::Hasher::new();
-        let mut block = [0u8; 4096];
-        for chunk in weights.chunks(1024) {
-            for (bytes, weight) in block.chunks_exact_mut(4).zip(chunk) {
-                bytes.copy_from_slice(&weight.to_le_bytes());
-            }
-            hasher.update(&block[..chunk.len() * 4]);
+        if cfg!(target_endian = "little") {
+            return Self::of(bytemuck::cast_slice(weights));
         }
-        Self(*hasher.finalize().as_bytes())
+        let bytes: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+        Self::of(&bytes)
     }
 
     /// One name for a list of names: how the fragments' digests make the model's.

@@ -11,16 +11,18 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::Codec;
 use crate::data::{DatasetId, Ledger, LedgerError, Ranges};
 use crate::hash::Digest;
 use crate::manifest::FragmentId;
-use crate::outer::OuterRule;
+use crate::outer::Recipe;
+use crate::plan;
 use crate::site::SiteId;
 
-/// How many commits of a fragment a site may be behind and still catch up by deltas. Eight deltas of
-/// 4 bits weigh as much as the fragment's `f32` weights, which are fetched instead beyond that.
-pub const TAIL: usize = 8;
+/// How many commits of a fragment a site may be behind and still catch up by deltas, so that a model that was long
+/// under way need not be fetched again. Sixty-four deltas of half a bit weigh as much as the `f32` weights.
+pub const TAIL: usize = 64;
+/// Leases of a session that are remembered; a site confirms each before it gets the next.
+const LEASES: usize = 8;
 
 /// How many settled contributions of a session are remembered; a site never has this many under way.
 const SETTLED: usize = 256;
@@ -106,10 +108,8 @@ pub struct Commit {
     pub version: u64,
     /// What was merged, in the order of merging.
     pub contributions: Vec<Accepted>,
-    /// The outer rule in force.
-    pub rule: OuterRule,
-    /// The codec of the way down.
-    pub codec: Codec,
+    /// How they were merged and Θ moved.
+    pub recipe: Recipe,
     /// Content address of the broadcast payload.
     pub delta: Digest,
     /// Bytes of the broadcast payload.
@@ -137,8 +137,18 @@ pub struct Accepted {
     pub tokens: u64,
     /// Its weight in the merge.
     pub weight: f64,
+    /// Length of its pseudo-gradient.
+    pub norm: f64,
     /// The samples that enter the model with it.
     pub ranges: Ranges,
+}
+
+impl Accepted {
+    /// tokens²/steps: what a contribution weighs by its work alone (Decoupled DiLoCo, arXiv 2604.21428).
+    pub fn work(&self) -> f64 {
+        let tokens = self.tokens as f64;
+        tokens * tokens / self.steps.max(1) as f64
+    }
 }
 
 /// Held-out loss after so many commits.
@@ -194,6 +204,26 @@ pub struct FragmentBook {
     pub digest: Digest,
     /// The last commits, at most [`TAIL`].
     pub tail: VecDeque<Notice>,
+    /// What each site usually brings to a commit, tokens²/steps, smoothed.
+    pub usual: BTreeMap<SiteId, f64>,
+    /// Length of a usual contribution, smoothed.
+    pub norm: f64,
+}
+
+/// Weight of the newest contribution in what is usual.
+const USUAL_SHARE: f64 = 0.2;
+/// A contribution that holds more than so many times the usual work is a backlog and counts as so many.
+pub const USUAL_MAX: f64 = 2.0;
+
+impl FragmentBook {
+    fn note_usual(&mut self, contributions: &[Accepted]) {
+        for accepted in contributions {
+            let usual = self.usual.entry(accepted.site.clone()).or_default();
+            let most = if *usual > 0.0 { USUAL_MAX * *usual } else { f64::INFINITY };
+            *usual = plan::smooth(*usual, accepted.work().min(most), USUAL_SHARE);
+            self.norm = plan::smooth(self.norm, accepted.norm, USUAL_SHARE);
+        }
+    }
 }
 
 /// What the run knows for good about a site.
@@ -309,7 +339,7 @@ impl Book {
                 self.ledger.lease(site, dataset, ranges)?;
                 let member = self.member(site)?;
                 member.leases.insert(*number, ranges.clone());
-                while member.leases.len() > TAIL {
+                while member.leases.len() > LEASES {
                     member.leases.pop_first();
                 }
             }
@@ -338,7 +368,13 @@ impl Book {
             return out_of_order("the run has begun before");
         }
         (self.run, self.seed, self.context, self.layout) = (run.to_string(), seed, context, layout);
-        let fragment = |&digest| FragmentBook { version: 0, digest, tail: VecDeque::new() };
+        let fragment = |&digest| FragmentBook {
+            version: 0,
+            digest,
+            tail: VecDeque::new(),
+            usual: BTreeMap::new(),
+            norm: 0.0,
+        };
         self.fragments = theta.iter().map(fragment).collect();
         Ok(())
     }
@@ -368,20 +404,19 @@ impl Book {
         if commit.version != fragment.version + 1 {
             return out_of_order(format!("{} is at version {}", commit.fragment, fragment.version));
         }
-        // Everything that can fail happens on a copy, so that a commit is booked whole or not at all.
-        let mut next = self.clone();
+        self.check_contributions(commit)?;
         for accepted in &commit.contributions {
-            let dataset = next.dataset(&accepted.site)?;
-            next.ledger.consume(&accepted.site, dataset, &accepted.ranges)?;
-            next.settle(&accepted.site, accepted.number, Settled::Committed(commit.version))?;
-            let tokens = accepted.ranges.len() * next.context;
-            next.tokens += tokens;
-            let member = next.member(&accepted.site)?;
+            let dataset = self.dataset(&accepted.site)?;
+            self.ledger.consume(&accepted.site, dataset, &accepted.ranges)?;
+            self.settle(&accepted.site, accepted.number, Settled::Committed(commit.version))?;
+            let tokens = accepted.ranges.len() * self.context;
+            self.tokens += tokens;
+            let member = self.member(&accepted.site)?;
             member.contributions += 1;
             member.tokens += tokens;
         }
-        *self = next;
         let fragment = &mut self.fragments[commit.fragment.index()];
+        fragment.note_usual(&commit.contributions);
         fragment.version = commit.version;
         fragment.digest = commit.digest;
         fragment.tail.push_back(Notice {
@@ -395,6 +430,29 @@ impl Book {
             fragment.tail.pop_front();
         }
         self.seconds = commit.seconds;
+        Ok(())
+    }
+
+    /// Finds everything that could go wrong before anything is booked: a commit is booked whole or not at all.
+    fn check_contributions(&self, commit: &Commit) -> Result<(), BookError> {
+        for (index, accepted) in commit.contributions.iter().enumerate() {
+            let Some(member) = self.sites.get(&accepted.site) else {
+                return out_of_order(format!("{} was never admitted", accepted.site));
+            };
+            let again = |other: &Accepted| {
+                other.site == accepted.site
+                    && (other.number == accepted.number || other.ranges.intersects(&accepted.ranges))
+            };
+            if member.settled.contains_key(&accepted.number) || commit.contributions[..index].iter().any(again) {
+                return out_of_order(format!(
+                    "contribution {} of {} was settled before",
+                    accepted.number, accepted.site
+                ));
+            }
+            if !self.held(&accepted.site).contains(&accepted.ranges) {
+                return Err(LedgerError::NotHeld { site: accepted.site.clone() }.into());
+            }
+        }
         Ok(())
     }
 
@@ -503,8 +561,12 @@ mod tests {
                 fragment: FragmentId(0),
                 version,
                 contributions: Vec::new(),
-                rule: OuterRule::default(),
-                codec: Codec::F32,
+                recipe: Recipe {
+                    merge: crate::outer::Averaging::Radial,
+                    rule: crate::outer::OuterRule::default(),
+                    codec: crate::codec::Codec::F32,
+                    share: 1.0,
+                },
                 delta: Digest::of(b"d"),
                 bytes: 1,
                 digest: Digest::of(b"n"),

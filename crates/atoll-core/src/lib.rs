@@ -18,7 +18,7 @@
 //! | [`journal`] | entries, and the book that is their sum |
 //! | [`wire`] | frames |
 //!
-//! Beside them: [`hash`] (content addresses), [`site`] (names, time), [`rng`].
+//! Beside them: [`hash`] (content addresses), [`site`] (names, time), [`rng`], [`simd`] and [`team`] (speed).
 
 pub mod codec;
 pub mod data;
@@ -32,6 +32,8 @@ pub mod outer;
 pub mod plan;
 pub mod rng;
 pub mod round;
+pub mod simd;
 pub mod site;
+pub mod team;
 pub mod training;
 pub mod wire;

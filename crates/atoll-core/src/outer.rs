@@ -1,28 +1,41 @@
 //! The outer step: merge the sites' pseudo-gradients, move Θ, and say by how much. All arithmetic is
 //! `f32` and `f64` on the host in a fixed order, so every machine gets the same bits.
 //!
-//! **Merge** is a radial-directional average per tensor (Decoupled DiLoCo, arXiv 2604.21428): the
-//! direction is that of the weighted mean of the unit vectors, the length is the weighted mean of the
-//! lengths. A plain mean of nearly orthogonal deltas is short by √M; this one is not. Embeddings,
-//! whose rows each site sees at different frequency, are averaged plainly.
-//!
 //! **The model is what was sent.** The change of Θ is encoded first and then *decoded and added*, here
 //! as at every site; what the codec lost stays in a residual for the next round.
+//!
+//! **The step needs no tuning.** With b ← μ·b + Δ and Θ ← Θ − η·(Δ + μ·b), consecutive merged deltas of cosine ρ add
+//! up: Θ moves along Δ as if the learning rate were η·(1 + μ/(1 − μρ)). The textbook's η 0.7, μ 0.9 is an effective
+//! step of up to 7, far too long for short rounds. [`OuterRule::Auto`] measures ρ and sets η so that the effective step
+//! is 1: momentum then smooths the direction and does not lengthen the way.
+
+mod merge;
+#[cfg(test)]
+mod tests;
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::{self, Codec, CodecError};
-use crate::delta::{add, cosine, norm};
+pub use merge::{Averaging, Delta, Merged, Weighted, merge};
+
+use crate::codec::{Codec, CodecError, Payload};
+use crate::delta::{dot, norm};
 use crate::hash::Digest;
 use crate::journal::{Accepted, Commit};
 use crate::manifest::{FragmentId, Manifest};
-use crate::model::TensorKind;
+use crate::plan;
+use crate::team::Team;
 
 /// How Θ follows the merged pseudo-gradient.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields, tag = "rule")]
 pub enum OuterRule {
-    /// Θ ← Θ − η·Δ. No state; good for short rounds (H ≤ 64).
+    /// Nesterov whose η is set from the measured ρ so that the effective step is 1.
+    Auto {
+        /// μ.
+        #[serde(default = "OuterRule::auto_momentum")]
+        momentum: f32,
+    },
+    /// Θ ← Θ − η·Δ. No state.
     Memoryless {
         /// η.
         learning_rate: f32,
@@ -36,19 +49,43 @@ pub enum OuterRule {
     },
 }
 
-impl Default for OuterRule {
-    fn default() -> Self {
-        Self::Memoryless { learning_rate: 1.0 }
+impl OuterRule {
+    fn auto_momentum() -> f32 {
+        0.3
+    }
+
+    /// η and μ for consecutive merged deltas of cosine `rho`.
+    fn coefficients(self, rho: f64) -> (f64, f64) {
+        match self {
+            Self::Auto { momentum } => (1.0 / lengthening(f64::from(momentum), rho), f64::from(momentum)),
+            Self::Memoryless { learning_rate } => (f64::from(learning_rate), 0.0),
+            Self::Nesterov { learning_rate, momentum } => (f64::from(learning_rate), f64::from(momentum)),
+        }
     }
 }
 
-/// One site's pseudo-gradient of one fragment with its weight in the merge.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Weighted {
-    /// Relative weight; only ratios matter.
-    pub weight: f64,
-    /// Δ of the fragment.
-    pub delta: Vec<f32>,
+/// 1 + μ/(1 − μρ): how much further than η Θ moves along deltas of cosine ρ.
+fn lengthening(mu: f64, rho: f64) -> f64 {
+    if mu > 0.0 { 1.0 + mu / (1.0 - mu * rho) } else { 1.0 }
+}
+
+impl Default for OuterRule {
+    fn default() -> Self {
+        Self::Auto { momentum: Self::auto_momentum() }
+    }
+}
+
+/// How one outer step is computed: with its contributions, all that is needed to do it again.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    /// How contributions are merged.
+    pub merge: Averaging,
+    /// How Θ follows.
+    pub rule: OuterRule,
+    /// The codec of the way down.
+    pub codec: Codec,
+    /// The change is multiplied with this: below 1 when sites are absent whose data nobody present has.
+    pub share: f64,
 }
 
 /// The global model and the outer optimizer's state, by fragment.
@@ -57,10 +94,12 @@ pub struct Global {
     manifest: Manifest,
     /// Θ: the sum of what was broadcast.
     pub theta: Vec<Vec<f32>>,
-    /// Nesterov's buffer; empty while the rule keeps none.
+    /// b; empty before the first step.
     pub momentum: Vec<Vec<f32>>,
     /// What the codec of the way down has not yet delivered.
     pub residual: Vec<Vec<f32>>,
+    /// ρ, smoothed.
+    pub rho: Vec<f64>,
 }
 
 /// The result of one outer step.
@@ -72,10 +111,25 @@ pub struct Step {
     pub delta: Digest,
     /// Digest of the fragment's Θ after the change.
     pub digest: Digest,
+    /// What was seen on the way.
+    pub measures: Measures,
+}
+
+/// What an outer step shows of how the run is doing. No decision about correctness uses it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measures {
     /// Length of the merged pseudo-gradient.
     pub norm: f64,
     /// Cosine of each contribution to the merged pseudo-gradient, in the order given.
     pub cosines: Vec<f64>,
+    /// For each contribution the greatest share of a tensor that the correction for staleness changed.
+    pub corrections: Vec<f64>,
+    /// Smoothed cosine of consecutive merged pseudo-gradients.
+    pub rho: f64,
+    /// The effective step η·(1 + μ/(1 − μρ)), with the share of the recipe.
+    pub effective_step: f64,
+    /// Length of what the codec has not delivered yet.
+    pub residual: f64,
 }
 
 /// Why an outer step could not be computed.
@@ -106,52 +160,20 @@ pub enum StepError {
     },
 }
 
-/// Merges `deltas`, in the order given, into one pseudo-gradient of `fragment`.
-pub fn merge(manifest: &Manifest, fragment: FragmentId, deltas: &[Weighted]) -> Vec<f32> {
-    let mut merged = vec![0.0f32; manifest.fragment_len(fragment).unwrap_or(0)];
-    let total: f64 = deltas.iter().map(|part| part.weight).sum();
-    if total <= 0.0 {
-        return merged;
-    }
-    for place in manifest.places(fragment) {
-        let parts: Vec<(f64, &[f32])> =
-            deltas.iter().map(|part| (part.weight / total, &part.delta[place.range.clone()])).collect();
-        let out = &mut merged[place.range];
-        match manifest.tensors()[place.tensor].kind {
-            TensorKind::Embedding => weighted_sum(&parts, out),
-            TensorKind::Matrix | TensorKind::Vector => radial_directional(&parts, out),
-        }
-    }
-    merged
-}
-
-fn weighted_sum(parts: &[(f64, &[f32])], out: &mut [f32]) {
-    for (weight, values) in parts {
-        let weight = *weight as f32;
-        out.iter_mut().zip(*values).for_each(|(out, value)| *out += weight * value);
-    }
-}
-
-fn radial_directional(parts: &[(f64, &[f32])], out: &mut [f32]) {
-    let lengths: Vec<f64> = parts.iter().map(|(_, values)| norm(values)).collect();
-    let length: f64 = parts.iter().zip(&lengths).map(|((weight, _), length)| weight * length).sum();
-    let units: Vec<(f64, &[f32])> = parts
-        .iter()
-        .zip(&lengths)
-        .map(|((weight, values), length)| (if *length > 0.0 { weight / length } else { 0.0 }, *values))
-        .collect();
-    weighted_sum(&units, out);
-    let direction = norm(out);
-    let scale = if direction > 0.0 { (length / direction) as f32 } else { 0.0 };
-    out.iter_mut().for_each(|out| *out *= scale);
-}
+/// Weight of the newest ρ in the smoothed one.
+const RHO_SHARE: f64 = 0.1;
+/// Beyond this, consecutive deltas are the same and the model of ρ ends.
+const RHO_MAX: f64 = 0.95;
+/// Lengths beyond this are no training; sums of such numbers might not be finite.
+const NORM_MAX: f64 = 1e30;
 
 impl Global {
     /// A global model with these first weights (per fragment) and no history.
     pub fn new(manifest: Manifest, theta: Vec<Vec<f32>>) -> Self {
         let residual = theta.iter().map(|fragment| vec![0.0; fragment.len()]).collect();
         let momentum = vec![Vec::new(); theta.len()];
-        Self { manifest, theta, momentum, residual }
+        let rho = vec![0.0; theta.len()];
+        Self { manifest, theta, momentum, residual, rho }
     }
 
     /// The layout.
@@ -169,36 +191,45 @@ impl Global {
         self.manifest.scatter(&self.theta)
     }
 
-    /// Computes the outer step for `contributions`, whose payloads `payload` finds by address.
+    /// Computes the outer step that leads to `version`, for `contributions` whose payloads `payload` finds by address.
     ///
     /// # Errors
     /// If a payload is missing or useless; then nothing has changed.
     pub fn perform(
         &mut self,
         fragment: FragmentId,
+        version: u64,
         contributions: &[Accepted],
-        rule: OuterRule,
-        codec: Codec,
+        recipe: &Recipe,
         payload: &dyn Fn(Digest) -> Option<Vec<u8>>,
+        team: &dyn Team,
     ) -> Result<Step, StepError> {
         let count = self.theta[fragment.index()].len();
-        let weighted = |accepted: &Accepted| {
-            let bytes = payload(accepted.payload).ok_or(StepError::Missing(accepted.payload))?;
-            let delta = codec::decode(&bytes, count)
-                .map_err(|source| StepError::Codec { payload: accepted.payload, source })?;
-            Ok(Weighted { weight: accepted.weight, delta })
-        };
-        let deltas: Vec<Weighted> = contributions.iter().map(weighted).collect::<Result<_, StepError>>()?;
+        let bytes = |accepted: &Accepted| payload(accepted.payload).ok_or(StepError::Missing(accepted.payload));
+        let payloads: Vec<Vec<u8>> = contributions.iter().map(bytes).collect::<Result<_, _>>()?;
+        let mut deltas = Vec::new();
+        for (accepted, bytes) in contributions.iter().zip(&payloads) {
+            let sound = Payload::check(bytes, count, team);
+            let sound = sound.map_err(|source| StepError::Codec { payload: accepted.payload, source })?;
+            let stale = accepted.base + 1 < version;
+            deltas.push(Weighted { weight: accepted.weight, stale, delta: Delta::new(sound, team) });
+        }
         let first = contributions.first().map_or(Digest::default(), |accepted| accepted.payload);
-        self.step(fragment, &deltas, rule, codec).map_err(|source| StepError::Codec { payload: first, source })
+        self.step(fragment, &deltas, recipe, team).map_err(|source| StepError::Codec { payload: first, source })
     }
 
     /// Computes a journaled commit again and compares.
     ///
     /// # Errors
     /// If a payload is missing or the result is not the journaled one.
-    pub fn replay(&mut self, commit: &Commit, payload: &dyn Fn(Digest) -> Option<Vec<u8>>) -> Result<Step, StepError> {
-        let step = self.perform(commit.fragment, &commit.contributions, commit.rule, commit.codec, payload)?;
+    pub fn replay(
+        &mut self,
+        commit: &Commit,
+        payload: &dyn Fn(Digest) -> Option<Vec<u8>>,
+        team: &dyn Team,
+    ) -> Result<Step, StepError> {
+        let Commit { fragment, version, contributions, recipe, .. } = commit;
+        let step = self.perform(*fragment, *version, contributions, recipe, payload, team)?;
         if step.digest != commit.digest {
             return Err(StepError::Differs {
                 fragment: commit.fragment,
@@ -213,125 +244,72 @@ impl Global {
     /// Merges `deltas` and moves `fragment`.
     ///
     /// # Errors
-    /// If the change is not finite; then nothing has changed.
+    /// If the merged delta is not finite; then nothing has changed.
     pub fn step(
         &mut self,
         fragment: FragmentId,
-        deltas: &[Weighted],
-        rule: OuterRule,
-        codec: Codec,
+        deltas: &[Weighted<'_>],
+        recipe: &Recipe,
+        team: &dyn Team,
     ) -> Result<Step, CodecError> {
         let index = fragment.index();
-        let merged = merge(&self.manifest, fragment, deltas);
-        let (change, momentum) = outer_change(&merged, &self.momentum[index], rule);
-        let wish: Vec<f32> = self.residual[index].iter().zip(&change).map(|(rest, change)| rest + change).collect();
-        let payload = codec.encode(&wish)?;
-        let sent = codec::decode(&payload, wish.len())?;
-        self.momentum[index] = momentum;
-        self.residual[index] = wish.iter().zip(&sent).map(|(wish, sent)| wish - sent).collect();
-        add(&mut self.theta[index], &sent);
+        let merged = merge(&self.manifest, fragment, recipe.merge, deltas, &self.momentum[index], team);
+        let length = norm(&merged.values);
+        if !(length < NORM_MAX) {
+            return Err(CodecError::NonFinite { index: 0 });
+        }
+        let payload = self.advance(index, &merged.values, length, recipe, team)?;
+        Payload::check(&payload, merged.values.len(), team)?.add_to(&mut self.theta[index], team);
+        let (rate, mu) = recipe.rule.coefficients(self.rho[index]);
         Ok(Step {
             delta: Digest::of(&payload),
             digest: Digest::of_weights(&self.theta[index]),
-            norm: norm(&merged),
-            cosines: deltas.iter().map(|part| cosine(&part.delta, &merged)).collect(),
             payload,
+            measures: Measures {
+                norm: length,
+                cosines: merged.cosines,
+                corrections: merged.corrections,
+                rho: self.rho[index],
+                effective_step: recipe.share * rate * lengthening(mu, self.rho[index]),
+                residual: norm(&self.residual[index]),
+            },
+        })
+    }
+
+    /// Moves momentum and residual of a fragment, and writes down by how much Θ is to move.
+    fn advance(
+        &mut self,
+        index: usize,
+        merged: &[f32],
+        length: f64,
+        recipe: &Recipe,
+        team: &dyn Team,
+    ) -> Result<Vec<u8>, CodecError> {
+        let momentum = &mut self.momentum[index];
+        momentum.resize(merged.len(), 0.0);
+        let (_, mu) = recipe.rule.coefficients(0.0);
+        self.rho[index] = plan::smooth(self.rho[index], measured_rho(momentum, merged, length, mu), RHO_SHARE);
+        let (rate, mu) = recipe.rule.coefficients(self.rho[index]);
+        let (rate, mu) = ((recipe.share * rate) as f32, mu as f32);
+        crate::simd::simd(
+            #[inline(always)]
+            || momentum.iter_mut().zip(merged).for_each(|(buffer, delta)| *buffer = mu * *buffer + delta),
+        );
+        let momentum = &*momentum;
+        recipe.codec.encode_prepared(&mut self.residual[index], team, |start, wish| {
+            let end = start + wish.len();
+            for ((wish, delta), buffer) in wish.iter_mut().zip(&merged[start..end]).zip(&momentum[start..end]) {
+                *wish -= rate * (delta + mu * buffer);
+            }
         })
     }
 }
 
-/// The wished change of Θ, and the optimizer's next state.
-fn outer_change(merged: &[f32], momentum: &[f32], rule: OuterRule) -> (Vec<f32>, Vec<f32>) {
-    match rule {
-        OuterRule::Memoryless { learning_rate } => {
-            (merged.iter().map(|delta| -learning_rate * delta).collect(), Vec::new())
-        }
-        OuterRule::Nesterov { learning_rate, momentum: mu } => {
-            let before = momentum.iter().copied().chain(std::iter::repeat(0.0));
-            let buffer: Vec<f32> = merged.iter().zip(before).map(|(delta, before)| mu * before + delta).collect();
-            let change = merged.iter().zip(&buffer).map(|(delta, buffer)| -learning_rate * (delta + mu * buffer));
-            (change.collect(), buffer)
-        }
+/// ρ from the buffer b before this delta: if cosines fall off as ρ, ρ², …, then r = Δ·b/‖Δ‖² is ρ/(1 − μρ).
+fn measured_rho(momentum: &[f32], merged: &[f32], length: f64, mu: f64) -> f64 {
+    if length == 0.0 {
+        return 0.0;
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::Tensor;
-    use crate::rng::Rng;
-    use proptest::prelude::*;
-
-    fn manifest() -> Manifest {
-        let tensors = vec![
-            Tensor::new("embed", &[8, 4], TensorKind::Embedding),
-            Tensor::new("matrix", &[8, 8], TensorKind::Matrix),
-        ];
-        Manifest::balanced(tensors, 1)
-    }
-
-    fn random(seed: u64) -> Vec<f32> {
-        let mut rng = Rng::new(seed);
-        (0..96).map(|_| rng.normal() as f32).collect()
-    }
-
-    fn all() -> FragmentId {
-        FragmentId(0)
-    }
-
-    #[test]
-    fn one_contribution_merges_to_itself() {
-        let delta = random(1);
-        let merged = merge(&manifest(), all(), &[Weighted { weight: 3.0, delta: delta.clone() }]);
-        assert!(merged.iter().zip(&delta).all(|(a, b)| (a - b).abs() < 1e-5));
-    }
-
-    #[test]
-    fn matrices_keep_their_length_and_embeddings_are_averaged() {
-        let parts = [random(1), random(2), random(3)].map(|delta| Weighted { weight: 1.0, delta });
-        let merged = merge(&manifest(), all(), &parts);
-        let length = parts.iter().map(|part| norm(&part.delta[32..])).sum::<f64>() / 3.0;
-        assert!((norm(&merged[32..]) - length).abs() < 1e-4);
-        for (i, merged) in merged.iter().take(32).enumerate() {
-            let mean = parts.iter().map(|part| part.delta[i]).sum::<f32>() / 3.0;
-            assert!((merged - mean).abs() < 1e-6);
-        }
-    }
-
-    #[test]
-    fn nesterov_is_the_textbooks() {
-        let rule = OuterRule::Nesterov { learning_rate: 0.5, momentum: 0.9 };
-        let (first, buffer) = outer_change(&[1.0], &[], rule);
-        assert_eq!((first[0], buffer[0]), (-0.5 * 1.9, 1.0));
-        let (second, buffer) = outer_change(&[1.0], &buffer, rule);
-        assert!((buffer[0] - 1.9).abs() < 1e-6 && (second[0] + 0.5 * (1.0 + 0.9 * 1.9)).abs() < 1e-6);
-    }
-
-    proptest! {
-        /// Whatever the codec loses, Θ + residual is where uncompressed steps would have led.
-        #[test]
-        fn the_residual_keeps_what_the_codec_lost(seed: u64, rounds in 1usize..6) {
-            let mut global = Global::new(manifest(), vec![vec![0.0; 96]]);
-            let mut exact = vec![0.0f64; 96];
-            for round in 0..rounds {
-                let delta = random(seed.wrapping_add(round as u64));
-                let rule = OuterRule::Memoryless { learning_rate: 0.7 };
-                let merged = merge(&manifest(), all(), &[Weighted { weight: 1.0, delta: delta.clone() }]);
-                global.step(all(), &[Weighted { weight: 1.0, delta }], rule, Codec::E3m0).unwrap();
-                exact.iter_mut().zip(&merged).for_each(|(exact, delta)| *exact -= 0.7 * f64::from(*delta));
-            }
-            for ((theta, rest), exact) in global.theta[0].iter().zip(&global.residual[0]).zip(&exact) {
-                prop_assert!((f64::from(theta + rest) - exact).abs() < 1e-4);
-            }
-        }
-    }
-
-    #[test]
-    fn a_change_that_is_not_finite_changes_nothing() {
-        let mut global = Global::new(manifest(), vec![vec![0.0; 96]]);
-        let before = global.clone();
-        let bad = Weighted { weight: 1.0, delta: vec![f32::INFINITY; 96] };
-        assert!(global.step(all(), &[bad], OuterRule::default(), Codec::F32).is_err());
-        assert_eq!(global, before);
-    }
+    let ratio = dot(merged, momentum) / (length * length);
+    (ratio / (1.0 + mu * ratio).max(1e-3)).clamp(0.0, RHO_MAX)
 }

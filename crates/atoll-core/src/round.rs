@@ -13,17 +13,57 @@
 mod coordinator;
 mod site;
 
-pub use coordinator::{Coordinator, Event, Merge, Merged, Order, Refusal, Waiting};
-pub use site::{Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
+pub use coordinator::{Coordinator, Event, Forecast, Merge, Merged, Order, Refusal, Waiting};
+pub use site::{Measured, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
 
 use serde::{Deserialize, Serialize};
 
 use crate::codec::Codec;
 use crate::data::{DatasetId, Ranges};
+use crate::delta::Follow;
 use crate::hash::Digest;
 use crate::journal::{Evaluated, Notice, Settled};
 use crate::manifest::FragmentId;
-use crate::outer::OuterRule;
+use crate::outer::{Averaging, OuterRule};
+use crate::plan;
+
+/// A setting that follows from what is measured unless the operator chooses: `"auto"` or a value.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Setting<T> {
+    /// Found out while the run goes on.
+    #[default]
+    #[serde(with = "auto")]
+    Auto,
+    /// Chosen.
+    Is(T),
+}
+
+/// The word `auto`.
+mod auto {
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str("auto")
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
+        let word = String::deserialize(deserializer)?;
+        if word == "auto" { Ok(()) } else { Err(de::Error::custom("neither \"auto\" nor a value")) }
+    }
+}
+
+/// What becomes of a round in which sites are missing whose data nobody else has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Absent {
+    /// Each dataset keeps the weight that its sites usually have: those present speak for their own dataset only, and
+    /// the step is as much shorter as is missing. A backlog counts at most twice the usual.
+    #[default]
+    Reserve,
+    /// Whoever is there decides alone.
+    Ignore,
+}
 
 /// How a run synchronizes: the `[sync]` table of `run.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,16 +71,23 @@ use crate::outer::OuterRule;
 pub struct Sync {
     /// Fragments, P; each is a round of its own.
     pub fragments: usize,
-    /// Inner steps between two contributions of a fragment at the fastest site, H.
-    pub steps: u32,
+    /// Inner steps between two contributions of a fragment at the fastest site, H. `auto`: as few as are good for the
+    /// loss, and as many as the thinnest link needs so that synchronization hides behind computing.
+    pub steps: Setting<u32>,
     /// Sites that must contribute before a round may close; 0 means more than half of the living.
     pub quorum: usize,
     /// Codec of the way up.
     pub up: Codec,
     /// Codec of the way down.
     pub down: Codec,
+    /// How contributions are merged.
+    pub merge: Averaging,
     /// Outer optimizer.
     pub outer: OuterRule,
+    /// What becomes of a site's steps while its contribution travels.
+    pub follow: Follow,
+    /// What is done about sites that are missing.
+    pub absent: Absent,
     /// Seconds of training between two looks at the held-out loss.
     pub evaluate_seconds: f64,
 }
@@ -49,11 +96,14 @@ impl Default for Sync {
     fn default() -> Self {
         Self {
             fragments: 4,
-            steps: 16,
+            steps: Setting::Auto,
             quorum: 0,
-            up: Codec::E3m0,
-            down: Codec::E3m0,
+            up: Codec::Sparse(96),
+            down: Codec::Sparse(224),
+            merge: Averaging::default(),
             outer: OuterRule::default(),
+            follow: Follow::default(),
+            absent: Absent::default(),
             evaluate_seconds: 30.0,
         }
     }
@@ -66,19 +116,21 @@ impl Sync {
         if !(1..=4096).contains(&self.fragments) {
             problems.push(format!("sync.fragments = {} must be between 1 and 4096", self.fragments));
         }
-        if self.steps == 0 {
-            problems.push("sync.steps must be at least 1".to_string());
+        if self.steps == Setting::Is(0) {
+            problems.push("sync.steps must be \"auto\" or at least 1".to_string());
         }
         if !(self.evaluate_seconds.is_finite() && self.evaluate_seconds > 0.0) {
             problems.push(format!("sync.evaluate_seconds = {} must be positive", self.evaluate_seconds));
         }
-        let (OuterRule::Memoryless { learning_rate } | OuterRule::Nesterov { learning_rate, .. }) = self.outer;
+        let (learning_rate, momentum) = match self.outer {
+            OuterRule::Auto { momentum } => (1.0, momentum),
+            OuterRule::Memoryless { learning_rate } => (learning_rate, 0.0),
+            OuterRule::Nesterov { learning_rate, momentum } => (learning_rate, momentum),
+        };
         if !(learning_rate.is_finite() && learning_rate > 0.0) {
             problems.push(format!("sync.outer.learning_rate = {learning_rate} must be positive"));
         }
-        if let OuterRule::Nesterov { momentum, .. } = self.outer
-            && !(0.0..1.0).contains(&momentum)
-        {
+        if !(0.0..1.0).contains(&momentum) {
             problems.push(format!("sync.outer.momentum = {momentum} must be at least 0 and below 1"));
         }
         problems
@@ -108,7 +160,7 @@ pub struct Receipt {
     pub steps: u64,
     /// Tokens in these steps.
     pub tokens: u64,
-    /// Euclidean length of Δ.
+    /// Euclidean length of what the payload says.
     pub norm: f64,
     /// Content address of the payload.
     pub payload: Digest,
@@ -165,6 +217,18 @@ pub struct Vitals {
     pub busy_seconds: f64,
     /// Seconds since the first inner step of this session.
     pub wall_seconds: f64,
+    /// Seconds between inner steps in which the site could have trained and did something for the others instead.
+    pub exposed_seconds: f64,
+    /// Seconds of encoding, sending, receiving and decoding that went on beside inner steps.
+    pub hidden_seconds: f64,
+    /// Smoothed seconds from a contribution to the commit that holds it being applied.
+    pub round_seconds: f64,
+    /// Smoothed cosine of the site's own steps to the latest commit.
+    pub agreement: f64,
+    /// Bytes of payloads sent and received in this session.
+    pub payload_bytes: (u64, u64),
+    /// What its link does.
+    pub link: plan::Link,
     /// Times that a digest was not the announced one.
     pub digest_mismatches: u64,
 }
@@ -172,9 +236,10 @@ pub struct Vitals {
 impl Vitals {
     /// Whether the numbers can be calculated with.
     pub fn are_sane(&self) -> bool {
-        let seconds = [self.step_seconds, self.busy_seconds, self.wall_seconds];
+        let seconds = [self.busy_seconds, self.wall_seconds, self.exposed_seconds, self.hidden_seconds, self.round_seconds];
+        let sane = seconds.iter().all(|seconds| (0.0..=1e10).contains(seconds)) && self.link.is_sane();
         // A step of a month is a mistake; a loss may be anything that is a number.
-        seconds.iter().all(|seconds| (0.0..=1e10).contains(seconds)) && self.step_seconds < 3e6 && self.loss.is_finite()
+        sane && (0.0..3e6).contains(&self.step_seconds) && self.loss.is_finite() && self.agreement.abs() <= 1.0
     }
 }
 
@@ -195,10 +260,14 @@ pub struct Standing {
     pub progress: f32,
     /// Inner steps between contributions of a fragment, for this site.
     pub steps: u32,
+    /// Codec of its contributions.
+    pub up: Codec,
     /// For each fragment the latest version and its digest.
     pub fragments: Vec<(u64, Digest)>,
-    /// Commits that this site lacks and may follow one by one.
+    /// Commits that this site lacks and may follow one by one, the next few of each fragment.
     pub notices: Vec<Notice>,
+    /// For each fragment the latest version whose payload is sent to the site without being asked for.
+    pub pushed: Vec<u64>,
     /// What became of its outstanding contributions.
     pub settled: Vec<(u64, Settled)>,
     /// Outstanding contributions whose payload has not arrived.

@@ -6,10 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::data::{DatasetId, Ranges};
 use crate::hash::Digest;
-use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Settled};
+use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Settled, USUAL_MAX};
 use crate::manifest::FragmentId;
-use crate::plan;
-use crate::round::{Goal, Phase, Receipt, Standing, Status, Sync};
+use crate::outer::{Measures, Recipe};
+use crate::plan::{self, Load};
+use crate::round::{Absent, Goal, Phase, Receipt, Setting, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
 
 /// What happened.
@@ -19,8 +20,8 @@ pub enum Event {
     Heard(SiteId, Box<Status>),
     /// The last connection of a site ended.
     Gone(SiteId),
-    /// All bytes of a payload are here, and they decode.
-    Arrived(Digest),
+    /// All bytes of a payload are here, and they decode to something of this length.
+    Arrived(Digest, f64),
     /// A site's payload is here in full and is useless.
     Useless(SiteId, Digest, String),
     /// A merge that was ordered is done.
@@ -40,6 +41,8 @@ pub enum Order {
     Tell(SiteId, Box<Standing>),
     /// Compute an outer step.
     Merge(Merge),
+    /// Send a site this payload of a commit without being asked.
+    Push(SiteId, Digest),
     /// This payload is not needed any more.
     Forget(Digest),
     /// The machine contradicts itself: stop before anything false is told. A restart takes the run up
@@ -56,6 +59,8 @@ pub struct Merge {
     pub version: u64,
     /// What to merge, in this order.
     pub contributions: Vec<Accepted>,
+    /// How.
+    pub recipe: Recipe,
 }
 
 /// A computed outer step.
@@ -69,8 +74,25 @@ pub struct Merged {
     pub bytes: u64,
     /// Digest of the fragment after the step.
     pub digest: Digest,
-    /// Cosine of each contribution to the merged pseudo-gradient.
-    pub cosines: Vec<f64>,
+    /// What was seen on the way.
+    pub measures: Measures,
+}
+
+/// The arithmetic behind a site's number of steps, in seconds for one round of all fragments.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Forecast {
+    /// Inner steps between two contributions of a fragment.
+    pub steps: u32,
+    /// Seconds that these take.
+    pub computing: f64,
+    /// What is moved meanwhile.
+    pub load: Load,
+    /// Seconds that the site sends.
+    pub sending: f64,
+    /// Seconds that it receives.
+    pub receiving: f64,
+    /// Seconds from a contribution of one fragment to its commit being applied, as expected.
+    pub turn: f64,
 }
 
 /// Why a site may not come in.
@@ -120,10 +142,12 @@ pub struct Coordinator {
     sync: Sync,
     goal: Goal,
     book: Book,
+    /// Weights of each fragment.
+    lens: Vec<usize>,
     views: BTreeMap<SiteId, View>,
     rounds: Vec<Round>,
-    /// Payloads that are here and decode.
-    arrived: BTreeSet<Digest>,
+    /// Payloads that are here and decode, with their lengths.
+    arrived: BTreeMap<Digest, f64>,
     phase: Phase,
     /// Seconds during which at least one site was training.
     seconds: f64,
@@ -148,6 +172,8 @@ struct View {
     interval: f64,
     /// When its step count last grew.
     progressed: Time,
+    /// For each fragment the latest version that is sent to it over its present connection unasked.
+    pushed: Vec<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -156,6 +182,7 @@ struct Round {
     first: Option<Time>,
     quorum_since: Option<Time>,
     merging: Option<Merge>,
+    closed: Option<Time>,
     announced: Option<Time>,
 }
 
@@ -172,11 +199,20 @@ struct Evaluation {
 #[derive(Debug, Default)]
 struct Pace {
     quorum: f64,
+    merge: f64,
     sync: f64,
 }
 
 /// Payloads that may lie here unmerged; more than sites times fragments ever need.
 const ARRIVED_MAX: usize = 1 << 16;
+/// A contribution this many times as long as usual is no training.
+const NORM_TIMES_MAX: f64 = 100.0;
+/// … and neither is one whose weights would move by this much on average, whatever is usual.
+const MOVE_MAX: f64 = 1e3;
+/// A site is sent commits unasked as long as it has not more than this many of a fragment before it.
+const PUSHED_AHEAD: u64 = 2;
+/// Commits of a fragment that one standing speaks of.
+const NOTICES: usize = 8;
 /// A site that has been away for this many of its own rounds gives back its leases.
 const ROUNDS_AWAY: f64 = 20.0;
 /// … but not before this many seconds.
@@ -187,8 +223,8 @@ const INTERVALS_SILENT: f64 = 6.0;
 const STEPS_STALLED: f64 = 20.0;
 
 impl Coordinator {
-    /// Takes up a run where `book` says it is.
-    pub fn new(sync: Sync, goal: Goal, book: Book) -> Self {
+    /// Takes up a run where `book` says it is. `lens` are the weights of each fragment.
+    pub fn new(sync: Sync, goal: Goal, book: Book, lens: Vec<usize>) -> Self {
         let rounds = book.fragments.iter().map(|_| Round::default()).collect();
         let phase = if book.finished { Phase::Finished } else { Phase::Training };
         let seconds = book.seconds;
@@ -196,9 +232,10 @@ impl Coordinator {
             sync,
             goal,
             book,
+            lens,
             views: BTreeMap::new(),
             rounds,
-            arrived: BTreeSet::new(),
+            arrived: BTreeMap::new(),
             phase,
             seconds,
             advanced: None,
@@ -247,13 +284,14 @@ impl Coordinator {
             Event::Heard(site, status) => self.hear(now, &site, *status, &mut orders),
             Event::Gone(site) => {
                 if let Some(view) = self.views.get_mut(&site) {
-                    view.connected = false;
+                    (view.connected, view.pushed) = (false, Vec::new());
                 }
             }
-            Event::Arrived(payload) => {
+            Event::Arrived(payload, norm) => {
                 if self.arrived.len() < ARRIVED_MAX {
-                    self.arrived.insert(payload);
+                    self.arrived.insert(payload, norm);
                 }
+                self.refuse_absurd(payload, norm, &mut orders);
             }
             Event::Useless(site, payload, why) => self.refuse_payload(Some(&site), payload, &why, &mut orders),
             Event::Merged(merged) => self.commit(now, &merged, &mut orders),
@@ -373,7 +411,8 @@ impl Coordinator {
 
     fn view(&mut self, now: Time, site: &SiteId, status: Status) {
         let Some(view) = self.views.get_mut(site) else {
-            let view = View { status, connected: true, heard: now, interval: 0.0, progressed: now };
+            let pushed = Vec::new();
+            let view = View { status, connected: true, heard: now, interval: 0.0, progressed: now, pushed };
             self.views.insert(site.clone(), view);
             return;
         };
@@ -397,6 +436,9 @@ impl Coordinator {
                 Some(why) => self.refuse(site, receipt, &why, orders),
                 None => {
                     self.rounds[receipt.fragment.index()].pending.insert(key, receipt.clone());
+                    if let Some(norm) = self.arrived.get(&receipt.payload).copied() {
+                        self.refuse_absurd(receipt.payload, norm, orders);
+                    }
                 }
             }
         }
@@ -467,6 +509,19 @@ impl Coordinator {
                     self.refuse(&key.0, &receipt, why, orders);
                 }
             }
+        }
+    }
+
+    /// Turns down a payload whose length cannot come from training.
+    fn refuse_absurd(&mut self, payload: Digest, norm: f64, orders: &mut Vec<Order>) {
+        let of_payload = |round: &&Round| round.pending.values().any(|receipt| receipt.payload == payload);
+        let Some(index) = self.rounds.iter().position(|round| of_payload(&round)) else { return };
+        let usual = self.book.fragments[index].norm;
+        let most = MOVE_MAX * (self.lens.get(index).copied().unwrap_or(0) as f64).sqrt();
+        let most = if usual > 0.0 { most.min(NORM_TIMES_MAX * usual) } else { most };
+        if !(norm <= most) {
+            let why = format!("its length is {norm:.3e}, and {most:.3e} is the most that training can explain");
+            self.refuse_payload(None, payload, &why, orders);
         }
     }
 
@@ -581,6 +636,7 @@ impl Coordinator {
             && (missing.is_empty() || now >= until)
         {
             let merge = self.close(index);
+            self.rounds[index].closed = Some(now);
             orders.push(Order::Merge(merge));
         }
     }
@@ -589,19 +645,65 @@ impl Coordinator {
     fn close(&mut self, index: usize) -> Merge {
         let fragment = FragmentId(index as u16);
         let version = self.book.fragments[index].version + 1;
-        let round = &self.rounds[index];
-        let arrived = round.pending.iter().filter(|(_, receipt)| self.arrived.contains(&receipt.payload));
-        let contributions = arrived.map(|((site, number), receipt)| accept(site, *number, receipt, version)).collect();
-        let merge = Merge { fragment, version, contributions };
+        let pending = self.rounds[index].pending.iter();
+        let mut contributions: Vec<Accepted> = pending
+            .filter_map(|((site, number), receipt)| {
+                let norm = *self.arrived.get(&receipt.payload)?;
+                Some(accept(site, *number, receipt, norm, version))
+            })
+            .collect();
+        let share = match self.sync.absent {
+            Absent::Ignore => 1.0,
+            Absent::Reserve => self.reserve(index, &mut contributions),
+        };
+        let Sync { merge, outer: rule, down: codec, .. } = self.sync;
+        let recipe = Recipe { merge, rule, codec, share };
+        let merge = Merge { fragment, version, contributions, recipe };
         self.rounds[index].merging = Some(merge.clone());
         merge
+    }
+
+    /// Gives each dataset that is present the weight that its sites usually have; returns the share that these
+    /// datasets have of all. Sites with the same data stand in for one another.
+    fn reserve(&self, index: usize, contributions: &mut [Accepted]) -> f64 {
+        let usual = &self.book.fragments[index].usual;
+        let dataset = |site: &SiteId| self.book.sites.get(site).filter(|member| member.open)?.dataset;
+        let mut all: BTreeMap<DatasetId, f64> = BTreeMap::new();
+        for (site, usual) in usual {
+            if let Some(dataset) = dataset(site) {
+                *all.entry(dataset).or_default() += usual;
+            }
+        }
+        let mut present: BTreeMap<DatasetId, f64> = BTreeMap::new();
+        for accepted in contributions.iter_mut() {
+            let Some(dataset) = dataset(&accepted.site) else { continue };
+            match usual.get(&accepted.site) {
+                Some(usual) => accepted.weight = accepted.weight.min(USUAL_MAX * usual),
+                // A newcomer is its own measure.
+                None => *all.entry(dataset).or_default() += accepted.work(),
+            }
+            *present.entry(dataset).or_default() += accepted.weight;
+        }
+        let total: f64 = all.values().sum();
+        let here: f64 = present.keys().filter_map(|dataset| all.get(dataset)).sum();
+        for accepted in contributions.iter_mut() {
+            let Some(dataset) = dataset(&accepted.site) else { continue };
+            let (usual, weight) = (all.get(&dataset).copied().unwrap_or(0.0), present[&dataset]);
+            if weight > 0.0 {
+                accepted.weight *= usual / weight;
+            }
+        }
+        if total > 0.0 { here / total } else { 1.0 }
     }
 
     fn commit(&mut self, now: Time, merged: &Merged, orders: &mut Vec<Order>) {
         let index = merged.fragment.index();
         let Some(merge) = self.rounds.get_mut(index).and_then(|round| round.merging.take()) else { return };
         let round = &mut self.rounds[index];
+        let took = round.closed.map_or(0.0, |closed| now.seconds_since(closed));
         (round.first, round.quorum_since, round.announced) = (None, None, Some(now));
+        self.pace.merge = plan::smooth(self.pace.merge, took, 0.2);
+        let round = &mut self.rounds[index];
         let payloads: Vec<Digest> = merge.contributions.iter().map(|accepted| accepted.payload).collect();
         merge.contributions.iter().for_each(|accepted| {
             round.pending.remove(&(accepted.site.clone(), accepted.number));
@@ -610,8 +712,7 @@ impl Coordinator {
             fragment: merge.fragment,
             version: merge.version,
             contributions: merge.contributions,
-            rule: self.sync.outer,
-            codec: self.sync.down,
+            recipe: merge.recipe,
             delta: merged.delta,
             bytes: merged.bytes,
             digest: merged.digest,
@@ -625,12 +726,28 @@ impl Coordinator {
         }
         let connected: Vec<SiteId> =
             self.views.iter().filter(|(_, view)| view.connected).map(|(site, _)| site.clone()).collect();
-        connected.iter().for_each(|site| self.tell(now, site, orders));
+        for site in &connected {
+            self.push(site, index, merge.version, merged.delta, orders);
+            self.tell(now, site, orders);
+        }
+    }
+
+    /// Sends a commit to a site before it asks, if it is about to need it.
+    fn push(&mut self, site: &SiteId, index: usize, version: u64, delta: Digest, orders: &mut Vec<Order>) {
+        let count = self.rounds.len();
+        let Some(view) = self.views.get_mut(site) else { return };
+        let Some((held, _)) = view.status.fragments.get(index).copied().flatten() else { return };
+        view.pushed.resize(count, 0);
+        let follows = held + 1 == version || view.pushed[index] + 1 == version;
+        if follows && held + PUSHED_AHEAD >= version {
+            view.pushed[index] = version;
+            orders.push(Order::Push(site.clone(), delta));
+        }
     }
 
     /// Sites with a contribution in `round` that could be merged now.
     fn contributors(&self, round: &Round) -> BTreeSet<SiteId> {
-        let arrived = round.pending.iter().filter(|(_, receipt)| self.arrived.contains(&receipt.payload));
+        let arrived = round.pending.iter().filter(|(_, receipt)| self.arrived.contains_key(&receipt.payload));
         arrived.map(|((site, _), _)| site.clone()).collect()
     }
 
@@ -659,10 +776,43 @@ impl Coordinator {
     }
 
     fn steps_for(&self, site: &SiteId) -> u32 {
-        let seconds = |view: &View| view.status.vitals.step_seconds;
-        let fastest = self.views.values().map(seconds).filter(|&s| s > 0.0).fold(f64::INFINITY, f64::min);
-        let own = self.views.get(site).map_or(0.0, seconds);
-        if fastest.is_finite() { plan::steps_for(self.sync.steps, own, fastest) } else { self.sync.steps }
+        let fastest = self.fastest();
+        let own = self.views.get(site).map_or(0.0, View::step_seconds);
+        plan::steps_for(self.base_steps(fastest), own, fastest)
+    }
+
+    /// Seconds per step at the fastest site; 0 if none has taken one.
+    fn fastest(&self) -> f64 {
+        let steps = self.views.values().map(View::step_seconds).filter(|&seconds| seconds > 0.0);
+        steps.reduce(f64::min).unwrap_or(0.0)
+    }
+
+    /// Inner steps between two contributions of a fragment at the fastest site.
+    fn base_steps(&self, fastest: f64) -> u32 {
+        match self.sync.steps {
+            Setting::Is(steps) => steps,
+            Setting::Auto => {
+                let load = self.load();
+                let links = self.views.values().filter(|view| view.connected).map(|view| &view.status.vitals.link);
+                let needed = links.map(|link| plan::hiding_seconds(link, &load)).fold(0.0, f64::max);
+                plan::steps_to_hide(needed, fastest)
+            }
+        }
+    }
+
+    /// What a site moves while every fragment is synchronized once.
+    fn load(&self) -> Load {
+        let bytes = |codec: crate::codec::Codec| self.lens.iter().map(|&len| codec.payload_len(len) as u64).sum();
+        Load { up: bytes(self.sync.up), down: bytes(self.sync.down), fragments: self.lens.len() }
+    }
+
+    /// The arithmetic behind a site's number of steps.
+    pub fn forecast(&self, site: &SiteId) -> Forecast {
+        let Some(view) = self.views.get(site) else { return Forecast::default() };
+        let (steps, load, link) = (self.steps_for(site), self.load(), &view.status.vitals.link);
+        let (sending, receiving) = plan::way_seconds(link, &load);
+        let turn = plan::turn_seconds(link, &load) + self.pace.quorum + self.pace.merge;
+        Forecast { steps, computing: f64::from(steps) * view.step_seconds(), load, sending, receiving, turn }
     }
 
     /// Sites that can be expected to contribute.
@@ -735,7 +885,7 @@ impl Coordinator {
             .asked
             .as_ref()
             .is_some_and(|(asked, _)| self.views.get(asked).is_some_and(|view| view.is_live(now)));
-        let is_fast = self.steps_for(site) >= self.sync.steps;
+        let is_fast = self.steps_for(site) >= self.base_steps(self.fastest());
         let wanted = self.phase == Phase::Training || self.evaluation.last_look == Some(false);
         if wanted && due && !asked_lives && is_fast && self.views.contains_key(site) {
             // Grows over restarts too, so that no site takes it for an old one.
@@ -758,7 +908,7 @@ impl Coordinator {
             let settled: Option<&Settled> = member.and_then(|member| member.settled.get(&receipt.number));
             settled.map(|settled| (receipt.number, settled.clone()))
         };
-        let is_wanted = |receipt: &&Receipt| outcome(receipt).is_none() && !self.arrived.contains(&receipt.payload);
+        let is_wanted = |receipt: &&Receipt| outcome(receipt).is_none() && !self.arrived.contains_key(&receipt.payload);
         let evaluate = self.evaluation.asked.as_ref().filter(|(asked, _)| asked == site).map(|(_, request)| *request);
         Standing {
             number: self.number,
@@ -768,11 +918,13 @@ impl Coordinator {
             phase: self.phase,
             progress: self.progress() as f32,
             steps: self.steps_for(site),
+            up: self.sync.up,
+            pushed: self.views.get(site).map_or_else(Vec::new, |view| view.pushed.clone()),
             fragments: fragments.iter().map(|fragment| (fragment.version, fragment.digest)).collect(),
             notices: fragments
                 .iter()
                 .enumerate()
-                .flat_map(|(index, fragment)| fragment.tail.iter().filter(move |n| lacks(index, n.version)))
+                .flat_map(|(index, fragment)| fragment.tail.iter().filter(move |n| lacks(index, n.version)).take(NOTICES))
                 .cloned()
                 .collect(),
             settled: status.outstanding.iter().filter_map(outcome).collect(),
@@ -793,6 +945,10 @@ impl Merge {
 }
 
 impl View {
+    fn step_seconds(&self) -> f64 {
+        self.status.vitals.step_seconds
+    }
+
     /// Connected, heard of lately, and taking steps: nobody waits for a site that is not.
     fn is_live(&self, now: Time) -> bool {
         let silent = now.seconds_since(self.heard) > (INTERVALS_SILENT * self.interval).max(3.0);
@@ -805,20 +961,22 @@ impl View {
     }
 }
 
-/// Weight tokens²/steps (Decoupled DiLoCo), divided by one plus the versions that it is behind.
-fn accept(site: &SiteId, number: u64, receipt: &Receipt, version: u64) -> Accepted {
+/// Weight tokens²/steps, divided by one plus the versions that it is behind.
+fn accept(site: &SiteId, number: u64, receipt: &Receipt, norm: f64, version: u64) -> Accepted {
     let staleness = version - 1 - receipt.base.min(version - 1);
-    let (tokens, steps) = (receipt.tokens as f64, receipt.steps as f64);
-    Accepted {
+    let mut accepted = Accepted {
         site: site.clone(),
         number,
         payload: receipt.payload,
         base: receipt.base,
         steps: receipt.steps,
         tokens: receipt.tokens,
-        weight: tokens * tokens / steps / (1.0 + staleness as f64),
+        weight: 0.0,
+        norm,
         ranges: receipt.ranges.clone(),
-    }
+    };
+    accepted.weight = accepted.work() / (1.0 + staleness as f64);
+    accepted
 }
 
 fn evaluated_is_sane(evaluated: &Evaluated) -> bool {

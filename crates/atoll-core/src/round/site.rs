@@ -10,7 +10,7 @@ use crate::engine::Progress;
 use crate::hash::Digest;
 use crate::journal::{Evaluated, Notice, Settled};
 use crate::manifest::FragmentId;
-use crate::plan;
+use crate::plan::{self, Link};
 use crate::round::{Phase, Receipt, Standing, Status, Vitals};
 use crate::site::Time;
 
@@ -40,8 +40,10 @@ pub enum SiteEvent {
         payload: Digest,
         /// Bytes of its payload.
         bytes: u64,
-        /// Length of Δ.
+        /// Length of what it says.
         norm: f64,
+        /// Smoothed cosine of the site's own steps to the latest commit.
+        agreement: f64,
     },
     /// The coordinator has all bytes of a payload, or will not get them now.
     Uploaded(Digest, bool),
@@ -56,6 +58,10 @@ pub enum SiteEvent {
         /// The digest it has.
         digest: Digest,
     },
+    /// A refused contribution's work is given up.
+    Rebased(FragmentId),
+    /// What the shell has counted and measured so far.
+    Measured(Measured),
     /// An evaluation that was ordered is done.
     Evaluated(u64, Evaluated),
     /// The operator wants the site to stop.
@@ -75,9 +81,9 @@ pub enum SiteOrder {
     Progress(f32),
     /// Take back all leased samples that the engine has not used.
     DropLeases,
-    /// Encode what was learnt on a fragment; answer with [`SiteEvent::Contributed`].
+    /// Encode what was learnt on a fragment up to this moment; answer with [`SiteEvent::Contributed`].
     Contribute(FragmentId, Codec),
-    /// Give up a refused contribution's work.
+    /// Give up a refused contribution's work; answer with [`SiteEvent::Rebased`].
     Rebase(FragmentId),
     /// Apply a fetched commit; answer with [`SiteEvent::Applied`].
     Commit(Notice),
@@ -93,6 +99,8 @@ pub enum SiteOrder {
         digest: Digest,
         /// How many bytes there will be.
         bytes: u64,
+        /// Whether the coordinator sends them unasked.
+        pushed: bool,
     },
     /// This payload is settled.
     Forget(Digest),
@@ -100,6 +108,19 @@ pub enum SiteOrder {
     Report(Box<Status>),
     /// There is nothing more to do.
     Stop(Stop),
+}
+
+/// What only the shell knows.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Measured {
+    /// See [`Vitals::exposed_seconds`].
+    pub exposed_seconds: f64,
+    /// See [`Vitals::hidden_seconds`].
+    pub hidden_seconds: f64,
+    /// See [`Vitals::payload_bytes`].
+    pub payload_bytes: (u64, u64),
+    /// See [`Vitals::link`].
+    pub link: Link,
 }
 
 /// Why a site is done.
@@ -133,8 +154,6 @@ pub enum SiteState {
 pub struct SiteSettings {
     /// Weights of each fragment.
     pub fragment_lens: Vec<usize>,
-    /// Codec of the way up.
-    pub up: Codec,
     /// The dataset it brings.
     pub dataset: DatasetId,
     /// Samples in one epoch of it.
@@ -159,6 +178,7 @@ pub struct Site {
     /// Trained on and in no contribution yet.
     trained: Ranges,
     steps_per_round: u32,
+    up: Codec,
     phase: Phase,
     connected: bool,
     leaving: bool,
@@ -189,6 +209,10 @@ struct Fragment {
     applying: bool,
     /// The contribution being encoded.
     taken: Option<Taken>,
+    /// Refused contributions whose work is being given up.
+    rebasing: u32,
+    /// When the contribution was taken that the next settled version holds.
+    sent: Option<Time>,
 }
 
 /// What a contribution that is being encoded stands for.
@@ -256,6 +280,7 @@ impl Site {
             unspent: 0,
             trained: Ranges::new(),
             steps_per_round: 1,
+            up: Codec::F32,
             phase: Phase::Training,
             connected: false,
             leaving: false,
@@ -306,12 +331,18 @@ impl Site {
             SiteEvent::Disconnected => self.disconnect(),
             SiteEvent::Standing(standing) => self.hear(&standing, &mut orders),
             SiteEvent::Stepped { progress, trained, seconds } => self.step(now, progress, &trained, seconds),
-            SiteEvent::Contributed { fragment, payload, bytes, norm } => {
+            SiteEvent::Contributed { fragment, payload, bytes, norm, agreement } => {
+                self.vitals.agreement = agreement;
                 self.contributed(fragment, payload, bytes, norm, &mut orders);
             }
+            SiteEvent::Rebased(fragment) => {
+                let rebasing = &mut self.fragments[fragment.index()].rebasing;
+                *rebasing = rebasing.saturating_sub(1);
+            }
+            SiteEvent::Measured(measured) => self.measured(&measured),
             SiteEvent::Uploaded(payload, done) => self.uploaded(payload, done),
             SiteEvent::Fetched(digest, done) => self.fetched(digest, done, &mut orders),
-            SiteEvent::Applied { fragment, version, digest } => self.applied(fragment, version, digest),
+            SiteEvent::Applied { fragment, version, digest } => self.applied(now, fragment, version, digest),
             SiteEvent::Evaluated(request, evaluated) => {
                 self.evaluation = Some((request, evaluated));
                 self.news = true;
@@ -355,7 +386,7 @@ impl Site {
             return;
         }
         self.phase = standing.phase;
-        self.steps_per_round = standing.steps.max(1);
+        (self.steps_per_round, self.up) = (standing.steps.max(1), standing.up);
         for fragment in &mut self.fragments {
             fragment.due = fragment.due.min(fragment.since.0 + u64::from(self.steps_per_round));
         }
@@ -404,7 +435,11 @@ impl Site {
             orders.push(SiteOrder::Forget(outstanding.receipt.payload));
             match settled {
                 Settled::Committed(version) => self.fragments[fragment.index()].needs = *version,
-                Settled::Refused(_) => orders.push(SiteOrder::Rebase(fragment)),
+                Settled::Refused(_) => {
+                    let fragment = &mut self.fragments[fragment.index()];
+                    (fragment.rebasing, fragment.sent) = (fragment.rebasing + 1, None);
+                    orders.push(SiteOrder::Rebase(outstanding.receipt.fragment));
+                }
             }
             self.news = true;
         }
@@ -436,10 +471,12 @@ impl Site {
             let most = Codec::F32.payload_len(self.settings.fragment_lens[index]) as u64;
             let next = fragment.held.map(|(held, _)| held + 1);
             let notice = standing.notices.iter().find(|notice| notice.fragment == id && Some(notice.version) == next);
+            // Many deltas may weigh more than the weights themselves.
+            let is_light = |held: u64, notice: &Notice| notice.bytes.saturating_mul(version - held) <= most;
             let step = match (fragment.held, notice) {
                 (Some((held, own)), _) if held == version && own != digest => Move::Install(version, digest),
                 (Some((held, _)), _) if held >= version => continue,
-                (Some(_), Some(notice)) if self.lost != Some(notice.delta) && notice.bytes <= most => {
+                (Some((held, _)), Some(notice)) if self.lost != Some(notice.delta) && is_light(held, notice) => {
                     Move::Commit(notice.clone())
                 }
                 _ => Move::Install(version, digest),
@@ -448,7 +485,9 @@ impl Site {
                 Move::Commit(notice) => notice.bytes,
                 Move::Install(..) => self.settings.fragment_lens[index] as u64 * 4,
             };
-            orders.push(SiteOrder::Fetch { digest: step.digest(), bytes });
+            let last_pushed = standing.pushed.get(index).copied().unwrap_or(0);
+            let pushed = matches!(&step, Move::Commit(notice) if notice.version <= last_pushed);
+            orders.push(SiteOrder::Fetch { digest: step.digest(), bytes, pushed });
             fragment.moving = Some(step);
         }
     }
@@ -470,8 +509,18 @@ impl Site {
         self.trained.insert(trained);
     }
 
+    fn measured(&mut self, measured: &Measured) {
+        let Measured { exposed_seconds, hidden_seconds, payload_bytes, link } = *measured;
+        let vitals = &mut self.vitals;
+        (vitals.exposed_seconds, vitals.hidden_seconds) = (exposed_seconds, hidden_seconds);
+        (vitals.payload_bytes, vitals.link) = (payload_bytes, link);
+    }
+
     fn contributed(&mut self, id: FragmentId, payload: Digest, bytes: u64, norm: f64, orders: &mut Vec<SiteOrder>) {
-        let Some(taken) = self.fragments[id.index()].taken.take() else { return };
+        let Some(taken) = self.fragments[id.index()].taken.take() else {
+            orders.push(SiteOrder::Forget(payload)); // The session that it was made for is over.
+            return;
+        };
         self.contributions += 1;
         let receipt = Receipt {
             number: self.contributions,
@@ -523,7 +572,7 @@ impl Site {
         }
     }
 
-    fn applied(&mut self, id: FragmentId, version: u64, digest: Digest) {
+    fn applied(&mut self, now: Time, id: FragmentId, version: u64, digest: Digest) {
         let stagger = self.stagger(id);
         let now_at = (self.vitals.steps, self.vitals.tokens);
         let fragment = &mut self.fragments[id.index()];
@@ -544,6 +593,12 @@ impl Site {
             fragment.due = now_at.0 + stagger;
         }
         fragment.held = Some((version, digest));
+        if version >= fragment.needs
+            && fragment.needs > 0
+            && let Some(sent) = fragment.sent.take()
+        {
+            self.vitals.round_seconds = plan::smooth(self.vitals.round_seconds, now.seconds_since(sent), 0.2);
+        }
     }
 
     /// First due step of a fragment, so that fragments are spread evenly over a round.
@@ -569,8 +624,8 @@ impl Site {
         }
         for index in 0..self.fragments.len() {
             if self.is_due(index) {
-                self.take(index);
-                orders.push(SiteOrder::Contribute(FragmentId(index as u16), self.settings.up));
+                self.take(now, index);
+                orders.push(SiteOrder::Contribute(FragmentId(index as u16), self.up));
             }
         }
         let overdue = self.reported.is_none_or(|at| now.seconds_since(at) >= REPORT_SECONDS);
@@ -585,7 +640,7 @@ impl Site {
     }
 
     /// Notes what a contribution of fragment number `index` stands for at this moment.
-    fn take(&mut self, index: usize) {
+    fn take(&mut self, now: Time, index: usize) {
         let round = u64::from(self.steps_per_round);
         let fragment = &mut self.fragments[index];
         let (steps, tokens) = (self.vitals.steps, self.vitals.tokens);
@@ -595,19 +650,21 @@ impl Site {
             tokens: tokens - fragment.since.1,
             ranges: std::mem::take(&mut self.trained),
         });
-        fragment.since = (steps, tokens);
+        (fragment.since, fragment.sent) = ((steps, tokens), Some(now));
         // Keep the stagger unless the fragment has fallen behind by a whole round.
         fragment.due = if fragment.due + round > steps { fragment.due + round } else { steps + round };
     }
 
-    /// Whether the fragment's steps are done and its last contribution is behind it.
+    /// Whether the fragment's steps are done, its last contribution is behind it, and nothing is about to change
+    /// the weights from which the next one would be read.
     fn is_due(&self, index: usize) -> bool {
         let fragment = &self.fragments[index];
         let steps = self.vitals.steps - fragment.since.0;
         let settled = fragment.held.is_some_and(|(version, _)| version >= fragment.needs)
             && !self.outstanding.values().any(|o| o.receipt.fragment.index() == index);
         let time = self.vitals.steps >= fragment.due || self.phase == Phase::Closing;
-        steps > 0 && settled && time && fragment.taken.is_none()
+        let still = fragment.taken.is_none() && !fragment.applying && fragment.rebasing == 0;
+        steps > 0 && settled && time && still
     }
 
     fn may_train(&self) -> bool {

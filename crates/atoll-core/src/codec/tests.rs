@@ -1,0 +1,214 @@
+//! Laws of all codecs, and golden bytes.
+
+use super::*;
+use proptest::prelude::*;
+
+const SPARSE: &str = "04100000000002804000000000c0c0032205";
+
+fn values() -> impl Strategy<Value = Vec<f32>> {
+    prop::collection::vec(prop_oneof![-1.0f32..1.0, -1e-6f32..1e-6, -1e30f32..1e30, Just(0.0)], 0..400)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+proptest! {
+    #[test]
+    fn length_is_as_announced_and_a_second_trip_changes_nothing(values in values()) {
+        for codec in Codec::ALL {
+            let payload = codec.encode(&values).unwrap();
+            prop_assert_eq!(payload.len(), codec.payload_len(values.len()));
+            let once = decode(&payload, values.len()).unwrap();
+            if !matches!(codec, Codec::Sparse(_)) {
+                let twice = decode(&codec.encode(&once).unwrap(), values.len()).unwrap();
+                prop_assert_eq!(&once, &twice, "{:?}", codec);
+            }
+            if codec == Codec::F32 {
+                prop_assert_eq!(&once, &values);
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_is_within_one_part_in_256(values in values()) {
+        let back = decode(&Codec::Bf16.encode(&values).unwrap(), values.len()).unwrap();
+        for (value, back) in values.iter().zip(back) {
+            prop_assert!((value - back).abs() <= value.abs() / 256.0, "{value} {back}");
+        }
+    }
+
+    /// Quantization keeps at least cos² = 0.9 of a normal block's energy and never turns it around.
+    #[test]
+    fn e3m0_points_where_the_block_points(seed: u64, size in 1usize..300, exponent in -20i32..20) {
+        let mut rng = crate::rng::Rng::new(seed);
+        let values: Vec<f32> = (0..size).map(|_| (rng.normal() * 2f64.powi(exponent)) as f32).collect();
+        let back = decode(&Codec::E3m0.encode(&values).unwrap(), size).unwrap();
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+        let cosine = dot(&values, &back) / (dot(&values, &values) * dot(&back, &back)).sqrt();
+        prop_assert!(cosine > 0.95, "{cosine}");
+    }
+
+    #[test]
+    fn any_bytes_decode_or_are_refused(mut bytes in prop::collection::vec(any::<u8>(), 0..400), count in 0usize..600, tidy: bool) {
+        if tidy && bytes.len() >= 5 {
+            bytes[0] %= 5;
+            bytes[1..5].copy_from_slice(&(count as u32).to_le_bytes());
+            let keep = bytes.get(5).map_or(1, |byte| u16::from(*byte).max(1));
+            let codecs = [None, Some(Codec::F32), Some(Codec::Bf16), Some(Codec::E3m0), Some(Codec::Sparse(keep))];
+            if let Some(codec) = codecs[usize::from(bytes[0])] {
+                bytes.resize(codec.payload_len(count).max(7), 0x5a);
+                if let Codec::Sparse(keep) = codec {
+                    bytes[5..7].copy_from_slice(&keep.to_le_bytes());
+                }
+            }
+        }
+        if let Ok(values) = decode(&bytes, count) {
+            prop_assert_eq!(values.len(), count);
+            prop_assert!(values.iter().all(|value| value.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn the_bytes_are_these() {
+    let chunk: Vec<f32> = (0..16).map(|i| if i % 5 == 2 { i as f32 - 8.0 } else { 0.1 }).collect();
+    // Two of 16 are kept: -6 at 2, negative and large, and 4 at 12, positive and small beside it.
+    assert_eq!(hex(&Codec::Sparse(512).encode(&chunk).unwrap()), SPARSE);
+    let values = [1.0, -0.5, 0.25, 0.0];
+    assert_eq!(hex(&Codec::F32.encode(&values).unwrap()), "01040000000000803f000000bf0000803e00000000");
+    assert_eq!(hex(&Codec::Bf16.encode(&values).unwrap()), "0204000000803f00bf803e0000");
+    let e3m0 = hex(&Codec::E3m0.encode(&values).unwrap());
+    assert_eq!(&e3m0[..18], "0304000000803fe705");
+    assert!(e3m0[18..].bytes().all(|digit| digit == b'0'));
+}
+
+#[test]
+fn what_is_not_finite_is_refused_both_ways() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for codec in Codec::ALL {
+            assert_eq!(codec.encode(&[0.0, bad]), Err(CodecError::NonFinite { index: 1 }));
+        }
+    }
+    let infinite = [2, 1, 0, 0, 0, 0x80, 0x7f];
+    assert_eq!(decode(&infinite, 1), Err(CodecError::NonFinite { index: 0 }));
+}
+
+#[test]
+fn wrong_lengths_are_named() {
+    let payload = Codec::F32.encode(&[1.0; 3]).unwrap();
+    assert_eq!(decode(&payload, 4), Err(CodecError::Count { found: 3, expected: 4 }));
+    assert_eq!(decode(&payload[..9], 3), Err(CodecError::Length { found: 9, expected: 17 }));
+    assert_eq!(decode(&[], 0), Err(CodecError::Length { found: 0, expected: 5 }));
+    assert_eq!(decode(&[9, 0, 0, 0, 0], 0), Err(CodecError::UnknownCodec(9)));
+}
+
+fn normal(seed: u64, count: usize) -> Vec<f32> {
+    let mut rng = crate::rng::Rng::new(seed);
+    (0..count).map(|_| rng.normal() as f32).collect()
+}
+
+proptest! {
+    /// What is left of a wish after encoding is exactly what the payload lacks, and never longer than the wish.
+    #[test]
+    fn the_rest_is_what_the_payload_lacks(seed: u64, count in 1usize..9000, scale in -20i32..20) {
+        let wish: Vec<f32> = normal(seed, count).iter().map(|value| value * 2f32.powi(scale)).collect();
+        for codec in Codec::ALL {
+            let mut rest = wish.clone();
+            let payload = codec.encode_rest(&mut rest, &Alone).unwrap();
+            let sent = decode(&payload, count).unwrap();
+            for ((wish, sent), rest) in wish.iter().zip(&sent).zip(&rest) {
+                prop_assert_eq!(wish - sent, *rest);
+            }
+            let length = |values: &[f32]| crate::delta::norm(values);
+            prop_assert!(length(&rest) <= length(&wish) * 1.01, "{codec}");
+        }
+    }
+
+    /// Exactly the greatest are kept, and each chunk on its own.
+    #[test]
+    fn sparse_keeps_the_greatest(seed: u64, count in 1usize..9000, keep in 1u16..400) {
+        let values = normal(seed, count);
+        let payload = Codec::Sparse(keep).encode(&values).unwrap();
+        let sound = Payload::check(&payload, count, &Alone).unwrap();
+        let mut kept = vec![false; count];
+        sound.visit(0..count, |place, _| kept[place] = true);
+        for (values, kept) in values.chunks(CHUNK).zip(kept.chunks(CHUNK)) {
+            let wanted = (usize::from(keep) * values.len()).div_ceil(CHUNK);
+            prop_assert_eq!(kept.iter().filter(|kept| **kept).count(), wanted);
+            let magnitudes = |want: bool| values.iter().zip(kept).filter(move |(_, kept)| **kept == want).map(|(v, _)| v.abs());
+            let (least, greatest) = (magnitudes(true).fold(f32::MAX, f32::min), magnitudes(false).fold(0.0, f32::max));
+            prop_assert!(least >= greatest);
+        }
+    }
+
+    #[test]
+    fn damaged_sparse_payloads_are_refused_or_decode_to_other_finite_values(seed: u64, at in 7usize..500, bit in 0u8..8) {
+        let mut payload = Codec::Sparse(96).encode(&normal(seed, 9000)).unwrap();
+        let at = 7 + at % (payload.len() - 7);
+        payload[at] ^= 1 << bit;
+        if let Ok(values) = decode(&payload, 9000) {
+            prop_assert!(values.iter().all(|value| value.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn ties_and_zeros_are_kept_in_order() {
+    let payload = Codec::Sparse(2).encode(&[0.0; 4096]).unwrap();
+    assert_eq!(decode(&payload, 4096).unwrap(), vec![0.0; 4096]);
+    let payload = Codec::Sparse(2).encode(&[1.0; 4096]).unwrap();
+    let values = decode(&payload, 4096).unwrap();
+    assert_eq!((values[0], values[1], values[2]), (1.0, 1.0, 0.0));
+}
+
+#[test]
+fn sparse_takes_a_quarter_up_and_half_a_bit_down() {
+    for (codec, bits) in [(Codec::Sparse(96), 0.25), (Codec::Sparse(224), 0.5)] {
+        let taken = codec.payload_len(1 << 20) as f64 * 8.0 / f64::from(1 << 20);
+        assert!(taken < bits, "{codec}: {taken}");
+    }
+}
+
+#[test]
+fn a_team_writes_and_reads_the_same() {
+    struct Backwards;
+    impl Team for Backwards {
+        fn all(&self, jobs: Vec<Job<'_>>) {
+            std::thread::scope(|scope| jobs.into_iter().rev().for_each(|job| drop(scope.spawn(job))));
+        }
+    }
+    let values = normal(7, 2 * PIECE + 5000);
+    for codec in Codec::ALL {
+        let (mut alone, mut shared) = (values.clone(), values.clone());
+        let payload = codec.encode_rest(&mut alone, &Alone).unwrap();
+        assert_eq!(payload, codec.encode_rest(&mut shared, &Backwards).unwrap());
+        assert_eq!(alone, shared);
+        let sound = Payload::check(&payload, values.len(), &Backwards).unwrap();
+        assert_eq!(sound.values(&Alone), sound.values(&Backwards));
+    }
+}
+
+#[test]
+fn names_read_as_they_are_written() {
+    for codec in Codec::ALL {
+        assert_eq!(codec.to_string().parse(), Ok(codec));
+    }
+    for bad in ["", "sparse", "sparse:0", "sparse:2049", "fp8"] {
+        assert!(bad.parse::<Codec>().is_err(), "{bad}");
+    }
+}
+
+/// With an error feedback everything arrives in the end.
+#[test]
+fn an_error_feedback_delivers_everything() {
+    let wish = normal(1, 5000);
+    let (mut rest, mut arrived) = (wish.clone(), vec![0.0f32; 5000]);
+    for _ in 0..400 {
+        let payload = Codec::Sparse(96).encode_rest(&mut rest, &Alone).unwrap();
+        Payload::check(&payload, 5000, &Alone).unwrap().add_to(&mut arrived, &Alone);
+    }
+    assert!(crate::delta::norm(&rest) < 0.02 * crate::delta::norm(&wish));
+    let most = wish.iter().zip(&arrived).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(most < 0.1, "{most}");
+}

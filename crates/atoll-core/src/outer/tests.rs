@@ -1,0 +1,176 @@
+//! The merge and the outer step, on a fragment of an embedding and a matrix.
+
+use super::*;
+use crate::model::{Tensor, TensorKind};
+use crate::rng::Rng;
+use crate::team::Alone;
+use proptest::prelude::*;
+
+fn manifest() -> Manifest {
+    let tensors =
+        vec![Tensor::new("embed", &[8, 4], TensorKind::Embedding), Tensor::new("matrix", &[8, 8], TensorKind::Matrix)];
+    Manifest::balanced(tensors, 1)
+}
+
+fn random(seed: u64) -> Vec<f32> {
+    let mut rng = Rng::new(seed);
+    (0..96).map(|_| rng.normal() as f32).collect()
+}
+
+fn fresh(weight: f64, values: Vec<f32>) -> Weighted<'static> {
+    Weighted { weight, stale: false, delta: Delta::Dense(values) }
+}
+
+fn merged(deltas: &[Weighted<'_>], momentum: &[f32]) -> Vec<f32> {
+    merge(&manifest(), FragmentId(0), Averaging::Radial, deltas, momentum, &Alone).values
+}
+
+fn recipe(rule: OuterRule, codec: Codec) -> Recipe {
+    Recipe { merge: Averaging::Radial, rule, codec, share: 1.0 }
+}
+
+fn still() -> Global {
+    Global::new(manifest(), vec![vec![0.0; 96]])
+}
+
+#[test]
+fn one_contribution_merges_to_itself() {
+    let delta = random(1);
+    let merged = merged(&[fresh(3.0, delta.clone())], &[]);
+    assert!(merged.iter().zip(&delta).all(|(a, b)| (a - b).abs() < 1e-5));
+}
+
+#[test]
+fn matrices_keep_their_length_and_embeddings_are_averaged() {
+    let parts = [random(1), random(2), random(3)];
+    let merged = merged(&parts.clone().map(|delta| fresh(1.0, delta)), &[]);
+    let length = parts.iter().map(|part| norm(&part[32..])).sum::<f64>() / 3.0;
+    assert!((norm(&merged[32..]) - length).abs() < 1e-4);
+    for (i, merged) in merged.iter().take(32).enumerate() {
+        let mean = parts.iter().map(|part| part[i]).sum::<f32>() / 3.0;
+        assert!((merged - mean).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn plain_averaging_is_the_weighted_mean() {
+    let (a, b) = (random(1), random(2));
+    let parts = [fresh(3.0, a.clone()), fresh(1.0, b.clone())];
+    let merged = merge(&manifest(), FragmentId(0), Averaging::Plain, &parts, &[], &Alone);
+    for ((merged, a), b) in merged.values.iter().zip(&a).zip(&b) {
+        assert!((merged - (0.75 * a + 0.25 * b)).abs() < 1e-6);
+    }
+    assert!(merged.cosines[0] > merged.cosines[1] && merged.corrections == [0.0, 0.0]);
+}
+
+#[test]
+fn late_work_is_shrunk_turned_or_left_alone_by_where_it_points() {
+    let momentum = random(1);
+    let late = |values: &[f32]| {
+        let part = Weighted { weight: 1.0, stale: true, delta: Delta::Dense(values.to_vec()) };
+        merged(&[part], &momentum)
+    };
+    let (matrix, m) = (32..96, &momentum[32..]);
+    let along = late(&momentum);
+    assert!((norm(&along[matrix.clone()]) - norm(m)).abs() < 1e-3, "what follows the momentum passes");
+    let against: Vec<f32> = momentum.iter().map(|value| -value).collect();
+    assert!((norm(&late(&against)[matrix.clone()]) - 0.5 * norm(m)).abs() < 1e-3, "what opposes it is halved");
+    // Made orthogonal to the momentum, tensor by tensor.
+    let mut across = random(2);
+    for range in [0..32, matrix.clone()] {
+        let share = dot(&across[range.clone()], &momentum[range.clone()]) / norm(&momentum[range.clone()]).powi(2);
+        across[range.clone()].iter_mut().zip(&momentum[range]).for_each(|(a, m)| *a -= share as f32 * m);
+    }
+    let turned = late(&across);
+    let cosine = crate::delta::cosine(&turned[matrix.clone()], m);
+    assert!((cosine - 0.2).abs() < 1e-4, "what is across is turned: {cosine}");
+    assert!((norm(&turned[matrix.clone()]) - norm(&across[matrix])).abs() < 1e-3, "and keeps its length");
+}
+
+#[test]
+fn nesterov_is_the_textbooks() {
+    let mut global = still();
+    let rule = OuterRule::Nesterov { learning_rate: 0.5, momentum: 0.9 };
+    let delta = random(1);
+    for expected in [0.5 * 1.9, 0.5 * (1.0 + 0.9 * 1.9)] {
+        let before = global.theta[0].clone();
+        global.step(FragmentId(0), &[fresh(1.0, delta.clone())], &recipe(rule, Codec::F32), &Alone).unwrap();
+        for ((after, before), delta) in global.theta[0].iter().zip(&before).zip(&delta) {
+            assert!((before - after - expected * delta).abs() < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn auto_moves_as_far_as_its_deltas_whether_they_agree_or_not() {
+    let share = |same: bool| {
+        let mut global = still();
+        let mut length = 0.0;
+        for round in 0..200 {
+            let delta = random(if same { 1 } else { round });
+            length += norm(&delta);
+            let rule = OuterRule::Auto { momentum: 0.6 };
+            global.step(FragmentId(0), &[fresh(1.0, delta)], &recipe(rule, Codec::F32), &Alone).unwrap();
+        }
+        let way = norm(&global.theta[0]);
+        (if same { way / length } else { way / (length / 200f64.sqrt()) }, global.rho[0])
+    };
+    let ((agreeing, rho), (random, none)) = (share(true), share(false));
+    assert!((agreeing - 1.0).abs() < 0.1 && rho > 0.9, "{agreeing} {rho}");
+    // What has nothing in common goes on for a while in the buffer: each delta counts 1/(1 + μ) · 1/(1 − μ) in the end.
+    assert!((random - 1.5625).abs() < 0.3 && none < 0.2, "{random} {none}");
+}
+
+#[test]
+fn a_share_shortens_the_step() {
+    let mut global = still();
+    let delta = random(1);
+    let half = Recipe { share: 0.5, ..recipe(OuterRule::Memoryless { learning_rate: 1.0 }, Codec::F32) };
+    let step = global.step(FragmentId(0), &[fresh(1.0, delta.clone())], &half, &Alone).unwrap();
+    assert!((norm(&global.theta[0]) - 0.5 * norm(&delta)).abs() < 1e-4);
+    assert_eq!(step.measures.effective_step, 0.5);
+}
+
+proptest! {
+    /// Whatever the codec loses, Θ + residual is where uncompressed steps would have led.
+    #[test]
+    fn the_residual_keeps_what_the_codec_lost(seed: u64, rounds in 1usize..6) {
+        for codec in Codec::ALL {
+            let mut global = still();
+            let mut exact = vec![0.0f64; 96];
+            for round in 0..rounds {
+                let delta = random(seed.wrapping_add(round as u64));
+                let rule = OuterRule::Memoryless { learning_rate: 0.7 };
+                let merged = merged(&[fresh(1.0, delta.clone())], &[]);
+                global.step(FragmentId(0), &[fresh(1.0, delta)], &recipe(rule, codec), &Alone).unwrap();
+                exact.iter_mut().zip(&merged).for_each(|(exact, delta)| *exact -= 0.7 * f64::from(*delta));
+            }
+            for ((theta, rest), exact) in global.theta[0].iter().zip(&global.residual[0]).zip(&exact) {
+                prop_assert!((f64::from(theta + rest) - exact).abs() < 1e-4);
+            }
+        }
+    }
+
+    /// Sparse payloads are merged without being unpacked, to what their unpacked values merge to.
+    #[test]
+    fn sparse_and_dense_merge_alike(seed: u64, sites in 1usize..5) {
+        let payloads: Vec<Vec<u8>> =
+            (0..sites).map(|site| Codec::Sparse(1000).encode(&random(seed.wrapping_add(site as u64))).unwrap()).collect();
+        let check = |bytes| Payload::check(bytes, 96, &Alone).unwrap();
+        let sparse = payloads.iter().map(|bytes| Weighted { weight: 1.0, stale: false, delta: Delta::Sparse(check(bytes)) });
+        let dense = payloads.iter().map(|bytes| fresh(1.0, check(bytes).values(&Alone)));
+        let (sparse, dense) = (merged(&sparse.collect::<Vec<_>>(), &[]), merged(&dense.collect::<Vec<_>>(), &[]));
+        prop_assert!(sparse.iter().zip(&dense).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
+}
+
+#[test]
+fn a_change_that_is_not_finite_changes_nothing() {
+    let mut global = still();
+    let before = global.clone();
+    let recipe = recipe(OuterRule::default(), Codec::F32);
+    for bad in [f32::INFINITY, f32::NAN, 1e37] {
+        assert!(global.step(FragmentId(0), &[fresh(1.0, vec![bad; 96])], &recipe, &Alone).is_err());
+        assert_eq!(global, before);
+    }
+}
