@@ -2,10 +2,13 @@
 //! step moves the weights a little towards what its samples show. It has the same interface, the
 //! same determinism and the same failure modes as a real engine, in a microsecond.
 
+use atoll_core::data::DatasetId;
 use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::{Tensor, TensorKind};
 use atoll_core::rng::{Rng, mix};
+
+use crate::Leases;
 
 /// Tokens per sample.
 pub const CONTEXT: usize = 4;
@@ -33,6 +36,11 @@ pub fn manifest(fragments: usize) -> Manifest {
     Manifest::balanced(tensors, fragments)
 }
 
+/// Weights of zero in that layout.
+pub fn zeros(manifest: &Manifest) -> Vec<Vec<f32>> {
+    manifest.fragments().map(|fragment| vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)]).collect()
+}
+
 /// What all samples show on average: weight `index` of `fragment`.
 pub fn target(fragment: usize, index: usize) -> f32 {
     (mix((fragment as u64) << 32 | index as u64) % 2000) as f32 / 1000.0 - 1.0
@@ -49,8 +57,7 @@ pub fn error(fragments: &[Vec<f32>]) -> f64 {
 impl Toy {
     /// An engine with zero weights.
     pub fn new(manifest: Manifest, feed: Box<dyn Feed>) -> Self {
-        let zeros = |fragment| vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)];
-        let fragments = manifest.fragments().map(zeros).collect();
+        let fragments = zeros(&manifest);
         Self { manifest, fragments, feed, batch: Batch::default(), steps: 0 }
     }
 
@@ -115,6 +122,30 @@ impl Engine for Toy {
         let rows = batch.tokens.chunks(batch.length + 1);
         let nats = rows.map(|row| Self::look(&mut self.fragments, row, 0.0)).sum();
         Ok(Evaluation { nats, tokens: (batch.rows * batch.length) as u64 })
+    }
+}
+
+/// A toy's feed: a sample's tokens are its position and its dataset, told in numbers.
+pub struct ToyFeed {
+    leases: Leases,
+    salt: u32,
+}
+
+impl ToyFeed {
+    /// The samples of `dataset` that `leases` allow, lowest first.
+    pub fn new(leases: Leases, dataset: DatasetId) -> Self {
+        Self { leases, salt: u32::from(dataset.0.0[0]) << 24 }
+    }
+}
+
+impl Feed for ToyFeed {
+    fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError> {
+        let (taken, progress) = self.leases.take(rows)?;
+        let positions = taken.spans().flat_map(|(start, end)| start..end);
+        let tokens = positions.flat_map(|p| (0..=CONTEXT as u32).map(move |i| (p as u32) << 3 | i));
+        batch.tokens = tokens.map(|token| token ^ self.salt).collect();
+        (batch.rows, batch.length, batch.progress) = (rows, CONTEXT, progress);
+        Ok(())
     }
 }
 
