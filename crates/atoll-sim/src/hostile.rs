@@ -2,15 +2,13 @@
 
 use atoll_core::codec::Codec;
 use atoll_core::data::DatasetId;
-use atoll_core::engine::EngineError;
 use atoll_core::hash::Digest;
-use atoll_core::manifest::Manifest;
 use atoll_core::outer::OuterRule;
 use atoll_core::rng::{Rng, mix};
 use atoll_core::round::{Goal, Sync};
 
-use crate::toy::{self, Toy, ToyFeed};
-use crate::{Description, Habitat, Hardships, Inhabitant, Leases, Link, Outcome, Residence, run};
+use crate::toy::{self, Nature, Toys};
+use crate::{Description, Hardships, Link, Outcome, Residence, run};
 
 const GOAL_TOKENS: u64 = 20_000;
 const SECONDS_MAX: f64 = 3_000.0;
@@ -22,7 +20,7 @@ const SAMPLES: u64 = 1000;
 /// The first invariant that did not hold, with the simulated time.
 pub fn simulate(seed: u64, hardships: Hardships) -> Result<Outcome, String> {
     let description = describe(seed, hardships);
-    let mut toys = Toys::of(&description);
+    let mut toys = Toys::new(&description, vec![Nature::default(); description.sites.len()]);
     run(description, &mut toys).map_err(|broken| format!("seed {seed}: {broken}"))
 }
 
@@ -68,38 +66,5 @@ fn draw_site(index: u64, same_data: bool, chance: &mut Rng) -> Residence {
         samples_per_step: toy::ROWS as u64,
         step_seconds: 0.01 * (1.0 + 9.0 * chance.unit() * chance.unit()),
         link: Link::INFINITE,
-    }
-}
-
-/// Toys that all look at the same target.
-struct Toys {
-    manifest: Manifest,
-    datasets: Vec<DatasetId>,
-}
-
-impl Toys {
-    fn of(description: &Description) -> Self {
-        let datasets = description.sites.iter().map(|site| site.dataset).collect();
-        Self { manifest: toy::manifest(description.sync.fragments), datasets }
-    }
-}
-
-impl Habitat for Toys {
-    fn manifest(&self) -> Manifest {
-        self.manifest.clone()
-    }
-
-    fn first_weights(&self) -> Vec<Vec<f32>> {
-        toy::zeros(&self.manifest)
-    }
-
-    fn start(&mut self, site: usize) -> Result<Inhabitant, EngineError> {
-        let leases = Leases::new();
-        let feed = ToyFeed::new(leases.clone(), self.datasets[site]);
-        Ok(Inhabitant { engine: Box::new(Toy::new(self.manifest.clone(), Box::new(feed))), leases })
-    }
-
-    fn error(&mut self, theta: &[Vec<f32>], _: &[u64]) -> Result<f64, EngineError> {
-        Ok(toy::error(theta))
     }
 }

@@ -8,14 +8,17 @@
 //! ```
 //!
 //! [`run`] lives one world to its end and checks every invariant of ARCHITECTURE.md on the way, with
-//! any engine. [`simulate`] fills a world with [`toy`] engines and the hardships of a seed.
+//! any engine. [`simulate`] fills a world with [`toy`] engines and the hardships of a seed;
+//! [`absences`] asks what many worlds make of sites that come and go.
 
+mod absent;
 mod description;
 mod habitat;
 mod hostile;
 pub mod toy;
 mod world;
 
+pub use absent::{Absences, Attendance, absences};
 pub use description::{Description, Hardships, Link, Residence};
 pub use habitat::{Habitat, Inhabitant, Leases};
 pub use hostile::simulate;

@@ -67,6 +67,9 @@ pub fn run(description: Description, habitat: &mut dyn Habitat) -> Result<Outcom
     World::new(description, habitat).run()
 }
 
+/// The coordinator looks up at least this often.
+const COORDINATOR_TICK_SECONDS: f64 = 0.25;
+
 /// Bytes by their content address.
 type Store = BTreeMap<Digest, Rc<Vec<u8>>>;
 
@@ -85,6 +88,8 @@ struct World<'a> {
     coordinator: Option<Head>,
     /// Counts the lives of the coordinator.
     life: u64,
+    /// When it has asked to be woken.
+    wakes: Time,
     sites: Vec<Island>,
     witness: Witness,
 }
@@ -109,6 +114,7 @@ impl<'a> World<'a> {
             disk: Disk::default(),
             coordinator: None,
             life: 0,
+            wakes: Time::default(),
             sites,
             witness: Witness::default(),
             description,
@@ -195,10 +201,11 @@ impl<'a> World<'a> {
             Happening::CoordinatorStarts => self.start_coordinator(),
             Happening::CoordinatorTick(life) if life == self.life => {
                 self.tell_coordinator(Event::Tick)?;
-                self.after(0.25, Happening::CoordinatorTick(life));
+                self.after(COORDINATOR_TICK_SECONDS, Happening::CoordinatorTick(life));
                 Ok(())
             }
-            Happening::Merged(life, merged) if life == self.life => self.tell_coordinator(Event::Merged(merged)),
+            Happening::CoordinatorWakes(life) if life == self.life => self.tell_coordinator(Event::Tick),
+            Happening::Merged(life, merged, bytes) if life == self.life => self.finish_merge(merged, bytes),
             Happening::Status(index, connection, status) if self.linked(index, connection) => {
                 let site = self.sites[index].residence.name.clone();
                 self.tell_coordinator(Event::Heard(site, status))

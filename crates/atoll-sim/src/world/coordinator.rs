@@ -11,7 +11,7 @@ use atoll_core::site::SiteId;
 
 use super::happening::{Bytes, Happening};
 use super::witness::check;
-use super::{Store, World};
+use super::{COORDINATOR_TICK_SECONDS, Store, World};
 
 /// What outlives the coordinator's process.
 #[derive(Default)]
@@ -91,7 +91,19 @@ impl World<'_> {
             self.faults_left -= 1;
             self.crash_coordinator()?;
         }
+        self.wake_coordinator();
         Ok(())
+    }
+
+    /// Schedules what the coordinator would not see in time with its ticks, such as a window's end.
+    fn wake_coordinator(&mut self) {
+        let Some(head) = self.coordinator.as_ref() else { return };
+        let (at, _) = head.machine.wake_at(self.now);
+        let is_planned = self.wakes > self.now && self.wakes <= at;
+        if !is_planned && at > self.now && at < self.now.after(COORDINATOR_TICK_SECONDS) {
+            self.wakes = at;
+            self.after(at.seconds_since(self.now), Happening::CoordinatorWakes(self.life));
+        }
     }
 
     fn carry_out(&mut self, order: Order) -> Result<(), String> {
@@ -122,12 +134,18 @@ impl World<'_> {
             .perform(merge.fragment, &merge.contributions, sync.outer, sync.down, &payload)
             .map_err(|error| error.to_string())?;
         let bytes = step.payload.len() as u64;
-        head.deltas.insert(step.delta, Rc::new(step.payload));
         let merged =
             Merged { fragment: merge.fragment, delta: step.delta, bytes, digest: step.digest, cosines: step.cosines };
         let seconds = 0.001 + self.chance.unit() * 0.05;
-        self.after(seconds, Happening::Merged(self.life, merged));
+        self.after(seconds, Happening::Merged(self.life, merged, Bytes(Rc::new(step.payload))));
         Ok(())
+    }
+
+    pub(super) fn finish_merge(&mut self, merged: Merged, bytes: Bytes) -> Result<(), String> {
+        if let Some(head) = self.coordinator.as_mut() {
+            head.deltas.insert(merged.delta, bytes.0);
+        }
+        self.tell_coordinator(Event::Merged(merged))
     }
 
     /// A world that keeps all payloads ignores this, to replay from them.
