@@ -2,6 +2,7 @@
 //! a reader understands and, with `--json`, as its last line one object with stable names. `--quick` ends
 //! within two minutes. Numbers here are measured, not asserted: machines differ and are shared.
 
+mod absent;
 mod codec;
 mod engine;
 mod processes;
@@ -50,6 +51,8 @@ enum Name {
     Codec,
     /// The CPU engine beside PyTorch and llama.cpp: tokens per second, memory, share of the processor's peak.
     Engine,
+    /// Sites that come and go with data of their own: how far the model ends from the mean of their data.
+    Absent,
     /// Simulated worlds: how many of many seeds hold every invariant.
     Sim,
     /// Three sites against one that trains alone on the same tokens: held-out bits per byte.
@@ -70,6 +73,7 @@ fn main() -> Result<()> {
     let figures = match arguments.name {
         Name::Codec => codec::run(arguments.quick)?,
         Name::Engine => engine::run(&arguments)?,
+        Name::Absent => absent::run(arguments.quick),
         Name::Sim => sim::run(arguments.quick),
         Name::Joint => processes::joint(&arguments)?,
         Name::Slow => processes::slow(&arguments)?,

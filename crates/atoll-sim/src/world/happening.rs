@@ -1,0 +1,41 @@
+//! Something that will happen.
+
+use std::fmt;
+use std::rc::Rc;
+
+use atoll_core::hash::Digest;
+use atoll_core::round::{Merged, Standing, Status};
+
+#[derive(Debug, Clone)]
+pub(super) enum Happening {
+    /// To the coordinator, over connection number `.1` of that site.
+    Status(usize, u64, Box<Status>),
+    Payload(usize, u64, Digest, Bytes),
+    Request(usize, u64, Digest),
+    /// A merge is done, in life number `.0`; with it come the bytes to broadcast.
+    Merged(u64, Merged, Bytes),
+    CoordinatorTick(u64),
+    /// It asked to be woken between two ticks.
+    CoordinatorWakes(u64),
+    CoordinatorStarts,
+    /// To site number `.0`, over connection number `.1`.
+    Standing(usize, u64, Box<Standing>),
+    Acknowledged(usize, u64, Digest, bool),
+    Delivered(usize, u64, Digest, Option<Bytes>),
+    /// To the life of site number `.0` in its life number `.1`.
+    StepDone(usize, u64),
+    SiteTick(usize, u64),
+    SiteStarts(usize),
+    Reconnect(usize, u64),
+    Fault,
+}
+
+/// Bytes on their way. A trace tells how many; which, their address says.
+#[derive(Clone)]
+pub(super) struct Bytes(pub(super) Rc<Vec<u8>>);
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0.len())
+    }
+}

@@ -1,0 +1,285 @@
+//! A site's shell: a process with an engine, and the link that joins it to the coordinator.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+
+use atoll_core::codec::{self, Codec};
+use atoll_core::delta::Local;
+use atoll_core::engine::{Engine, EngineError};
+use atoll_core::hash::Digest;
+use atoll_core::journal::Evaluated;
+use atoll_core::manifest::FragmentId;
+use atoll_core::round::{Event, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
+use atoll_core::site::Time;
+
+use super::happening::{Bytes, Happening};
+use super::witness::check;
+use super::{Store, World};
+use crate::{Inhabitant, Leases, Residence};
+
+/// A site, whether its process lives or not.
+pub(super) struct Island {
+    pub(super) residence: Residence,
+    pub(super) connection: u64,
+    /// Counts the lives of the process.
+    pub(super) life: u64,
+    pub(super) process: Option<Process>,
+    pub(super) finished: bool,
+    pub(super) bytes_up: u64,
+    pub(super) bytes_down: u64,
+    /// When all that was sent so far is through.
+    up_free: Time,
+    down_free: Time,
+}
+
+/// A living site.
+pub(super) struct Process {
+    machine: Site,
+    engine: Box<dyn Engine>,
+    local: Local,
+    leases: Leases,
+    payloads: Store,
+    fetched: Store,
+    waiting: VecDeque<SiteEvent>,
+    pub(super) stepping: bool,
+}
+
+/// Seconds after which a shell gives up on an answer that ought to be here.
+const PATIENCE: f64 = 2.0;
+
+impl Island {
+    pub(super) fn new(residence: Residence) -> Self {
+        Self {
+            residence,
+            connection: 0,
+            life: 0,
+            process: None,
+            finished: false,
+            bytes_up: 0,
+            bytes_down: 0,
+            up_free: Time::default(),
+            down_free: Time::default(),
+        }
+    }
+
+    /// Seconds until so many bytes, behind all that go up before them, are through.
+    fn occupy_up(&mut self, now: Time, bytes: usize) -> f64 {
+        self.bytes_up += bytes as u64;
+        self.up_free = self.up_free.max(now).after(bytes as f64 / self.residence.link.up);
+        self.up_free.seconds_since(now)
+    }
+
+    /// Seconds until so many bytes, behind all that come down before them, are through.
+    pub(super) fn occupy_down(&mut self, now: Time, bytes: usize) -> f64 {
+        self.bytes_down += bytes as u64;
+        self.down_free = self.down_free.max(now).after(bytes as f64 / self.residence.link.down);
+        self.down_free.seconds_since(now)
+    }
+
+    /// Seconds after which an answer of at most so many bytes is not to be expected any more.
+    fn patience(&self, bytes: usize) -> f64 {
+        PATIENCE + 2.0 * self.residence.link.delay + bytes as f64 / self.residence.link.down
+    }
+}
+
+impl World<'_> {
+    pub(super) fn start_site(&mut self, index: usize) -> Result<(), String> {
+        let Inhabitant { engine, leases } = self.habitat.start(index).map_err(|error| error.to_string())?;
+        let lens = self.manifest.fragments().map(|f| self.manifest.fragment_len(f).unwrap_or(0));
+        let site = &mut self.sites[index];
+        let machine = Site::new(SiteSettings {
+            fragment_lens: lens.collect(),
+            up: self.description.sync.up,
+            dataset: site.residence.dataset,
+            samples: site.residence.samples,
+            samples_per_step: site.residence.samples_per_step,
+            session: self.now.0,
+        });
+        site.life += 1;
+        site.process = Some(Process {
+            local: Local::new(engine.as_ref()),
+            machine,
+            engine,
+            leases,
+            payloads: BTreeMap::new(),
+            fetched: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            stepping: false,
+        });
+        let life = site.life;
+        self.after(0.0, Happening::SiteTick(index, life));
+        self.connect(index)
+    }
+
+    pub(super) fn connect(&mut self, index: usize) -> Result<(), String> {
+        if self.coordinator.is_none() || self.sites[index].process.is_none() || self.sites[index].finished {
+            return Ok(()); // The coordinator's start connects everybody.
+        }
+        let site = &mut self.sites[index];
+        site.connection += 1;
+        (site.up_free, site.down_free) = (self.now, self.now);
+        self.tell_site(index, SiteEvent::Connected)
+    }
+
+    pub(super) fn disconnect(&mut self, index: usize) -> Result<(), String> {
+        let site = &mut self.sites[index];
+        site.connection += 1;
+        if let Some(process) = site.process.as_mut() {
+            process.waiting.push_back(SiteEvent::Disconnected);
+        }
+        let name = site.residence.name.clone();
+        self.tell_coordinator(Event::Gone(name))
+    }
+
+    /// A site's events wait while it steps, as its thread would make them.
+    pub(super) fn tell_site(&mut self, index: usize, event: SiteEvent) -> Result<(), String> {
+        let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
+        process.waiting.push_back(event);
+        if process.stepping { Ok(()) } else { self.work(index) }
+    }
+
+    pub(super) fn work(&mut self, index: usize) -> Result<(), String> {
+        let now = self.now;
+        while let Some(process) = self.sites[index].process.as_mut()
+            && let Some(event) = process.waiting.pop_front()
+        {
+            let orders = process.machine.handle(now, event);
+            for order in orders {
+                self.obey(index, order)?;
+            }
+        }
+        let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
+        process.fetched.retain(|digest, _| process.machine.awaits(*digest));
+        let trains = process.machine.state() == SiteState::Training;
+        check(!trains || process.stepping, || format!("site {index} could train and does not"))
+    }
+
+    fn obey(&mut self, index: usize, order: SiteOrder) -> Result<(), String> {
+        let (life, connection) = (self.sites[index].life, self.sites[index].connection);
+        let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
+        match order {
+            SiteOrder::Train(_) => {
+                process.stepping = true;
+                let seconds = self.sites[index].residence.step_seconds;
+                self.after(seconds, Happening::StepDone(index, life));
+            }
+            SiteOrder::Grant(ranges) => process.leases.grant(&ranges),
+            SiteOrder::DropLeases => process.leases.clear(),
+            SiteOrder::Progress(progress) => process.leases.set_progress(progress),
+            SiteOrder::Forget(digest) => {
+                process.payloads.remove(&digest);
+            }
+            SiteOrder::Contribute(fragment, codec) => process.contribute(fragment, codec)?,
+            SiteOrder::Rebase(fragment) => {
+                process.local.rebase(process.engine.as_mut(), fragment).map_err(|error| error.to_string())?;
+            }
+            SiteOrder::Commit(notice) => {
+                let digest = process.commit(notice.fragment, notice.delta)?;
+                self.applied(index, notice.fragment, notice.version, digest)?;
+            }
+            SiteOrder::Install(fragment, version, digest) => {
+                let digest = process.install(fragment, digest)?;
+                self.applied(index, fragment, version, digest)?;
+            }
+            SiteOrder::Evaluate(request) => process.evaluate(request),
+            SiteOrder::Upload(digest) => self.upload(index, connection, digest)?,
+            SiteOrder::Fetch { digest, .. } => {
+                self.send(index, 0.0, &Happening::Request(index, connection, digest));
+                // No more than one fetch of each fragment can be under way.
+                let seconds = self.sites[index].patience(4 * self.manifest.parameters());
+                self.after(seconds, Happening::Delivered(index, connection, digest, None));
+            }
+            SiteOrder::Report(status) => self.send(index, 0.0, &Happening::Status(index, connection, status)),
+            SiteOrder::Stop(Stop::Finished) => self.sites[index].finished = true,
+            SiteOrder::Stop(stop) => return Err(format!("site {index} stopped: {stop:?}")),
+        }
+        Ok(())
+    }
+
+    fn upload(&mut self, index: usize, connection: u64, digest: Digest) -> Result<(), String> {
+        let process = self.sites[index].process.as_ref().ok_or("an upload of nobody")?;
+        let bytes = process.payloads.get(&digest).ok_or("an upload of nothing")?.clone();
+        let hardships = self.description.hardships;
+        if self.chance.chance(hardships.loss) {
+            self.after(0.5, Happening::Acknowledged(index, connection, digest, false));
+            return Ok(());
+        }
+        let through = self.sites[index].occupy_up(self.now, bytes.len()) + self.sites[index].residence.link.delay;
+        let delay = through + 0.01 + self.chance.unit() * hardships.delay * 4.0;
+        self.after(delay, Happening::Payload(index, connection, digest, Bytes(bytes)));
+        // Without an acknowledgement the shell gives up at some point.
+        let patience = self.sites[index].patience(0);
+        self.after(delay + patience, Happening::Acknowledged(index, connection, digest, false));
+        Ok(())
+    }
+
+    pub(super) fn receive_delivery(
+        &mut self,
+        index: usize,
+        digest: Digest,
+        bytes: Option<Bytes>,
+    ) -> Result<(), String> {
+        let done = bytes.is_some();
+        if let (Some(process), Some(Bytes(bytes))) = (self.sites[index].process.as_mut(), bytes) {
+            process.fetched.insert(digest, bytes);
+        }
+        self.tell_site(index, SiteEvent::Fetched(digest, done))
+    }
+
+    fn applied(&mut self, index: usize, fragment: FragmentId, version: u64, digest: Digest) -> Result<(), String> {
+        self.witness.see_copy(fragment, version, digest).map_err(|broken| format!("site {index}: {broken}"))?;
+        if let Some(process) = self.sites[index].process.as_mut() {
+            process.waiting.push_back(SiteEvent::Applied { fragment, version, digest });
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish_step(&mut self, index: usize) -> Result<(), String> {
+        let site = &mut self.sites[index];
+        let seconds = site.residence.step_seconds;
+        let Some(process) = site.process.as_mut() else { return Ok(()) };
+        process.stepping = false;
+        let progress = match process.engine.train(1) {
+            Ok(progress) => progress,
+            Err(EngineError::Starved { .. }) => Default::default(),
+            Err(error) => return Err(error.to_string()),
+        };
+        let trained = process.leases.take_trained();
+        self.witness.see_training(&self.sites[index], &trained);
+        if let Some(process) = self.sites[index].process.as_mut() {
+            process.waiting.push_front(SiteEvent::Stepped { progress, trained, seconds });
+        }
+        self.work(index)
+    }
+}
+
+impl Process {
+    fn contribute(&mut self, fragment: FragmentId, codec: Codec) -> Result<(), String> {
+        let payload = self.local.contribute(self.engine.as_mut(), fragment, codec);
+        let payload = payload.map_err(|error| error.to_string())?;
+        codec::decode(&payload.bytes, self.local.theta(fragment).len()).map_err(|error| error.to_string())?;
+        let (bytes, norm) = (payload.bytes.len() as u64, payload.norm);
+        self.payloads.insert(payload.digest, Rc::new(payload.bytes));
+        self.waiting.push_back(SiteEvent::Contributed { fragment, payload: payload.digest, bytes, norm });
+        Ok(())
+    }
+
+    fn commit(&mut self, fragment: FragmentId, delta: Digest) -> Result<Digest, String> {
+        let bytes = self.fetched.get(&delta).ok_or("a commit was ordered before it came")?;
+        self.local.commit(self.engine.as_mut(), fragment, bytes).map_err(|error| error.to_string())
+    }
+
+    fn install(&mut self, fragment: FragmentId, digest: Digest) -> Result<Digest, String> {
+        let bytes = self.fetched.get(&digest).ok_or("weights were ordered before they came")?;
+        let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        let weights: Vec<f32> = weights.collect();
+        self.local.install(self.engine.as_mut(), fragment, &weights).map_err(|error| error.to_string())
+    }
+
+    /// Held-out text is not looked at during a simulated run; the machines only need an answer.
+    fn evaluate(&mut self, request: u64) {
+        let commits = self.machine.held().flatten().map(|(version, _)| version).sum();
+        let evaluated = Evaluated { commits, nats: 1.0, tokens: 1, bytes: 1 };
+        self.waiting.push_back(SiteEvent::Evaluated(request, evaluated));
+    }
+}

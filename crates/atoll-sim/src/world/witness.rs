@@ -1,0 +1,90 @@
+//! An observer who believes nobody's bookkeeping.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use atoll_core::data::{DatasetId, Ranges};
+use atoll_core::hash::Digest;
+use atoll_core::journal::{Commit, Entry};
+use atoll_core::manifest::FragmentId;
+use atoll_core::round::Standing;
+use atoll_core::site::SiteId;
+
+use super::site::Island;
+
+#[derive(Default)]
+pub(super) struct Witness {
+    /// Digest of each version of each fragment, as first seen.
+    digests: BTreeMap<(FragmentId, u64), Digest>,
+    /// Samples that engines really trained on, by site.
+    trained: BTreeMap<(SiteId, DatasetId), BTreeSet<u64>>,
+    /// Samples that commits say are in the model.
+    consumed: BTreeSet<(DatasetId, u64)>,
+    /// How many of them came from which site.
+    samples: BTreeMap<SiteId, u64>,
+    /// Highest version of each fragment ever announced.
+    announced: BTreeMap<usize, u64>,
+}
+
+impl Witness {
+    /// A copy of a fragment at `version` has this digest; all others must have it too.
+    pub(super) fn see_copy(&mut self, fragment: FragmentId, version: u64, digest: Digest) -> Result<(), String> {
+        let known = *self.digests.entry((fragment, version)).or_insert(digest);
+        check(known == digest, || format!("{fragment} has two versions {version}"))
+    }
+
+    /// An engine has taken steps on `ranges`.
+    pub(super) fn see_training(&mut self, island: &Island, ranges: &Ranges) {
+        let residence = &island.residence;
+        let seen = self.trained.entry((residence.name.clone(), residence.dataset)).or_default();
+        seen.extend(ranges.spans().flat_map(|(start, end)| start..end));
+    }
+
+    /// A standing goes out.
+    pub(super) fn see_standing(&mut self, standing: &Standing) {
+        for (index, &(version, _)) in standing.fragments.iter().enumerate() {
+            let announced = self.announced.entry(index).or_default();
+            *announced = version.max(*announced);
+        }
+    }
+
+    /// A coordinator that starts knows these versions, one per fragment.
+    pub(super) fn see_start(&self, versions: &[u64]) -> Result<(), String> {
+        for (&fragment, &version) in &self.announced {
+            let durable = versions[fragment];
+            check(durable >= version, || format!("fragment {fragment} was announced at {version}, is at {durable}"))?;
+        }
+        Ok(())
+    }
+
+    /// Checks a commit against what really happened.
+    pub(super) fn see_entry(&mut self, entry: &Entry, sites: &[Island]) -> Result<(), String> {
+        let Entry::Committed(commit) = entry else { return Ok(()) };
+        self.see_copy(commit.fragment, commit.version, commit.digest)?;
+        self.see_commit(commit, sites)
+    }
+
+    fn see_commit(&mut self, commit: &Commit, sites: &[Island]) -> Result<(), String> {
+        for accepted in &commit.contributions {
+            let island = sites.iter().find(|island| island.residence.name == accepted.site);
+            let dataset = island.ok_or("a commit of a stranger")?.residence.dataset;
+            let key = (accepted.site.clone(), dataset);
+            for position in accepted.ranges.spans().flat_map(|(start, end)| start..end) {
+                let trained = self.trained.get(&key).is_some_and(|trained| trained.contains(&position));
+                check(trained, || format!("{} never trained on sample {position}", accepted.site))?;
+                let new = self.consumed.insert((dataset, position));
+                check(new, || format!("sample {position} is in the model twice"))?;
+            }
+            *self.samples.entry(accepted.site.clone()).or_default() += accepted.ranges.len();
+        }
+        Ok(())
+    }
+
+    /// Samples of `site` in the model.
+    pub(super) fn samples_of(&self, site: &SiteId) -> u64 {
+        self.samples.get(site).copied().unwrap_or(0)
+    }
+}
+
+pub(super) fn check(holds: bool, broken: impl FnOnce() -> String) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(broken()) }
+}
