@@ -206,8 +206,8 @@ pub struct FragmentBook {
     pub tail: VecDeque<Notice>,
     /// What each site usually brings to a commit, tokens²/steps, smoothed.
     pub usual: BTreeMap<SiteId, f64>,
-    /// Length of a usual contribution, smoothed.
-    pub norm: f64,
+    /// Length of the longest contribution so far.
+    pub longest: f64,
 }
 
 /// Weight of the newest contribution in what is usual.
@@ -221,7 +221,7 @@ impl FragmentBook {
             let usual = self.usual.entry(accepted.site.clone()).or_default();
             let most = if *usual > 0.0 { USUAL_MAX * *usual } else { f64::INFINITY };
             *usual = plan::smooth(*usual, accepted.work().min(most), USUAL_SHARE);
-            self.norm = plan::smooth(self.norm, accepted.norm, USUAL_SHARE);
+            self.longest = self.longest.max(accepted.norm);
         }
     }
 }
@@ -373,7 +373,7 @@ impl Book {
             digest,
             tail: VecDeque::new(),
             usual: BTreeMap::new(),
-            norm: 0.0,
+            longest: 0.0,
         };
         self.fragments = theta.iter().map(fragment).collect();
         Ok(())

@@ -5,7 +5,8 @@ use atoll_core::data::DatasetId;
 use atoll_core::hash::Digest;
 use atoll_core::outer::OuterRule;
 use atoll_core::rng::{Rng, mix};
-use atoll_core::round::{Goal, Sync};
+use atoll_core::delta::Follow;
+use atoll_core::round::{Absent, Goal, Setting, Sync};
 
 use crate::toy::{self, Nature, Toys};
 use crate::{Description, Hardships, Link, Outcome, Residence, run};
@@ -44,15 +45,24 @@ fn describe(seed: u64, hardships: Hardships) -> Description {
 }
 
 fn draw_sync(chance: &mut Rng) -> Sync {
-    let pick = |rng: &mut Rng, codecs: &[Codec]| codecs[rng.below(codecs.len() as u64) as usize];
-    let rules =
-        [OuterRule::Memoryless { learning_rate: 1.0 }, OuterRule::Nesterov { learning_rate: 0.5, momentum: 0.5 }];
+    fn pick<T: Copy>(rng: &mut Rng, choices: &[T]) -> T {
+        choices[rng.below(choices.len() as u64) as usize]
+    }
+    // A toy has so few weights that a share of 96 in 4,096 would take it for ever.
+    let codecs = [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(800), Codec::Sparse(2000)];
+    let rules = [
+        OuterRule::Auto { momentum: 0.3 },
+        OuterRule::Memoryless { learning_rate: 1.0 },
+        OuterRule::Nesterov { learning_rate: 0.5, momentum: 0.5 },
+    ];
     Sync {
         fragments: 1 + chance.below(4) as usize,
-        steps: 1 + chance.below(12) as u32,
-        up: pick(chance, &Codec::ALL),
-        down: pick(chance, &Codec::ALL),
-        outer: rules[chance.below(2) as usize],
+        steps: Setting::Is(1 + chance.below(12) as u32),
+        up: pick(chance, &codecs),
+        down: pick(chance, &codecs),
+        outer: pick(chance, &rules),
+        follow: pick(chance, &[Follow::Auto, Follow::Carry, Follow::Overwrite]),
+        absent: pick(chance, &[Absent::Reserve, Absent::Ignore]),
         evaluate_seconds: 10.0,
         ..Sync::default()
     }

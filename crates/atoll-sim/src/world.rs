@@ -161,6 +161,10 @@ impl<'a> World<'a> {
         Global::new(self.manifest.clone(), self.habitat.first_weights())
     }
 
+    fn lens(&self) -> Vec<usize> {
+        self.manifest.fragments().map(|fragment| self.manifest.fragment_len(fragment).unwrap_or(0)).collect()
+    }
+
     /// Simulated seconds so far.
     fn seconds(&self) -> f64 {
         self.now.0 as f64 / 1e6
@@ -226,6 +230,10 @@ impl<'a> World<'a> {
             Happening::Delivered(index, connection, digest, bytes) if self.sites[index].connection == connection => {
                 self.receive_delivery(index, digest, bytes)
             }
+            Happening::Pushed(index, connection, digest, bytes) if self.sites[index].connection == connection => {
+                self.receive_push(index, digest, bytes)
+            }
+            Happening::Worked(index, life, work) if self.sites[index].life == life => self.tell_work(index, work),
             Happening::StepDone(index, life) if self.sites[index].life == life => self.finish_step(index),
             Happening::SiteTick(index, life) if self.sites[index].life == life => {
                 self.after(0.5, Happening::SiteTick(index, life));

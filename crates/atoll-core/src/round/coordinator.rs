@@ -205,9 +205,9 @@ struct Pace {
 
 /// Payloads that may lie here unmerged; more than sites times fragments ever need.
 const ARRIVED_MAX: usize = 1 << 16;
-/// A contribution this many times as long as usual is no training.
+/// A contribution this many times as long as the longest so far is no training.
 const NORM_TIMES_MAX: f64 = 100.0;
-/// … and neither is one whose weights would move by this much on average, whatever is usual.
+/// … and neither is one whose weights would move by this much on average, whatever came before.
 const MOVE_MAX: f64 = 1e3;
 /// A site is sent commits unasked as long as it has not more than this many of a fragment before it.
 const PUSHED_AHEAD: u64 = 2;
@@ -479,8 +479,16 @@ impl Coordinator {
         }
         let entry = Entry::Refused { site: site.clone(), number: receipt.number, ranges, why: why.to_string() };
         self.record(entry, orders);
-        self.arrived.remove(&receipt.payload);
-        orders.push(Order::Forget(receipt.payload));
+        self.forget(receipt.payload, orders);
+    }
+
+    /// Lets go of a payload unless another pending contribution was encoded to the same bytes.
+    fn forget(&mut self, payload: Digest, orders: &mut Vec<Order>) {
+        let mut pending = self.rounds.iter().flat_map(|round| round.pending.values());
+        if !pending.any(|receipt| receipt.payload == payload) {
+            self.arrived.remove(&payload);
+            orders.push(Order::Forget(payload));
+        }
     }
 
     /// Samples that pending contributions of `site` speak of.
@@ -516,9 +524,9 @@ impl Coordinator {
     fn refuse_absurd(&mut self, payload: Digest, norm: f64, orders: &mut Vec<Order>) {
         let of_payload = |round: &&Round| round.pending.values().any(|receipt| receipt.payload == payload);
         let Some(index) = self.rounds.iter().position(|round| of_payload(&round)) else { return };
-        let usual = self.book.fragments[index].norm;
+        let longest = self.book.fragments[index].longest;
         let most = MOVE_MAX * (self.lens.get(index).copied().unwrap_or(0) as f64).sqrt();
-        let most = if usual > 0.0 { most.min(NORM_TIMES_MAX * usual) } else { most };
+        let most = if longest > 0.0 { most.min(NORM_TIMES_MAX * longest) } else { most };
         if !(norm <= most) {
             let why = format!("its length is {norm:.3e}, and {most:.3e} is the most that training can explain");
             self.refuse_payload(None, payload, &why, orders);
@@ -526,15 +534,16 @@ impl Coordinator {
     }
 
     fn drop_pending(&mut self, site: &SiteId, orders: &mut Vec<Order>) {
+        let mut dropped = Vec::new();
         for round in &mut self.rounds {
             round.pending.retain(|(owner, _), receipt| {
                 if owner == site {
-                    self.arrived.remove(&receipt.payload);
-                    orders.push(Order::Forget(receipt.payload));
+                    dropped.push(receipt.payload);
                 }
                 owner != site
             });
         }
+        dropped.into_iter().for_each(|payload| self.forget(payload, orders));
     }
 
     /// Whether a contribution of `site` is in an outer step that is being computed.
@@ -719,10 +728,7 @@ impl Coordinator {
             seconds: self.seconds,
         };
         if self.record(Entry::Committed(commit), orders) {
-            payloads.iter().for_each(|payload| {
-                self.arrived.remove(payload);
-            });
-            orders.extend(payloads.into_iter().map(Order::Forget));
+            payloads.into_iter().for_each(|payload| self.forget(payload, orders));
         }
         let connected: Vec<SiteId> =
             self.views.iter().filter(|(_, view)| view.connected).map(|(site, _)| site.clone()).collect();

@@ -432,7 +432,11 @@ impl Site {
         for (number, settled) in &standing.settled {
             let Some(outstanding) = self.outstanding.remove(number) else { continue };
             let fragment = outstanding.receipt.fragment;
-            orders.push(SiteOrder::Forget(outstanding.receipt.payload));
+            let payload = outstanding.receipt.payload;
+            // Two contributions may have been encoded to the same bytes.
+            if self.outstanding.values().all(|other| other.receipt.payload != payload) {
+                orders.push(SiteOrder::Forget(payload));
+            }
             match settled {
                 Settled::Committed(version) => self.fragments[fragment.index()].needs = *version,
                 Settled::Refused(_) => {
@@ -518,7 +522,10 @@ impl Site {
 
     fn contributed(&mut self, id: FragmentId, payload: Digest, bytes: u64, norm: f64, orders: &mut Vec<SiteOrder>) {
         let Some(taken) = self.fragments[id.index()].taken.take() else {
-            orders.push(SiteOrder::Forget(payload)); // The session that it was made for is over.
+            // The session that it was made for is over.
+            if self.outstanding.values().all(|other| other.receipt.payload != payload) {
+                orders.push(SiteOrder::Forget(payload));
+            }
             return;
         };
         self.contributions += 1;

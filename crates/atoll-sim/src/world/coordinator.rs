@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use atoll_core::codec::Payload;
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Book, Chain, Entry};
 use atoll_core::outer::Global;
 use atoll_core::round::{Coordinator, Event, Merge, Merged, Order};
 use atoll_core::site::SiteId;
+use atoll_core::team::Alone;
 
 use super::happening::{Bytes, Happening};
 use super::witness::check;
@@ -51,7 +53,7 @@ impl World<'_> {
         let (book, global, deltas) = self.replay()?;
         self.witness.see_start(&book.fragments.iter().map(|fragment| fragment.version).collect::<Vec<_>>())?;
         self.life += 1;
-        let machine = Coordinator::new(self.description.sync.clone(), self.description.goal, book);
+        let machine = Coordinator::new(self.description.sync.clone(), self.description.goal, book, self.lens());
         self.coordinator = Some(Head { machine, global, deltas });
         self.after(0.0, Happening::CoordinatorTick(self.life));
         for index in 0..self.sites.len() {
@@ -69,7 +71,7 @@ impl World<'_> {
             let entry = chain.read(line).map_err(|error| error.to_string())?;
             book.apply(&entry).map_err(|error| error.to_string())?;
             if let Entry::Committed(commit) = &entry {
-                let step = global.replay(commit, &payload).map_err(|error| error.to_string())?;
+                let step = global.replay(commit, &payload, &Alone).map_err(|error| error.to_string())?;
                 deltas.insert(step.delta, Rc::new(step.payload));
             }
         }
@@ -119,6 +121,7 @@ impl World<'_> {
                 self.send(index, 0.0, &Happening::Standing(index, connection, standing));
             }
             Order::Merge(merge) => self.merge(&merge)?,
+            Order::Push(site, digest) => self.push(&site, digest)?,
             Order::Halt(why) => return Err(why),
             Order::Forget(digest) => self.forget(digest),
         }
@@ -126,16 +129,15 @@ impl World<'_> {
     }
 
     fn merge(&mut self, merge: &Merge) -> Result<(), String> {
-        let sync = &self.description.sync;
         let Some(head) = self.coordinator.as_mut() else { return Ok(()) };
         let payload = |digest| self.disk.payload(digest);
         let step = head
             .global
-            .perform(merge.fragment, &merge.contributions, sync.outer, sync.down, &payload)
+            .perform(merge.fragment, merge.version, &merge.contributions, &merge.recipe, &payload, &Alone)
             .map_err(|error| error.to_string())?;
         let bytes = step.payload.len() as u64;
         let merged =
-            Merged { fragment: merge.fragment, delta: step.delta, bytes, digest: step.digest, cosines: step.cosines };
+            Merged { fragment: merge.fragment, delta: step.delta, bytes, digest: step.digest, measures: step.measures };
         let seconds = 0.001 + self.chance.unit() * 0.05;
         self.after(seconds, Happening::Merged(self.life, merged, Bytes(Rc::new(step.payload))));
         Ok(())
@@ -169,7 +171,8 @@ impl World<'_> {
         check(Digest::of(bytes) == digest, || "a payload arrived under a wrong name".into())?;
         self.disk.payloads.insert(digest, bytes.clone());
         self.send(index, 0.0, &Happening::Acknowledged(index, connection, digest, true));
-        self.tell_coordinator(Event::Arrived(digest))?;
+        let norm = codec_norm(bytes);
+        self.tell_coordinator(Event::Arrived(digest, norm))?;
         // Now and then a payload turns out to be useless, perhaps when it is being merged already.
         if self.chance.chance(self.description.hardships.loss / 10.0) {
             let site = self.sites[index].residence.name.clone();
@@ -186,9 +189,25 @@ impl World<'_> {
         self.send(index, seconds, &Happening::Delivered(index, connection, digest, bytes.map(Bytes)));
     }
 
+    /// Sends a commit to a site that has not asked for it.
+    fn push(&mut self, site: &SiteId, digest: Digest) -> Result<(), String> {
+        let index = self.index_of(site)?;
+        let Some(bytes) = self.coordinator.as_ref().and_then(|head| head.bytes(digest)) else { return Ok(()) };
+        let seconds = self.sites[index].occupy_down(self.now, bytes.len());
+        let connection = self.sites[index].connection;
+        self.send(index, seconds, &Happening::Pushed(index, connection, digest, Bytes(bytes)));
+        Ok(())
+    }
+
     fn index_of(&self, site: &SiteId) -> Result<usize, String> {
         self.sites.iter().position(|island| &island.residence.name == site).ok_or_else(|| format!("who is {site}?"))
     }
+}
+
+/// Length of what a payload says; a gate would have refused one that says nothing.
+fn codec_norm(bytes: &[u8]) -> f64 {
+    let count = bytes.get(1..5).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize);
+    Payload::check(bytes, count, &Alone).map_or(f64::NAN, |payload| payload.norm())
 }
 
 impl Disk {

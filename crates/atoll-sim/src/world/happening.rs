@@ -3,8 +3,10 @@
 use std::fmt;
 use std::rc::Rc;
 
+use atoll_core::delta::Change;
 use atoll_core::hash::Digest;
-use atoll_core::round::{Merged, Standing, Status};
+use atoll_core::manifest::FragmentId;
+use atoll_core::round::{Merged, SiteEvent, Standing, Status};
 
 #[derive(Debug, Clone)]
 pub(super) enum Happening {
@@ -22,12 +24,32 @@ pub(super) enum Happening {
     Standing(usize, u64, Box<Standing>),
     Acknowledged(usize, u64, Digest, bool),
     Delivered(usize, u64, Digest, Option<Bytes>),
+    /// Sent without having been asked for.
+    Pushed(usize, u64, Digest, Bytes),
+    /// What the life of a site had its weights worked on beside the training is done.
+    Worked(usize, u64, Work),
     /// To the life of site number `.0` in its life number `.1`.
     StepDone(usize, u64),
     SiteTick(usize, u64),
     SiteStarts(usize),
     Reconnect(usize, u64),
     Fault,
+}
+
+/// A change of an engine's weights, if there is one, and what is then to be said.
+#[derive(Clone)]
+pub(super) struct Work {
+    pub(super) fragment: FragmentId,
+    pub(super) change: Option<Change>,
+    /// The bytes of a contribution.
+    pub(super) payload: Option<Bytes>,
+    pub(super) event: SiteEvent,
+}
+
+impl fmt::Debug for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.event)
+    }
 }
 
 /// Bytes on their way. A trace tells how many; which, their address says.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-use atoll_core::codec::{self, Codec};
+use atoll_core::codec::Codec;
 use atoll_core::delta::Local;
 use atoll_core::engine::{Engine, EngineError};
 use atoll_core::hash::Digest;
@@ -11,8 +11,9 @@ use atoll_core::journal::Evaluated;
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Event, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
 use atoll_core::site::Time;
+use atoll_core::team::Alone;
 
-use super::happening::{Bytes, Happening};
+use super::happening::{Bytes, Happening, Work};
 use super::witness::check;
 use super::{Store, World};
 use crate::{Inhabitant, Leases, Residence};
@@ -40,8 +41,18 @@ pub(super) struct Process {
     leases: Leases,
     payloads: Store,
     fetched: Store,
-    waiting: VecDeque<SiteEvent>,
+    /// Commits that came unasked.
+    pushed: Store,
+    waiting: VecDeque<Input>,
     pub(super) stepping: bool,
+    /// When all that is being encoded and decoded beside the training is done.
+    desk_free: Time,
+}
+
+/// What waits for the end of a step.
+enum Input {
+    Event(SiteEvent),
+    Work(Work),
 }
 
 /// Seconds after which a shell gives up on an answer that ought to be here.
@@ -85,11 +96,12 @@ impl Island {
 impl World<'_> {
     pub(super) fn start_site(&mut self, index: usize) -> Result<(), String> {
         let Inhabitant { engine, leases } = self.habitat.start(index).map_err(|error| error.to_string())?;
-        let lens = self.manifest.fragments().map(|f| self.manifest.fragment_len(f).unwrap_or(0));
+        let fragment_lens = self.lens();
+        let follow = self.description.sync.follow;
+        let now = self.now;
         let site = &mut self.sites[index];
         let machine = Site::new(SiteSettings {
-            fragment_lens: lens.collect(),
-            up: self.description.sync.up,
+            fragment_lens,
             dataset: site.residence.dataset,
             samples: site.residence.samples,
             samples_per_step: site.residence.samples_per_step,
@@ -97,14 +109,16 @@ impl World<'_> {
         });
         site.life += 1;
         site.process = Some(Process {
-            local: Local::new(engine.as_ref()),
+            local: Local::new(engine.manifest(), follow),
             machine,
             engine,
             leases,
             payloads: BTreeMap::new(),
             fetched: BTreeMap::new(),
+            pushed: BTreeMap::new(),
             waiting: VecDeque::new(),
             stepping: false,
+            desk_free: now,
         });
         let life = site.life;
         self.after(0.0, Happening::SiteTick(index, life));
@@ -125,7 +139,8 @@ impl World<'_> {
         let site = &mut self.sites[index];
         site.connection += 1;
         if let Some(process) = site.process.as_mut() {
-            process.waiting.push_back(SiteEvent::Disconnected);
+            process.pushed.clear();
+            process.waiting.push_back(Input::Event(SiteEvent::Disconnected));
         }
         let name = site.residence.name.clone();
         self.tell_coordinator(Event::Gone(name))
@@ -134,15 +149,33 @@ impl World<'_> {
     /// A site's events wait while it steps, as its thread would make them.
     pub(super) fn tell_site(&mut self, index: usize, event: SiteEvent) -> Result<(), String> {
         let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
-        process.waiting.push_back(event);
+        process.waiting.push_back(Input::Event(event));
+        if process.stepping { Ok(()) } else { self.work(index) }
+    }
+
+    /// What was worked out beside the training waits for the end of a step, too.
+    pub(super) fn tell_work(&mut self, index: usize, work: Work) -> Result<(), String> {
+        let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
+        process.waiting.push_back(Input::Work(work));
         if process.stepping { Ok(()) } else { self.work(index) }
     }
 
     pub(super) fn work(&mut self, index: usize) -> Result<(), String> {
         let now = self.now;
         while let Some(process) = self.sites[index].process.as_mut()
-            && let Some(event) = process.waiting.pop_front()
+            && let Some(input) = process.waiting.pop_front()
         {
+            let event = match input {
+                Input::Event(event) => event,
+                Input::Work(Work { fragment, change, payload, event }) => {
+                    if let (SiteEvent::Contributed { payload: digest, .. }, Some(Bytes(bytes))) = (&event, payload) {
+                        process.payloads.insert(*digest, bytes);
+                    }
+                    let applied = change.map(|change| change.apply(process.engine.as_mut(), fragment));
+                    applied.transpose().map_err(|error| error.to_string())?;
+                    event
+                }
+            };
             let orders = process.machine.handle(now, event);
             for order in orders {
                 self.obey(index, order)?;
@@ -169,22 +202,33 @@ impl World<'_> {
             SiteOrder::Forget(digest) => {
                 process.payloads.remove(&digest);
             }
-            SiteOrder::Contribute(fragment, codec) => process.contribute(fragment, codec)?,
+            SiteOrder::Contribute(fragment, codec) => {
+                let work = process.contribute(fragment, codec)?;
+                self.put_on_the_desk(index, work)?;
+            }
             SiteOrder::Rebase(fragment) => {
-                process.local.rebase(process.engine.as_mut(), fragment).map_err(|error| error.to_string())?;
+                let change = Some(process.local.rebase(fragment));
+                self.put_on_the_desk(index, Work { fragment, change, payload: None, event: SiteEvent::Rebased(fragment) })?;
             }
             SiteOrder::Commit(notice) => {
-                let digest = process.commit(notice.fragment, notice.delta)?;
-                self.applied(index, notice.fragment, notice.version, digest)?;
+                let work = process.commit(notice.fragment, notice.version, notice.delta)?;
+                self.put_on_the_desk(index, work)?;
             }
             SiteOrder::Install(fragment, version, digest) => {
-                let digest = process.install(fragment, digest)?;
-                self.applied(index, fragment, version, digest)?;
+                let work = process.install(fragment, version, digest)?;
+                self.put_on_the_desk(index, work)?;
             }
             SiteOrder::Evaluate(request) => process.evaluate(request),
             SiteOrder::Upload(digest) => self.upload(index, connection, digest)?,
-            SiteOrder::Fetch { digest, .. } => {
-                self.send(index, 0.0, &Happening::Request(index, connection, digest));
+            SiteOrder::Fetch { digest, pushed, .. } => {
+                match process.pushed.remove(&digest) {
+                    Some(bytes) => {
+                        process.fetched.insert(digest, bytes);
+                        process.waiting.push_back(Input::Event(SiteEvent::Fetched(digest, true)));
+                    }
+                    None if pushed => {}
+                    None => self.send(index, 0.0, &Happening::Request(index, connection, digest)),
+                }
                 // No more than one fetch of each fragment can be under way.
                 let seconds = self.sites[index].patience(4 * self.manifest.parameters());
                 self.after(seconds, Happening::Delivered(index, connection, digest, None));
@@ -226,11 +270,26 @@ impl World<'_> {
         self.tell_site(index, SiteEvent::Fetched(digest, done))
     }
 
-    fn applied(&mut self, index: usize, fragment: FragmentId, version: u64, digest: Digest) -> Result<(), String> {
-        self.witness.see_copy(fragment, version, digest).map_err(|broken| format!("site {index}: {broken}"))?;
-        if let Some(process) = self.sites[index].process.as_mut() {
-            process.waiting.push_back(SiteEvent::Applied { fragment, version, digest });
+    pub(super) fn receive_push(&mut self, index: usize, digest: Digest, bytes: Bytes) -> Result<(), String> {
+        let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
+        if process.machine.awaits(digest) {
+            return self.receive_delivery(index, digest, Some(bytes));
         }
+        process.pushed.insert(digest, bytes.0);
+        Ok(())
+    }
+
+    /// Work is done one after the other and takes its time, while training goes on.
+    fn put_on_the_desk(&mut self, index: usize, work: Work) -> Result<(), String> {
+        let seconds = self.chance.unit() * self.description.hardships.delay / 2.0;
+        let life = self.sites[index].life;
+        let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
+        process.desk_free = process.desk_free.max(self.now).after(seconds);
+        let wait = process.desk_free.seconds_since(self.now);
+        if let SiteEvent::Applied { fragment, version, digest } = work.event {
+            self.witness.see_copy(fragment, version, digest).map_err(|broken| format!("site {index}: {broken}"))?;
+        }
+        self.after(wait, Happening::Worked(index, life, work));
         Ok(())
     }
 
@@ -247,39 +306,42 @@ impl World<'_> {
         let trained = process.leases.take_trained();
         self.witness.see_training(&self.sites[index], &trained);
         if let Some(process) = self.sites[index].process.as_mut() {
-            process.waiting.push_front(SiteEvent::Stepped { progress, trained, seconds });
+            process.waiting.push_front(Input::Event(SiteEvent::Stepped { progress, trained, seconds }));
         }
         self.work(index)
     }
 }
 
 impl Process {
-    fn contribute(&mut self, fragment: FragmentId, codec: Codec) -> Result<(), String> {
-        let payload = self.local.contribute(self.engine.as_mut(), fragment, codec);
-        let payload = payload.map_err(|error| error.to_string())?;
-        codec::decode(&payload.bytes, self.local.theta(fragment).len()).map_err(|error| error.to_string())?;
-        let (bytes, norm) = (payload.bytes.len() as u64, payload.norm);
-        self.payloads.insert(payload.digest, Rc::new(payload.bytes));
-        self.waiting.push_back(SiteEvent::Contributed { fragment, payload: payload.digest, bytes, norm });
-        Ok(())
+    fn contribute(&mut self, fragment: FragmentId, codec: Codec) -> Result<Work, String> {
+        let mut weights = vec![0.0; self.local.theta(fragment).len()];
+        self.engine.read(fragment, &mut weights).map_err(|error| error.to_string())?;
+        let payload = self.local.contribute(fragment, weights, codec, &Alone).map_err(|error| error.to_string())?;
+        let (digest, bytes, norm) = (payload.digest, payload.bytes.len() as u64, payload.norm);
+        let agreement = payload.agreement;
+        let event = SiteEvent::Contributed { fragment, payload: digest, bytes, norm, agreement };
+        Ok(Work { fragment, change: None, payload: Some(Bytes(Rc::new(payload.bytes))), event })
     }
 
-    fn commit(&mut self, fragment: FragmentId, delta: Digest) -> Result<Digest, String> {
+    fn commit(&mut self, fragment: FragmentId, version: u64, delta: Digest) -> Result<Work, String> {
         let bytes = self.fetched.get(&delta).ok_or("a commit was ordered before it came")?;
-        self.local.commit(self.engine.as_mut(), fragment, bytes).map_err(|error| error.to_string())
+        let (digest, change) =
+            self.local.commit(fragment, bytes.to_vec(), &Alone).map_err(|error| error.to_string())?;
+        Ok(Work { fragment, change: Some(change), payload: None, event: SiteEvent::Applied { fragment, version, digest } })
     }
 
-    fn install(&mut self, fragment: FragmentId, digest: Digest) -> Result<Digest, String> {
+    fn install(&mut self, fragment: FragmentId, version: u64, digest: Digest) -> Result<Work, String> {
         let bytes = self.fetched.get(&digest).ok_or("weights were ordered before they came")?;
         let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        let weights: Vec<f32> = weights.collect();
-        self.local.install(self.engine.as_mut(), fragment, &weights).map_err(|error| error.to_string())
+        let (digest, change) =
+            self.local.install(fragment, &weights.collect::<Vec<_>>()).map_err(|error| error.to_string())?;
+        Ok(Work { fragment, change: Some(change), payload: None, event: SiteEvent::Applied { fragment, version, digest } })
     }
 
     /// Held-out text is not looked at during a simulated run; the machines only need an answer.
     fn evaluate(&mut self, request: u64) {
         let commits = self.machine.held().flatten().map(|(version, _)| version).sum();
         let evaluated = Evaluated { commits, nats: 1.0, tokens: 1, bytes: 1 };
-        self.waiting.push_back(SiteEvent::Evaluated(request, evaluated));
+        self.waiting.push_back(Input::Event(SiteEvent::Evaluated(request, evaluated)));
     }
 }
