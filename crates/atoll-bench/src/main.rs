@@ -3,9 +3,14 @@
 //! within two minutes. Numbers here are measured, not asserted: machines differ and are shared.
 
 mod codec;
+mod emulated;
 mod engine;
+mod lab;
 mod processes;
+mod roles;
+mod scenario;
 mod sim;
+mod wan;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -56,6 +61,8 @@ enum Name {
     Joint,
     /// What a slow site costs the others: their tokens per second with and without it.
     Slow,
+    /// Four sites behind slow, long and lossy links: the share of time that they spend in inner steps.
+    Wan,
 }
 
 /// Named results.
@@ -64,7 +71,10 @@ type Figures = BTreeMap<String, f64>;
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     if let Some(spec) = &arguments.worker {
-        return engine::work(spec);
+        return match arguments.name {
+            Name::Wan => roles::play(spec),
+            _ => engine::work(spec),
+        };
     }
     let began = Instant::now();
     let figures = match arguments.name {
@@ -73,6 +83,7 @@ fn main() -> Result<()> {
         Name::Sim => sim::run(arguments.quick),
         Name::Joint => processes::joint(&arguments)?,
         Name::Slow => processes::slow(&arguments)?,
+        Name::Wan => wan::run(&arguments)?,
     };
     println!("\nmachine: {}", machine());
     if arguments.json {
