@@ -117,7 +117,7 @@ impl Lab {
             until: "any",
             limit: LIMIT,
             grace: format!("{GRACE_SECONDS}s"),
-            sample: "100ms",
+            sample: "50ms",
             sysctl: congestion.map(|name| ("net.ipv4.tcp_congestion_control", name)).into_iter().collect(),
             default: BTreeMap::from([("delay", format!("{}us", u64::from(link.rtt_ms) * 500))]),
             site: tasks.iter().map(|(name, task)| (name.clone(), place(task))).collect(),
@@ -264,21 +264,26 @@ impl Wires {
     }
 
     fn between(&self, from: &str, to: &str, window: (f64, f64), of: impl Fn(&Count) -> f64) -> f64 {
-        let counts = self.counts(from, to);
-        let at = |moment: f64| -> f64 {
-            let after = counts.partition_point(|count| count.at < moment);
-            let (Some(b), Some(a)) = (counts.get(after).or(counts.last()), counts.get(after.saturating_sub(1))) else {
-                return 0.0;
-            };
-            let share = if b.at > a.at { ((moment - a.at) / (b.at - a.at)).clamp(0.0, 1.0) } else { 1.0 };
-            of(a) + (of(b) - of(a)) * share
-        };
-        at(window.1) - at(window.0)
+        let counts: Vec<(f64, f64)> = self.counts(from, to).iter().map(|count| (count.at, of(count))).collect();
+        between(&counts, window)
     }
 
     fn counts(&self, from: &str, to: &str) -> &[Count] {
         self.links.get(&format!("{from}>{to}")).map_or(&[], Vec::as_slice)
     }
+}
+
+/// How much a counter that was read now and then grew in that stretch.
+pub(crate) fn between(counts: &[(f64, f64)], window: (f64, f64)) -> f64 {
+    let at = |moment: f64| -> f64 {
+        let after = counts.partition_point(|(at, _)| *at < moment);
+        let (Some(b), Some(a)) = (counts.get(after).or(counts.last()), counts.get(after.saturating_sub(1))) else {
+            return 0.0;
+        };
+        let share = if b.0 > a.0 { ((moment - a.0) / (b.0 - a.0)).clamp(0.0, 1.0) } else { 1.0 };
+        a.1 + (b.1 - a.1) * share
+    };
+    at(window.1) - at(window.0)
 }
 
 /// The lines of `links.csv`; its last one was written at that moment.

@@ -29,7 +29,7 @@ use atoll_node::report::Report;
 use atoll_node::run::{CoordinatorSection, Keep, ModelSection, RunConfig, RunDir, write_atomically};
 
 use crate::emulated::{Act, Diary, Moment};
-use crate::lab::{HUB, Lab, Link, Wires};
+use crate::lab::{HUB, Lab, Link, Wires, between};
 use crate::median;
 use crate::roles::{Role, SiteRole};
 
@@ -37,7 +37,7 @@ use crate::roles::{Role, SiteRole};
 pub(crate) const STEP_MS: u64 = 30;
 /// The same in seconds.
 pub(crate) const STEP_SECONDS: f64 = STEP_MS as f64 / 1e3;
-/// After the links were shaped, until the window begins.
+/// After the links were shaped, until the window begins, usually.
 pub(crate) const SETTLE_SECONDS: f64 = 5.0;
 /// Sites that have not loaded the model by then never will.
 const LOAD_SECONDS: f64 = 180.0;
@@ -56,6 +56,8 @@ pub(crate) enum Size {
     M30,
     /// 51.0 M.
     M51,
+    /// 99.3 M.
+    M99,
 }
 
 impl Size {
@@ -64,6 +66,7 @@ impl Size {
             Self::M12 => (384, 1296, 6),
             Self::M30 => (512, 1536, 9),
             Self::M51 => (640, 1792, 10),
+            Self::M99 => (768, 2048, 14),
         };
         let heads = Some(hidden / 64);
         ModelSection {
@@ -96,12 +99,16 @@ impl Size {
 pub(crate) struct Scenario {
     pub(crate) bench: &'static str,
     pub(crate) size: Size,
+    /// Fragments, if not as many as runs have.
+    pub(crate) fragments: Option<usize>,
     pub(crate) sites: usize,
     /// Inner steps per round, H.
     pub(crate) steps: u32,
     pub(crate) link: Link,
     /// Whether the links have their rate and losses from the beginning: the model is loaded over them.
     pub(crate) shaped_at_once: bool,
+    /// Seconds from all sites' training on shaped links to the window.
+    pub(crate) settle_seconds: f64,
     /// Seconds of the window.
     pub(crate) seconds: f64,
 }
@@ -147,10 +154,10 @@ impl Scenario {
         let train = |path: &PathBuf| Diary::read(path).iter().any(|moment| moment.act == Act::Step);
         lab.wait(LOAD_SECONDS, "all sites train", || diaries.iter().all(train))?;
         lab.shape(self.link)?;
-        let begin = now() + SETTLE_SECONDS;
+        let begin = now() + self.settle_seconds;
         let window = (begin, begin + self.seconds);
         let mut looks: Vec<Report> = Vec::new();
-        lab.wait(self.seconds + 2.0 * SETTLE_SECONDS, "the window ends", || {
+        lab.wait(self.settle_seconds + self.seconds + 10.0, "the window ends", || {
             looks.extend(Report::load(&dir.status()));
             now() >= window.1
         })?;
@@ -196,12 +203,14 @@ impl Scenario {
     }
 
     fn config(&self) -> RunConfig {
+        // Looking at the held-out loss is compute too, and not what is measured here.
+        let mut sync = Sync { steps: self.steps, evaluate_seconds: 1e6, ..Sync::default() };
+        sync.fragments = self.fragments.unwrap_or(sync.fragments);
         RunConfig {
             name: self.bench.to_string(),
             model: self.size.section(),
             training: Training { context: CONTEXT, rows: 2, ..Training::default() },
-            // Looking at the held-out loss is compute too, and not what is measured here.
-            sync: Sync { steps: self.steps, evaluate_seconds: 1e6, ..Sync::default() },
+            sync,
             goal: Goal { tokens: None, minutes: Some(600.0) },
             coordinator: CoordinatorSection { keep: Keep::All, ..CoordinatorSection::default() },
             ..RunConfig::default()
@@ -299,10 +308,14 @@ impl Outcome {
         self.commits.iter().map(|timed| timed.commit.fragment.0 + 1).max().unwrap_or(1)
     }
 
-    /// The coordinator's looks at that site, by their moments.
-    pub(crate) fn looks_at(&self, site: &str) -> Vec<(f64, &atoll_node::report::SiteReport)> {
-        let find = |report: &'_ Report| report.sites.iter().position(|seen| seen.name == site);
-        self.looks.iter().filter_map(|report| Some((report.at, &report.sites[find(report)?]))).collect()
+    /// Bytes of that site's control connection in that stretch, as the coordinator counted them.
+    pub(crate) fn control_bytes(&self, site: &str, window: (f64, f64)) -> f64 {
+        let seen = |report: &Report| {
+            let site = report.sites.iter().find(|seen| seen.name == site)?;
+            Some((report.at, site.bytes_control as f64))
+        };
+        let looks: Vec<(f64, f64)> = self.looks.iter().filter_map(seen).collect();
+        between(&looks, window)
     }
 
     /// Bytes of all payloads that went up from that site, and down to it, in that stretch.
@@ -358,13 +371,16 @@ impl SiteOutcome {
         reads.map(|(moment, _)| moment.begin).collect()
     }
 
-    /// Seconds from taking a contribution until the next commit of its fragment is in the engine.
+    /// Seconds from taking a contribution until the next commit of its fragment is in the engine, for
+    /// all that were in that stretch.
     pub(crate) fn applied(&self, fragments: u16, window: (f64, f64)) -> Vec<f64> {
         let of = |fragment: u16| {
             let writes: Vec<f64> =
                 self.moments.iter().filter(|moment| moment.act == Act::Write(fragment)).map(|m| m.end).collect();
-            let taken = self.contributions(fragment).into_iter().filter(move |&at| within(at, window));
-            taken.filter_map(move |at| Some(writes.iter().find(|&&write| write > at)? - at))
+            let commit = move |&taken: &f64| writes.iter().copied().find(|&write| write > taken);
+            let pairs = self.contributions(fragment).into_iter();
+            let pairs = pairs.filter_map(move |taken| Some((taken, commit(&taken)?)));
+            pairs.filter(move |(_, write)| within(*write, window)).map(|(taken, write)| write - taken)
         };
         (0..fragments).flat_map(of).collect()
     }
@@ -374,7 +390,9 @@ impl SiteOutcome {
         let begins: Vec<f64> = self.contributions(0).into_iter().filter(|&at| within(at, window)).collect();
         let round = |pair: &[f64]| {
             let window = (pair[0], pair[1]);
-            Round { window, steps: self.steps_in(window) }
+            let steps: Vec<f64> =
+                self.steps().filter(|step| within(step.end, window)).map(|step| step.end - step.begin).collect();
+            Round { window, steps: steps.len(), busy: steps.iter().sum() }
         };
         begins.windows(2).map(round).collect()
     }
@@ -391,12 +409,14 @@ impl SiteOutcome {
 pub(crate) struct Round {
     pub(crate) window: (f64, f64),
     pub(crate) steps: usize,
+    /// Seconds that these steps took.
+    busy: f64,
 }
 
 impl Round {
     /// Seconds in which the site took no step.
     pub(crate) fn blocked(&self) -> f64 {
-        self.window.1 - self.window.0 - self.steps as f64 * STEP_SECONDS
+        self.window.1 - self.window.0 - self.busy
     }
 }
 
@@ -453,7 +473,7 @@ mod tests {
         assert_eq!(site.contributions(0), [1.0, 3.5]);
         assert_eq!(site.applied(1, (0.0, 10.0)), [1.5]);
         let rounds = site.rounds((0.0, 10.0));
-        assert_eq!((rounds.len(), rounds[0].steps), (1, 2));
+        assert_eq!((rounds.len(), rounds[0].steps, rounds[0].blocked()), (1, 2, 0.5));
     }
 
     #[test]

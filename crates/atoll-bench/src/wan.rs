@@ -114,10 +114,12 @@ impl Row {
         Scenario {
             bench: "wan",
             size: self.size,
+            fragments: None,
             sites: SITES,
             steps: STEPS,
             link: Link { mbit: self.mbit, loss: self.loss, rtt_ms: RTT_MS },
             shaped_at_once: false,
+            settle_seconds: SETTLE_SECONDS,
             seconds,
         }
     }
