@@ -8,6 +8,7 @@ mod emulated;
 mod engine;
 mod exchange;
 mod lab;
+mod meter;
 mod processes;
 mod roles;
 mod scenario;

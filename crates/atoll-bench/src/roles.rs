@@ -15,6 +15,7 @@ use atoll_node::site::{Parts, SiteOptions, join};
 use serde::{Deserialize, Serialize};
 
 use crate::emulated::{Diary, Emulated};
+use crate::meter;
 
 /// What a process is.
 #[derive(Debug, Serialize, Deserialize)]
@@ -39,6 +40,8 @@ pub(crate) struct SiteRole {
     pub(crate) data: PathBuf,
     /// Where to note what the engine does.
     pub(crate) diary: PathBuf,
+    /// Where to note what the network interface counts.
+    pub(crate) meter: PathBuf,
     /// Milliseconds of an inner step.
     pub(crate) step_ms: u64,
     /// Tells this site's noise from the others'.
@@ -70,6 +73,7 @@ fn lead(dir: &RunDir, listen: &str) -> Result<()> {
 }
 
 fn follow(role: SiteRole) -> Result<()> {
+    meter::start(&role.meter)?;
     let options = SiteOptions {
         dir: role.dir,
         ticket: Ticket::from_text(&role.ticket)?,

@@ -31,6 +31,7 @@ use atoll_node::run::{CoordinatorSection, Keep, ModelSection, RunConfig, RunDir,
 use crate::emulated::{Act, Diary, Moment};
 use crate::lab::{HUB, Lab, Link, Wires, between};
 use crate::median;
+use crate::meter::{self, Reading};
 use crate::roles::{Role, SiteRole};
 
 /// Milliseconds of an inner step, everywhere.
@@ -136,6 +137,8 @@ pub(crate) struct SiteOutcome {
     pub(crate) name: String,
     /// In the order of time, without those of evaluations.
     moments: Vec<Moment>,
+    /// What its kernel counted at its network interface.
+    readings: Vec<Reading>,
 }
 
 impl Scenario {
@@ -194,6 +197,7 @@ impl Scenario {
                 ticket: ticket.to_text(),
                 data: data.clone(),
                 diary: diary(folder, &name),
+                meter: meter(folder, &name),
                 step_ms: STEP_MS,
                 seed,
             };
@@ -220,6 +224,10 @@ impl Scenario {
 
 fn diary(folder: &Path, site: &str) -> PathBuf {
     folder.join(format!("{site}.diary"))
+}
+
+fn meter(folder: &Path, site: &str) -> PathBuf {
+    folder.join(format!("{site}.meter"))
 }
 
 fn now() -> f64 {
@@ -319,14 +327,15 @@ impl Outcome {
     }
 
     /// Bytes of all payloads that went up from that site, and down to it, in that stretch.
-    pub(crate) fn payload_bytes(&self, site: &str, window: (f64, f64)) -> (u64, u64) {
+    pub(crate) fn payload_bytes(&self, site: &str, window: (f64, f64)) -> (f64, f64) {
         let size = |digest: &Digest| self.payloads.get(digest).copied().unwrap_or(0);
         let up = |commit: &Commit| {
             let own = commit.contributions.iter().filter(|accepted| accepted.site.to_string() == site);
             own.map(|accepted| size(&accepted.payload)).sum::<u64>()
         };
         let down = |commit: &Commit| commit.bytes;
-        (self.commits_in(window).map(up).sum(), self.commits_in(window).map(down).sum())
+        let sum = |bytes: u64| bytes as f64;
+        (sum(self.commits_in(window).map(up).sum()), sum(self.commits_in(window).map(down).sum()))
     }
 }
 
@@ -338,7 +347,16 @@ impl SiteOutcome {
     fn read(name: String, folder: &Path, report: Option<&Report>) -> Self {
         let fragments = report.map_or(1, |report| report.rounds.len());
         let moments = without_evaluations(Diary::read(&diary(folder, &name)), fragments);
-        Self { name, moments }
+        let readings = meter::read(&meter(folder, &name));
+        Self { name, moments, readings }
+    }
+
+    /// Bytes that its network interface sent and received in that stretch.
+    pub(crate) fn interface_bytes(&self, window: (f64, f64)) -> (f64, f64) {
+        let sent: Vec<(f64, f64)> = self.readings.iter().map(|reading| (reading.at, reading.sent as f64)).collect();
+        let received: Vec<(f64, f64)> =
+            self.readings.iter().map(|reading| (reading.at, reading.received as f64)).collect();
+        (between(&sent, window), between(&received, window))
     }
 
     fn steps(&self) -> impl Iterator<Item = &Moment> {
@@ -469,7 +487,7 @@ mod tests {
             moment(Act::Step, 2.5, 3.5),
             moment(Act::Read(0), 3.5, 3.6),
         ];
-        let site = SiteOutcome { name: "oslo".to_string(), moments };
+        let site = SiteOutcome { name: "oslo".to_string(), moments, readings: Vec::new() };
         assert_eq!(site.contributions(0), [1.0, 3.5]);
         assert_eq!(site.applied(1, (0.0, 10.0)), [1.5]);
         let rounds = site.rounds((0.0, 10.0));
@@ -486,7 +504,8 @@ mod tests {
 
     #[test]
     fn pauses_at_the_edges_of_the_window_count() {
-        let site = SiteOutcome { name: "oslo".to_string(), moments: vec![moment(Act::Step, 4.97, 5.0)] };
+        let moments = vec![moment(Act::Step, 4.97, 5.0)];
+        let site = SiteOutcome { name: "oslo".to_string(), moments, readings: Vec::new() };
         assert_eq!(site.utilization((0.0, 10.0)), 0.003);
         assert!((site.longest_pause((0.0, 9.0)) - 4.97).abs() < 1e-9);
     }
