@@ -3,10 +3,18 @@
 //! within two minutes. Numbers here are measured, not asserted: machines differ and are shared.
 
 mod absent;
+mod bytes;
 mod codec;
+mod emulated;
 mod engine;
+mod exchange;
+mod lab;
+mod meter;
 mod processes;
+mod roles;
+mod scenario;
 mod sim;
+mod wan;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -59,6 +67,12 @@ enum Name {
     Joint,
     /// What a slow site costs the others: their tokens per second with and without it.
     Slow,
+    /// Four sites behind slow, long and lossy links: the share of time that they spend in inner steps.
+    Wan,
+    /// All bytes on the wire per inner step, against data parallelism in bf16.
+    Bytes,
+    /// One synchronization of two sites: seconds that it blocks, seconds until it is applied.
+    Exchange,
 }
 
 /// Named results.
@@ -67,18 +81,26 @@ type Figures = BTreeMap<String, f64>;
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     if let Some(spec) = &arguments.worker {
-        return engine::work(spec);
+        return match arguments.name {
+            Name::Wan | Name::Bytes | Name::Exchange => roles::play(spec),
+            _ => engine::work(spec),
+        };
     }
     let began = Instant::now();
-    let figures = match arguments.name {
+    let mut figures = match arguments.name {
         Name::Codec => codec::run(arguments.quick)?,
         Name::Engine => engine::run(&arguments)?,
         Name::Absent => absent::run(arguments.quick),
         Name::Sim => sim::run(arguments.quick),
         Name::Joint => processes::joint(&arguments)?,
         Name::Slow => processes::slow(&arguments)?,
+        Name::Wan => wan::run(&arguments)?,
+        Name::Bytes => bytes::run(&arguments)?,
+        Name::Exchange => exchange::run(&arguments)?,
     };
     println!("\nmachine: {}", machine());
+    // What could not be measured has no figure.
+    figures.retain(|_, value| value.is_finite());
     if arguments.json {
         let name = arguments.name.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
         let seconds = began.elapsed().as_secs_f64();

@@ -21,7 +21,7 @@ use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Global, StepError};
 use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase, Status, Waiting};
 use atoll_core::site::{SiteId, Time};
-use atoll_core::wire::{Frame, Welcome};
+use atoll_core::wire::{Frame, Purpose, Welcome};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
@@ -198,9 +198,11 @@ struct Heart {
 struct Peer {
     /// The living control connection.
     control: Option<(u64, mpsc::Sender<Frame>)>,
-    traffic: Vec<Arc<Traffic>>,
+    /// Of its living connections.
+    traffic: Vec<(Purpose, Arc<Traffic>)>,
     sent_before: u64,
     received_before: u64,
+    control_before: u64,
     engine: String,
     device: String,
     steps_before: u64,
@@ -374,7 +376,7 @@ impl Heart {
 
     fn welcome(&mut self, site: SiteId, knock: &Knock) -> Welcome {
         let peer = self.peers.entry(site.clone()).or_default();
-        peer.traffic.push(knock.traffic.clone());
+        peer.traffic.push((knock.hello.purpose, knock.traffic.clone()));
         if !knock.hello.engine.is_empty() {
             (peer.engine, peer.device) = (knock.hello.engine.clone(), knock.hello.device.clone());
         }
@@ -670,6 +672,7 @@ impl Peer {
         let peer = Peer {
             sent_before: site.bytes_sent,
             received_before: site.bytes_received,
+            control_before: site.bytes_control,
             engine: site.engine.clone(),
             device: site.device.clone(),
             steps_before: site.steps,
@@ -684,14 +687,16 @@ impl Peer {
 
     fn look(&mut self) -> SiteReport {
         // What the coordinator receives is what the site sends. Closed connections are summed up.
-        let (mut sent, mut received) = (self.sent_before, self.received_before);
-        self.traffic.retain(|traffic| {
+        let (mut sent, mut received, mut control) = (self.sent_before, self.received_before, self.control_before);
+        self.traffic.retain(|(purpose, traffic)| {
             let closed = Arc::strong_count(traffic) == 1;
             let (out, back) = (traffic.received.load(Ordering::Relaxed), traffic.sent.load(Ordering::Relaxed));
-            (sent, received) = (sent + out, received + back);
+            let both = if *purpose == Purpose::Control { out + back } else { 0 };
+            (sent, received, control) = (sent + out, received + back, control + both);
             if closed {
                 self.sent_before += out;
                 self.received_before += back;
+                self.control_before += both;
             }
             !closed
         });
@@ -703,6 +708,7 @@ impl Peer {
             utilization: self.utilization,
             bytes_sent: sent,
             bytes_received: received,
+            bytes_control: control,
             digest_mismatches: self.digest_mismatches,
             loss: self.loss,
             ..SiteReport::default()

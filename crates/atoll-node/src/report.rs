@@ -85,6 +85,9 @@ pub struct SiteReport {
     pub bytes_sent: u64,
     /// Bytes it received, TLS included.
     pub bytes_received: u64,
+    /// Of both together, those of control connections: statuses and standings, no weights.
+    #[serde(default)]
+    pub bytes_control: u64,
     /// Contributions in the model.
     pub contributions: u64,
     /// Times that its copy of the model had another digest than announced.

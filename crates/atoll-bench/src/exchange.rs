@@ -1,0 +1,142 @@
+//! What one synchronization of the whole model costs two sites, in seconds: those in which a site cannot
+//! step, and those from taking a contribution until its commit is in the engine. And how fast a site that
+//! joins gets the model, as a share of its link.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::lab::{self, Link};
+use crate::scenario::{SETTLE_SECONDS, STEP_MS, Scenario, Size, congestion_name, middle};
+use crate::{Arguments, Figures};
+
+const SIZE: Size = Size::M12;
+/// Nearly two seconds, so that one synchronization is over before the next begins.
+const STEPS: u32 = 64;
+const RTT_MS: u32 = 50;
+
+/// One row of the table.
+struct Row {
+    /// Ends the names of its figures.
+    name: &'static str,
+    mbit: u32,
+    loss: f64,
+    /// One fragment: the whole model at once, as others do it. Else as many as a run has.
+    whole: bool,
+    /// Seconds of others in the same lab, as far as they were measured: they block throughout.
+    reference: &'static str,
+    quick: bool,
+}
+
+const SLOW: &str = "torchft 7.35, hivemind 6.8 (u8 1.5), Gloo 5.8, PCCL 4.5 (u8 1.4)";
+const FAST: &str = "torchft 4.3, hivemind 1.6, Gloo 1.4, PCCL 1.1";
+
+const ROWS: [Row; 5] = [
+    Row { name: "100mbit", mbit: 100, loss: 0.0, whole: false, reference: SLOW, quick: true },
+    Row { name: "100mbit_loss", mbit: 100, loss: 0.1, whole: false, reference: "", quick: false },
+    Row { name: "100mbit_whole", mbit: 100, loss: 0.0, whole: true, reference: SLOW, quick: false },
+    Row { name: "1gbit", mbit: 1000, loss: 0.0, whole: false, reference: FAST, quick: true },
+    Row { name: "1gbit_loss", mbit: 1000, loss: 0.1, whole: false, reference: "", quick: false },
+];
+
+/// How a joining site gets the model.
+const JOIN: Link = Link { mbit: 1000, loss: 0.1, rtt_ms: RTT_MS };
+const LINK_SHARE_TARGET: f64 = 0.9;
+
+pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
+    let Some(wanlab) = lab::ready("exchange") else { return Ok(Figures::new()) };
+    lab::heed_interrupts()?;
+    introduce()?;
+    let mut figures = Figures::new();
+    for row in ROWS.iter().filter(|row| row.quick || !arguments.quick) {
+        figures.extend(row.measure(&wanlab, if arguments.quick { 24.0 } else { 60.0 })?);
+    }
+    let size = if arguments.quick { Size::M51 } else { Size::M99 };
+    figures.insert("link_share_1gbit".to_string(), link_share(&wanlab, size)?);
+    Ok(figures)
+}
+
+fn introduce() -> Result<()> {
+    println!(
+        "Two sites and a coordinator, {} parameters ({:.0} MB in fp32), links of {RTT_MS} ms there and back,",
+        { SIZE.name()? },
+        SIZE.parameters()? as f64 * 4e-6
+    );
+    println!(
+        "congestion control: {}. {STEPS} inner steps of {STEP_MS} ms between synchronizations. Blocked: seconds",
+        { congestion_name() }
+    );
+    println!("in which a site takes no step, per synchronization of all fragments. Applied: seconds from taking a");
+    println!("contribution until the next commit of its fragment is in the engine; the site trains meanwhile.");
+    println!("Medians over all synchronizations of both sites. Others, in the same lab, block all the time: fp32,");
+    println!("seconds per synchronization.\n");
+    println!("       link  loss  fragments  synchronizations  blocked s  applied s   others");
+    Ok(())
+}
+
+impl Row {
+    fn measure(&self, wanlab: &Path, seconds: f64) -> Result<Figures> {
+        let scenario = Scenario {
+            bench: "exchange",
+            size: SIZE,
+            fragments: self.whole.then_some(1),
+            sites: 2,
+            steps: STEPS,
+            link: Link { mbit: self.mbit, loss: self.loss, rtt_ms: RTT_MS },
+            shaped_at_once: false,
+            settle_seconds: SETTLE_SECONDS,
+            seconds,
+        };
+        let outcome = scenario.run(wanlab)?;
+        let sites = || outcome.sites.iter();
+        let rounds: Vec<f64> =
+            sites().flat_map(|site| site.rounds(outcome.window)).map(|round| round.blocked()).collect();
+        let applied = middle(sites().flat_map(|site| site.applied(outcome.fragments(), outcome.window)));
+        let (count, blocked) = (rounds.len(), middle(rounds));
+        println!(
+            "{:>6} Mbit {:>4.1}% {:>10} {count:>17} {blocked:>10.3} {applied:>10.2}   {}",
+            self.mbit,
+            self.loss,
+            outcome.fragments(),
+            self.reference
+        );
+        outcome.wires.doubts.iter().for_each(|doubt| println!("NOTE: {doubt}"));
+        let named = [("blocked_seconds", blocked), ("applied_seconds", applied)];
+        Ok(named.into_iter().map(|(name, value)| (format!("{name}_{}", self.name), value)).collect())
+    }
+}
+
+/// Lets a site join over the full link and compares the speed at which the model comes with the link's.
+fn link_share(wanlab: &Path, size: Size) -> Result<f64> {
+    let scenario = Scenario {
+        bench: "exchange",
+        size,
+        fragments: None,
+        sites: 1,
+        steps: STEPS,
+        link: JOIN,
+        shaped_at_once: true,
+        settle_seconds: 0.0,
+        seconds: 0.0,
+    };
+    let outcome = scenario.run(wanlab)?;
+    let site = outcome.sites.first().context("there is one site")?;
+    let loaded = site.loaded().context("the site never got the model")?;
+    let bytes = outcome.wires.delivered(lab::HUB, &site.name, (0.0, loaded));
+    let by = |share: f64| outcome.wires.delivered_by(lab::HUB, &site.name, share * bytes);
+    // All but the first and the last hundredth: when the transfer begins and ends is seen only roughly.
+    let seconds = by(0.99).zip(by(0.01)).map(|(end, begin)| end - begin).context("nothing was delivered")?;
+    let megabits = 0.98 * size.parameters()? as f64 * 32.0 / 1e6;
+    let share = megabits / seconds / f64::from(JOIN.mbit);
+    println!(
+        "\nA site that joins gets {} parameters ({:.0} MB) over {} Mbit/s with {} % loss at {:.0} Mbit/s:",
+        size.name()?,
+        megabits / 0.98 / 8.0,
+        JOIN.mbit,
+        JOIN.loss,
+        megabits / seconds,
+    );
+    println!("{:.1} % of the link (target {:.0} %)", share * 100.0, LINK_SHARE_TARGET * 100.0);
+    outcome.wires.doubts.iter().for_each(|doubt| println!("NOTE: {doubt}"));
+    Ok(share)
+}

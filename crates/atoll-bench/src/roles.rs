@@ -1,0 +1,94 @@
+//! The processes of the network benchmarks: this program again, as the coordinator or as a site. Both run
+//! what `atoll coordinate` and `atoll join` run; only the engine is an [`Emulated`] one.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use atoll_core::engine::Engine;
+use atoll_node::coordinator::coordinate;
+use atoll_node::identity::Ticket;
+use atoll_node::run::RunDir;
+use atoll_node::site::{Parts, SiteOptions, join};
+use serde::{Deserialize, Serialize};
+
+use crate::emulated::{Diary, Emulated};
+use crate::meter;
+
+/// What a process is.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Role {
+    Coordinator {
+        /// The run folder.
+        dir: PathBuf,
+        /// Where to listen.
+        listen: String,
+    },
+    Site(SiteRole),
+}
+
+/// What a site needs to know.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct SiteRole {
+    /// The site's own folder.
+    pub(crate) dir: PathBuf,
+    pub(crate) ticket: String,
+    /// A dataset that is ready.
+    pub(crate) data: PathBuf,
+    /// Where to note what the engine does.
+    pub(crate) diary: PathBuf,
+    /// Where to note what the network interface counts.
+    pub(crate) meter: PathBuf,
+    /// Milliseconds of an inner step.
+    pub(crate) step_ms: u64,
+    /// Tells this site's noise from the others'.
+    pub(crate) seed: u64,
+}
+
+/// As many as `atoll join` makes.
+const STREAMS: usize = 4;
+
+/// Plays that role, until it is killed.
+pub(crate) fn play(spec: &str) -> Result<()> {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::INFO)
+        .with_target(false)
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
+    match serde_json::from_str(spec).context("--worker wants a role in JSON")? {
+        Role::Coordinator { dir, listen } => lead(&RunDir(dir), &listen),
+        Role::Site(role) => follow(role),
+    }
+}
+
+fn lead(dir: &RunDir, listen: &str) -> Result<()> {
+    let (_never, stop) = tokio::sync::watch::channel(false);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(coordinate(dir, listen, stop))?;
+    Ok(())
+}
+
+fn follow(role: SiteRole) -> Result<()> {
+    meter::start(&role.meter)?;
+    let options = SiteOptions {
+        dir: role.dir,
+        ticket: Ticket::from_text(&role.ticket)?,
+        data: Some(role.data),
+        rows: None,
+        threads: 1,
+        share: 1.0,
+        streams: STREAMS,
+        engine: "emulated".to_string(),
+        device: format!("steps of {} ms", role.step_ms),
+    };
+    let make = |parts: Parts| -> Result<Box<dyn Engine>> {
+        let (step, diary) = (Duration::from_millis(role.step_ms), Diary::new(&role.diary)?);
+        Ok(Box::new(Emulated::new(parts.manifest, parts.feed, parts.rows, step, role.seed, diary)))
+    };
+    join(&options, make, &Arc::new(AtomicBool::new(false)), &mut |line| tracing::info!("{line}"))?;
+    Ok(())
+}
