@@ -107,7 +107,11 @@ impl Engine for Emulated {
         self.diary.note(Act::Write(fragment.0), began)
     }
 
-    // `add(fragment, change)`, once the trait has it: θ += change in place, noted as a write.
+    fn add(&mut self, fragment: FragmentId, change: &[f32]) -> Result<(), EngineError> {
+        let began = Instant::now();
+        atoll_core::delta::add(self.fragment(fragment, change.len())?, change);
+        self.diary.note(Act::Write(fragment.0), began)
+    }
 
     fn evaluate(&mut self, batch: &Batch) -> Result<Evaluation, EngineError> {
         let began = Instant::now();

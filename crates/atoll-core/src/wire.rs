@@ -8,7 +8,7 @@
 //!       3   Refused    | UTF-8 sentence |                            … the end of the connection
 //!       4   Status     | postcard(Status) |                          site to coordinator, control connection
 //!       5   Standing   | postcard(Standing) |                        coordinator to site, control connection
-//!       6   Put        | digest: 32 | total: u64 | offset: u64 | bytes … |        data connections from here on
+//!       6   Put        | digest: 32 | total: u64 | offset: u64 | bytes … |        data connections from here on, either way
 //!       7   Have       | digest: 32 |                                all bytes of a put have arrived and fit
 //!       8   Get        | digest: 32 | offset: u64 | length: u32 |
 //!       9   Chunk      | digest: 32 | offset: u64 | bytes … |
@@ -26,11 +26,11 @@ use crate::round::{Standing, Status};
 use crate::site::SiteId;
 
 /// Version of everything on this page. Site and coordinator must have the same.
-pub const PROTOCOL: u16 = 1;
+pub const PROTOCOL: u16 = 2;
 /// Longest body of a frame.
 pub const BODY_MAX: usize = 4 << 20;
 /// Bytes of a payload per [`Frame::Put`] or [`Frame::Chunk`].
-pub const CHUNK: usize = 128 << 10;
+pub const CHUNK: usize = 32 << 10;
 /// Bytes in front of every body.
 pub const HEADER: usize = 5;
 

@@ -210,6 +210,12 @@ impl Engine for CpuEngine {
         Ok(())
     }
 
+    fn add(&mut self, fragment: FragmentId, change: &[f32]) -> Result<(), EngineError> {
+        atoll_core::delta::add(self.fragment(fragment, change.len())?, change);
+        self.packed = None;
+        Ok(())
+    }
+
     fn evaluate(&mut self, batch: &Batch) -> Result<Evaluation, EngineError> {
         check_batch(&self.options.model, batch)?;
         self.pack(Directions::Forward);

@@ -3,6 +3,7 @@
 //! before the entries it rests on are on disk.
 
 mod gate;
+mod outgoing;
 mod shelf;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +26,7 @@ use atoll_core::wire::{Frame, Purpose, Welcome};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
+use crate::crew::Crew;
 use crate::data::Tokenizer;
 use crate::hf;
 use crate::identity::{Identity, Ticket};
@@ -35,6 +37,7 @@ use crate::run::{Keep, RunConfig, RunDir, Terms, write_atomically};
 use crate::snapshot;
 use crate::store::Store;
 use gate::{House, Input, Knock};
+use outgoing::Outgoings;
 use shelf::Shelf;
 pub(crate) use shelf::lock;
 
@@ -132,6 +135,7 @@ pub async fn coordinate(dir: &RunDir, listen: &str, stop: watch::Receiver<bool>)
         fragment_lens: heart.fragment_lens(),
         arriving: Mutex::default(),
         links: Default::default(),
+        outgoings: heart.outgoings.clone(),
     });
     tracing::info!("listening on {address}");
     let server = tokio::spawn(gate::serve(house, listener));
@@ -176,6 +180,7 @@ struct Heart {
     global: Arc<Mutex<Global>>,
     store: Store,
     shelf: Arc<Shelf>,
+    outgoings: Arc<Outgoings>,
     peers: BTreeMap<SiteId, Peer>,
     done: (mpsc::UnboundedSender<Done>, mpsc::UnboundedReceiver<Done>),
     /// Outer steps being computed.
@@ -247,7 +252,8 @@ impl Heart {
         };
         let events = fs::OpenOptions::new().create(true).append(true).open(dir.events());
         let clock = Clock::new();
-        let machine = Coordinator::new(config.sync.clone(), config.goal, book);
+        let lens = lock(&global).theta.iter().map(Vec::len).collect();
+        let machine = Coordinator::new(config.sync.clone(), config.goal, book, lens);
         Ok(Self {
             layout: manifest.fingerprint(),
             snapshot: SnapshotState::Due(clock.now().after(config.coordinator.snapshot_seconds)),
@@ -261,6 +267,7 @@ impl Heart {
             global,
             store,
             shelf,
+            outgoings: Arc::default(),
             peers,
             done: mpsc::unbounded_channel(),
             merging: 0,
@@ -319,8 +326,9 @@ impl Heart {
             Input::Connected { site, link, outbox } => {
                 tracing::info!("{site} is connected");
                 self.note(&serde_json::json!({"event": "connected", "site": site}));
-                self.peers.entry(site).or_default().control = Some((link, outbox));
-                Ok(())
+                let before = self.peers.entry(site.clone()).or_default().control.replace((link, outbox));
+                // What was on its way over an earlier connection is lost.
+                if before.is_some() { self.handle(Event::Gone(site)) } else { Ok(()) }
             }
             Input::Heard { site, status } => {
                 self.hear(&site, &status);
@@ -336,7 +344,7 @@ impl Heart {
                 self.note(&serde_json::json!({"event": "gone", "site": site}));
                 self.handle(Event::Gone(site))
             }
-            Input::Arrived(payload) => self.handle(Event::Arrived(payload)),
+            Input::Arrived(payload, norm) => self.handle(Event::Arrived(payload, norm)),
             Input::Useless(site, payload, why) => {
                 tracing::warn!("a payload of {site} is useless: {why}");
                 self.handle(Event::Useless(site, payload, why))
@@ -418,6 +426,11 @@ impl Heart {
                         let _ = outbox.try_send(Frame::Standing(standing));
                     }
                 }
+                Order::Push(site, payload) => {
+                    if let Some(bytes) = self.shelf.get(payload) {
+                        self.outgoings.push(&site, payload, &bytes);
+                    }
+                }
                 Order::Merge(merge) if self.snapshot == SnapshotState::Waiting => self.waiting_merges.push(merge),
                 Order::Merge(merge) => self.merge(merge),
                 Order::Forget(payload) => self.forget(payload),
@@ -467,10 +480,10 @@ impl Heart {
     fn merge(&mut self, merge: Merge) {
         self.merging += 1;
         let (global, store) = (self.global.clone(), self.store.clone());
-        let (rule, codec) = (self.config.sync.outer, self.config.sync.down);
         self.on_a_thread(move || {
             let find = |digest| store.get(digest);
-            let result = lock(&global).perform(merge.fragment, &merge.contributions, rule, codec, &find);
+            let Merge { fragment, version, contributions, recipe } = &merge;
+            let result = lock(&global).perform(*fragment, *version, contributions, recipe, &find, &Crew);
             match result {
                 Ok(step) => match store.put(step.delta, &step.payload) {
                     Ok(()) => {
@@ -479,7 +492,7 @@ impl Heart {
                             delta: step.delta,
                             bytes: step.payload.len() as u64,
                             digest: step.digest,
-                            cosines: step.cosines,
+                            measures: step.measures,
                         };
                         Done::Merged(merged, Arc::new(step.payload))
                     }

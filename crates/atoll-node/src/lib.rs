@@ -11,11 +11,13 @@
 //! | [`journal`] | the journal on disk |
 //! | [`store`] | payloads on disk, by content address |
 //! | [`snapshot`] | the model and the book on disk; recovery |
+//! | [`crew`] | threads for work that falls into parts |
 //! | [`coordinator`] | the coordinator's shell |
 //! | [`site`] | the site's shell |
 //! | [`report`] | what an operator sees |
 
 pub mod coordinator;
+pub mod crew;
 pub mod data;
 pub mod hf;
 pub mod identity;

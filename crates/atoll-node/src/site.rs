@@ -1,8 +1,11 @@
-//! The site's shell. One thread, the trainer, owns the machine and the engine and never waits for the
-//! network: between two inner steps it takes in what has arrived and carries out what the machine
-//! orders. Connections live on other threads ([`net`]).
+//! The site's shell. One thread, the trainer, owns the machine and the engine and never waits for anybody: between
+//! two inner steps it copies weights out, adds changes, and carries out what the machine orders. Encoding and
+//! decoding go on at the [`desk`], connections on other threads ([`net`]).
 
+mod desk;
+mod meter;
 mod net;
+mod residuals;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
@@ -13,21 +16,26 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
-use atoll_core::delta::Local;
+use atoll_core::codec::Codec;
+use atoll_core::delta::{self, Local};
 use atoll_core::engine::{Batch, Engine, EngineError, Feed, Progress};
 use atoll_core::hash::Digest;
 use atoll_core::journal::Evaluated;
 use atoll_core::manifest::{FragmentId, Manifest};
-use atoll_core::round::{Site, SiteEvent, SiteOrder, SiteSettings, Stop};
+use atoll_core::round::{Measured, Site, SiteEvent, SiteOrder, SiteSettings, Stop};
 use atoll_core::site::Time;
+use atoll_core::team::{Alone, Team};
 use atoll_core::training::{Packing, Training};
 use atoll_core::wire::Hello;
 
+use crate::crew::Crew;
 use crate::data::{DataError, corpus, ingest, is_dataset};
 use crate::data::{Dataset, IngestOptions, IngestProgress, LeasedFeed, Leases, Source, Split, TextField, Tokenizer};
 use crate::identity::{Identity, Ticket};
 use crate::link::Dialer;
 use crate::run::{Terms, write_atomically};
+use desk::{Desk, Done, Job};
+use meter::Meter;
 use net::{Command, Incoming, Route};
 
 /// What the operator of a site decides.
@@ -100,6 +108,8 @@ pub fn join(
             device: options.device.clone(),
         },
         streams: options.streams,
+        largest: 0,
+        meter: Meter::default(),
     };
     let Some((welcome, tokenizer)) = runtime.block_on(enlist(&route, options, stop, notice))? else {
         return Ok(Stop::Left);
@@ -120,9 +130,15 @@ pub fn join(
     let rows = options.rows.unwrap_or(training.rows);
     let engine = make_engine(Parts { terms: terms.clone(), manifest: manifest.clone(), rows, feed: Box::new(feed) })?;
     route.hello.layout = Some(engine.manifest().fingerprint());
+    let fragment_lens: Vec<usize> = manifest.fragments().map(|id| manifest.fragment_len(id).unwrap_or(0)).collect();
+    route.largest = Codec::F32.payload_len(fragment_lens.iter().copied().max().unwrap_or(0));
+    let meter = route.meter.clone();
+    let mut local = Local::new(&manifest, terms.config.sync.follow);
+    if let Some(residuals) = residuals::take(&options.dir, &manifest)? {
+        local.restore_residuals(residuals);
+    }
     let machine = Site::new(SiteSettings {
-        fragment_lens: manifest.fragments().map(|id| manifest.fragment_len(id).unwrap_or(0)).collect(),
-        up: terms.config.sync.up,
+        fragment_lens,
         dataset: dataset.id(),
         samples: dataset.samples(context),
         samples_per_step: (rows * training.accumulate) as u64,
@@ -130,10 +146,12 @@ pub fn join(
     });
     let (commands, receiver) = tokio::sync::mpsc::unbounded_channel();
     let (sender, inbox) = mpsc::channel();
+    let desk = Desk::open(local, team(options.threads), sender.clone())?;
     let network = runtime.spawn(net::keep_connected(route, receiver, sender));
     let trainer = Trainer {
         machine,
-        local: Local::new(engine.as_ref()),
+        desk,
+        meter,
         held_out: held_out(&dataset, &tokenizer, training, rows)?,
         engine,
         leases,
@@ -146,18 +164,28 @@ pub fn join(
         start: Instant::now(),
         payloads: BTreeMap::new(),
         fetched: BTreeMap::new(),
+        pushed: Pushed::default(),
+        spare: Vec::new(),
         events: VecDeque::new(),
         steps_ordered: 0,
+        exposed: Duration::ZERO,
         newest_commit: None,
         ended: None,
     };
-    let result = trainer.run();
+    let dir = options.dir.clone();
+    let result = trainer.run(|residuals| residuals::keep(&dir, &manifest, residuals));
     // The network ends when the trainer has hung up and its last status is sent; a dead link may not.
     let goodbye = async { tokio::time::timeout(Duration::from_secs(1), network).await };
     if runtime.block_on(goodbye).is_err() {
         tracing::debug!("the last status could not be sent");
     }
     result
+}
+
+/// Cores that the engine leaves free encode and decode.
+fn team(threads: usize) -> Box<dyn Team + Send> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if cores > threads + 1 { Box::new(Crew) } else { Box::new(Alone) }
 }
 
 async fn enlist(
@@ -299,7 +327,8 @@ pub fn held_out_windows(
 struct Trainer {
     machine: Site,
     engine: Box<dyn Engine>,
-    local: Local,
+    desk: Desk,
+    meter: Meter,
     held_out: HeldOut,
     leases: Leases,
     commands: tokio::sync::mpsc::UnboundedSender<Command>,
@@ -313,25 +342,64 @@ struct Trainer {
     start: Instant,
     /// Encoded contributions that are not settled.
     payloads: BTreeMap<Digest, Arc<Vec<u8>>>,
-    /// Fetched bytes that the engine has not taken yet.
+    /// Fetched bytes that the desk has not taken yet.
     fetched: BTreeMap<Digest, Vec<u8>>,
+    /// Commits that came before they were asked for.
+    pushed: Pushed,
+    /// Memory for weights, to be used again.
+    spare: Vec<Vec<f32>>,
     /// Events that the machine has not seen yet.
     events: VecDeque<SiteEvent>,
     steps_ordered: u32,
+    /// Time between steps in which the engine could have trained.
+    exposed: Duration,
     /// Fragment and version of the newest commit that the engine has taken in.
     newest_commit: Option<(FragmentId, u64)>,
     ended: Option<Stop>,
 }
 
+/// Payloads of commits that came unasked, oldest first.
+#[derive(Default)]
+struct Pushed(VecDeque<(Digest, Vec<u8>)>);
+
+impl Pushed {
+    /// More than a coordinator sends ahead; what it drops is asked for.
+    const MOST: usize = 1 << 10;
+
+    fn put(&mut self, digest: Digest, bytes: Vec<u8>) {
+        self.0.push_back((digest, bytes));
+        if self.0.len() > Self::MOST {
+            self.0.pop_front();
+        }
+    }
+
+    fn take(&mut self, digest: Digest) -> Option<Vec<u8>> {
+        let index = self.0.iter().position(|(at, _)| *at == digest)?;
+        self.0.remove(index).map(|(_, bytes)| bytes)
+    }
+}
+
 impl Trainer {
-    fn run(mut self) -> Result<Stop> {
+    /// Trains to the end; `keep` is given what the codec of the way up has not delivered.
+    fn run(mut self, keep: impl FnOnce(&[Vec<f32>]) -> Result<()>) -> Result<Stop> {
+        let result = self.train_on();
+        let residuals = self.desk.close()?;
+        keep(&residuals)?;
+        result
+    }
+
+    fn train_on(&mut self) -> Result<Stop> {
         let mut leaving = false;
         loop {
             if self.stop.load(Ordering::Relaxed) && !std::mem::replace(&mut leaving, true) {
                 self.events.push_back(SiteEvent::Leave);
             }
             self.receive()?;
+            let began = Instant::now();
             self.attend()?;
+            if self.steps_ordered > 0 {
+                self.exposed += began.elapsed();
+            }
             match self.ended {
                 Some(Stop::Superseded) => bail!(
                     "another process has joined as this site\nhint: one ticket and one folder belong to one process; stop one of the two"
@@ -366,21 +434,64 @@ impl Trainer {
     }
 
     fn note(&mut self, incoming: Incoming) -> Result<()> {
-        let event = match incoming {
-            Incoming::Connected => SiteEvent::Connected,
-            Incoming::Disconnected => SiteEvent::Disconnected,
-            Incoming::Standing(standing) => SiteEvent::Standing(standing),
-            Incoming::Uploaded(digest, done) => SiteEvent::Uploaded(digest, done),
-            Incoming::Fetched(digest, bytes) => {
-                let done = bytes.is_some();
-                if let Some(bytes) = bytes {
-                    self.fetched.insert(digest, bytes);
-                }
-                SiteEvent::Fetched(digest, done)
-            }
+        match incoming {
+            Incoming::Connected => self.events.push_back(SiteEvent::Connected),
+            Incoming::Disconnected => self.events.push_back(SiteEvent::Disconnected),
+            Incoming::Standing(standing) => self.events.push_back(SiteEvent::Standing(standing)),
+            Incoming::Uploaded(digest, done) => self.events.push_back(SiteEvent::Uploaded(digest, done)),
+            Incoming::Fetched(digest, bytes) => self.fetched(digest, bytes),
+            Incoming::Pushed(digest, bytes) if self.machine.awaits(digest) => self.fetched(digest, Some(bytes)),
+            Incoming::Pushed(digest, bytes) => self.pushed.put(digest, bytes),
+            Incoming::Worked(done) => return self.worked(done),
             Incoming::Refused(why) => return Err(anyhow!(why)),
+        }
+        Ok(())
+    }
+
+    fn fetched(&mut self, digest: Digest, bytes: Option<Vec<u8>>) {
+        let done = bytes.is_some();
+        if let Some(bytes) = bytes {
+            self.fetched.insert(digest, bytes);
+        }
+        self.events.push_back(SiteEvent::Fetched(digest, done));
+    }
+
+    /// Takes over what the desk has done.
+    fn worked(&mut self, done: Done) -> Result<()> {
+        let event = match done {
+            Done::Contributed(fragment, Ok(payload)) => {
+                let (digest, bytes) = (payload.digest, payload.bytes.len() as u64);
+                self.payloads.insert(digest, Arc::new(payload.bytes));
+                self.spare.push(payload.spare);
+                let (norm, agreement) = (payload.norm, payload.agreement);
+                SiteEvent::Contributed { fragment, payload: digest, bytes, norm, agreement }
+            }
+            Done::Contributed(_, Err(error)) => {
+                return Err(self.give_up(error.into(), "the engine's weights cannot be contributed"));
+            }
+            Done::Rebased(fragment, change) => {
+                self.change(fragment, change)?;
+                SiteEvent::Rebased(fragment)
+            }
+            Done::Applied(fragment, version, digest, change) => {
+                if let Some(change) = change {
+                    self.change(fragment, change)?;
+                    if version > 0 {
+                        self.newest_commit = Some((fragment, version));
+                    }
+                }
+                SiteEvent::Applied { fragment, version, digest }
+            }
         };
         self.events.push_back(event);
+        Ok(())
+    }
+
+    fn change(&mut self, fragment: FragmentId, change: delta::Change) -> Result<()> {
+        let began = Instant::now();
+        let spare = change.apply(self.engine.as_mut(), fragment)?;
+        self.spare.push(spare);
+        self.exposed += began.elapsed();
         Ok(())
     }
 
@@ -406,19 +517,18 @@ impl Trainer {
                 self.leases.clear();
                 self.leases.take_trained();
             }
-            SiteOrder::Contribute(fragment, codec) => self.contribute(fragment, codec)?,
-            SiteOrder::Rebase(fragment) => self.local.rebase(self.engine.as_mut(), fragment)?,
+            SiteOrder::Contribute(fragment, codec) => {
+                let weights = self.read(fragment)?;
+                self.desk.put(Job::Contribute(fragment, weights, codec))?;
+            }
+            SiteOrder::Rebase(fragment) => self.desk.put(Job::Rebase(fragment))?,
             SiteOrder::Commit(notice) => {
-                let payload = self.fetched.get(&notice.delta).map_or(&[][..], Vec::as_slice);
-                let applied = self.local.commit(self.engine.as_mut(), notice.fragment, payload);
-                self.applied(notice.fragment, notice.version, applied.map_err(Into::into));
+                let payload = self.fetched.remove(&notice.delta).unwrap_or_default();
+                self.desk.put(Job::Commit(notice, payload))?;
             }
             SiteOrder::Install(fragment, version, digest) => {
-                let bytes = self.fetched.get(&digest).cloned().unwrap_or_default();
-                let weights: Vec<f32> =
-                    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-                let applied = self.local.install(self.engine.as_mut(), fragment, &weights);
-                self.applied(fragment, version, applied.map_err(Into::into));
+                let bytes = self.fetched.remove(&digest).unwrap_or_default();
+                self.desk.put(Job::Install(fragment, version, bytes))?;
             }
             SiteOrder::Evaluate(request) => self.evaluate(request)?,
             SiteOrder::Upload(digest) => {
@@ -426,7 +536,11 @@ impl Trainer {
                     self.command(Command::Upload(digest, bytes.clone()));
                 }
             }
-            SiteOrder::Fetch { digest, bytes } => self.command(Command::Fetch(digest, bytes)),
+            SiteOrder::Fetch { digest, bytes, pushed } => match self.pushed.take(digest) {
+                Some(bytes) => self.fetched(digest, Some(bytes)),
+                None if pushed => {} // It is on its way.
+                None => self.command(Command::Fetch(digest, bytes)),
+            },
             SiteOrder::Forget(digest) => {
                 self.payloads.remove(&digest);
             }
@@ -441,36 +555,19 @@ impl Trainer {
         let _ = self.commands.send(command);
     }
 
-    fn contribute(&mut self, fragment: FragmentId, codec: atoll_core::codec::Codec) -> Result<()> {
-        let payload = match self.local.contribute(self.engine.as_mut(), fragment, codec) {
-            Ok(payload) => payload,
-            Err(error) => return Err(self.give_up(error.into(), "the engine's weights cannot be contributed")),
-        };
-        let event = SiteEvent::Contributed {
-            fragment,
-            payload: payload.digest,
-            bytes: payload.bytes.len() as u64,
-            norm: payload.norm,
-        };
-        self.payloads.insert(payload.digest, Arc::new(payload.bytes));
-        self.events.push_front(event);
-        Ok(())
-    }
-
-    fn applied(&mut self, fragment: FragmentId, version: u64, applied: Result<Digest>) {
-        if applied.is_ok() && version > 0 {
-            self.newest_commit = Some((fragment, version));
-        }
-        let digest = applied.unwrap_or_else(|error| {
-            tracing::warn!("{fragment} version {version} cannot be applied: {error:#}; it is fetched anew");
-            Digest::default()
-        });
-        self.events.push_front(SiteEvent::Applied { fragment, version, digest });
+    /// A copy of a fragment's weights as they are now, in memory that was used before.
+    fn read(&mut self, fragment: FragmentId) -> Result<Vec<f32>> {
+        let len = self.engine.manifest().fragment_len(fragment).unwrap_or(0);
+        let used = self.spare.iter().position(|spare| spare.len() == len);
+        let mut weights = used.map_or_else(|| vec![0.0; len], |index| self.spare.swap_remove(index));
+        self.spare.truncate(self.engine.manifest().fragments().len());
+        self.engine.read(fragment, &mut weights)?;
+        Ok(weights)
     }
 
     fn evaluate(&mut self, request: u64) -> Result<()> {
-        let evaluation = self.local.evaluate(self.engine.as_mut(), &self.held_out.batches)?;
         let commits = self.commits();
+        let evaluation = delta::evaluate(&self.desk.lend()?, self.engine.as_mut(), &self.held_out.batches)?;
         let evaluated =
             Evaluated { commits, nats: evaluation.nats, tokens: evaluation.tokens, bytes: self.held_out.bytes };
         self.events.push_back(SiteEvent::Evaluated(request, evaluated));
@@ -490,6 +587,13 @@ impl Trainer {
             trained: self.leases.take_trained(),
             seconds: began.elapsed().as_secs_f64(),
         };
+        let (link, payload_bytes, moved) = self.meter.read();
+        self.events.push_front(SiteEvent::Measured(Measured {
+            exposed_seconds: self.exposed.as_secs_f64(),
+            hidden_seconds: (self.desk.busy() + moved).as_secs_f64(),
+            payload_bytes,
+            link,
+        }));
         self.events.push_front(event);
         Ok(())
     }

@@ -18,6 +18,7 @@ use atoll_core::outer::Global;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::crew::Crew;
 use crate::data::file;
 use crate::hf;
 use crate::journal::JournalFile;
@@ -157,7 +158,7 @@ pub fn recover(
 /// If a payload is gone or the result differs.
 pub fn replay(global: &mut Global, commit: &Commit, store: &Store) -> Result<()> {
     let step = global
-        .replay(commit, &|digest| store.get(digest))
+        .replay(commit, &|digest| store.get(digest), &Crew)
         .map_err(|error| anyhow!("{} version {} cannot be computed again: {error}", commit.fragment, commit.version))?;
     store.put(step.delta, &step.payload)
 }
@@ -227,17 +228,25 @@ pub fn needed(payloads: &BTreeMap<u64, Vec<Digest>>, book: &Book) -> BTreeSet<Di
 
 fn outer_state(global: &Global) -> Result<Vec<u8>> {
     let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|value| value.to_le_bytes()).collect() };
-    let parts: Vec<(String, Vec<u8>)> = (0..global.theta.len())
+    let rho = global.rho.iter().flat_map(|rho| rho.to_le_bytes()).collect();
+    let mut parts: Vec<(String, Vec<u8>)> = (0..global.theta.len())
         .flat_map(|index| {
             [("momentum", &global.momentum[index]), ("residual", &global.residual[index])]
                 .map(|(name, values)| (format!("{name}.{index}"), bytes(values)))
         })
         .collect();
+    parts.push(("rho".to_string(), rho));
     let views: Vec<(&String, TensorView<'_>)> = parts
         .iter()
-        .map(|(name, data)| Ok((name, TensorView::new(Dtype::F32, vec![data.len() / 4], data)?)))
+        .map(|(name, data)| Ok((name, view(name, data)?)))
         .collect::<Result<_>>()?;
     Ok(safetensors::serialize(views, None)?)
+}
+
+/// Everything is `f32` but ρ, of which there is one `f64` a fragment.
+fn view<'a>(name: &str, data: &'a [u8]) -> Result<TensorView<'a>> {
+    let (kind, size) = if name == "rho" { (Dtype::F64, 8) } else { (Dtype::F32, 4) };
+    Ok(TensorView::new(kind, vec![data.len() / size], data)?)
 }
 
 fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
@@ -246,6 +255,9 @@ fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
         let tensor = tensors.tensor(&name)?;
         Ok(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
     };
+    let rho = tensors.tensor("rho")?;
+    let rho = rho.data().as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
+    global.rho.iter_mut().zip(rho).for_each(|(rho, kept)| *rho = kept);
     for index in 0..global.theta.len() {
         global.momentum[index] = values(format!("momentum.{index}"))?;
         let residual = values(format!("residual.{index}"))?;

@@ -36,7 +36,13 @@ fn weights_round_trip(make: Make<'_>) -> Result<(), String> {
         engine.write(fragment, weights).map_err(|e| said(&e))?;
     }
     let back = weights(engine.as_mut()).map_err(|e| said(&e))?;
-    law(back == changed, "read must return exactly what write was given")
+    law(back == changed, "read must return exactly what write was given")?;
+    for (&fragment, weights) in fragments.iter().zip(&changed) {
+        engine.add(fragment, weights).map_err(|e| said(&e))?;
+    }
+    let doubled: Vec<Vec<f32>> = changed.iter().map(|f| f.iter().map(|w| w + w).collect()).collect();
+    let back = weights(engine.as_mut()).map_err(|e| said(&e))?;
+    law(back == doubled, "add must add to every weight just what it is given")
 }
 
 fn layout_errors_are_refused(make: Make<'_>) -> Result<(), String> {
@@ -47,6 +53,7 @@ fn layout_errors_are_refused(make: Make<'_>) -> Result<(), String> {
     let refused = |result| matches!(result, Err(EngineError::Layout { .. }));
     law(refused(engine.read(FragmentId(0), &mut short)), "reading into a shorter slice must be refused")?;
     law(refused(engine.write(FragmentId(0), &short)), "writing a shorter slice must be refused")?;
+    law(refused(engine.add(FragmentId(0), &short)), "adding a shorter slice must be refused")?;
     law(refused(engine.write(FragmentId(count), &vec![0.0; len])), "an unknown fragment must be refused")
 }
 

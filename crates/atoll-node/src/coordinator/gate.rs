@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, anyhow, bail};
-use atoll_core::codec;
+use atoll_core::codec::{Codec, Payload};
 use atoll_core::data::Ranges;
 use atoll_core::hash::Digest;
 use atoll_core::round::Status;
@@ -15,7 +15,9 @@ use atoll_core::wire::{Frame, Hello, PROTOCOL, Purpose, Welcome};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 
+use super::outgoing::{Outgoings, Piece};
 use super::shelf::{Shelf, lock};
+use crate::crew::Crew;
 use crate::link::{Gate, Link, SILENCE_SECONDS, Traffic, read_frame, within, write_frame};
 use crate::store::Store;
 
@@ -25,7 +27,8 @@ pub(super) enum Input {
     Connected { site: SiteId, link: u64, outbox: mpsc::Sender<Frame> },
     Heard { site: SiteId, status: Box<Status> },
     Gone { site: SiteId, link: u64 },
-    Arrived(Digest),
+    /// A payload and the length of what it says.
+    Arrived(Digest, f64),
     Useless(SiteId, Digest, String),
 }
 
@@ -48,6 +51,8 @@ pub(super) struct House {
     /// Payloads that are arriving, by site.
     pub(super) arriving: Mutex<BTreeMap<SiteId, BTreeMap<Digest, Assembly>>>,
     pub(super) links: AtomicU64,
+    /// What is to be sent to each site.
+    pub(super) outgoings: Arc<Outgoings>,
 }
 
 /// Frames that may wait for a slow reader; further standings are dropped, since the next says it all.
@@ -95,6 +100,9 @@ async fn receive(house: &Arc<House>, tcp: TcpStream) -> Result<()> {
         Err(why) => return refuse(&mut link, why).await,
     };
     let site = welcome.site.clone();
+    if purpose == Purpose::Control {
+        house.outgoings.open(&site); // Before the site learns that it may open data connections.
+    }
     write_frame(&mut link, &Frame::Welcome(Box::new(welcome))).await?;
     match purpose {
         Purpose::Control => control(house, site, link).await,
@@ -140,31 +148,55 @@ async fn control(house: &Arc<House>, site: SiteId, link: Link) -> Result<()> {
     result
 }
 
-async fn data(house: &Arc<House>, site: &SiteId, mut link: Link) -> Result<()> {
-    while let Some(frame) = read_frame(&mut link).await? {
-        match frame {
-            Frame::Get { digest, offset, length } => {
-                let shelf = house.shelf.clone();
-                let bytes = tokio::task::spawn_blocking(move || shelf.get(digest)).await?;
-                let range = |bytes: &Arc<Vec<u8>>| {
-                    let start = usize::try_from(offset).ok()?;
-                    bytes.get(start..start.checked_add(length as usize)?).map(<[u8]>::to_vec)
-                };
-                let answer = match bytes.as_ref().and_then(range) {
-                    Some(bytes) => Frame::Chunk { digest, offset, bytes },
-                    None => Frame::Missing(digest),
-                };
-                write_frame(&mut link, &answer).await?;
-            }
-            Frame::Put { digest, total, offset, bytes } => {
-                if let Some(answer) = take_in(house, site, digest, total, offset, &bytes).await? {
-                    write_frame(&mut link, &answer).await?;
-                }
-            }
-            _ => bail!("a data connection carries puts and gets"),
-        }
+async fn data(house: &Arc<House>, site: &SiteId, link: Link) -> Result<()> {
+    // A site that only enlists has no control connection.
+    if house.outgoings.of(site).is_none() {
+        house.outgoings.open(site);
     }
-    Ok(())
+    let outgoing = house.outgoings.of(site).ok_or_else(closed)?;
+    let (mut reader, mut writer) = tokio::io::split(link);
+    let write = async {
+        loop {
+            let frame = match outgoing.next().await? {
+                Piece::Say(frame) => frame,
+                Piece::Push { digest, bytes, offset } => Piece::put(digest, &bytes, offset),
+                Piece::Answer { digest, offset, length } => look_up(house, digest, offset, length).await?,
+            };
+            write_frame(&mut writer, &frame).await?;
+        }
+    };
+    let read = async {
+        while let Some(frame) = read_frame(&mut reader).await? {
+            match frame {
+                Frame::Get { digest, offset, length } => outgoing.answer(Piece::Answer { digest, offset, length })?,
+                Frame::Put { digest, total, offset, bytes } => {
+                    if let Some(answer) = take_in(house, site, digest, total, offset, &bytes).await? {
+                        outgoing.say(answer);
+                    }
+                }
+                _ => bail!("a data connection carries puts and gets"),
+            }
+        }
+        anyhow::Ok(())
+    };
+    tokio::select! { result = write => result, result = read => result }
+}
+
+/// The bytes that a site has asked for, or word that they are not here.
+async fn look_up(house: &Arc<House>, digest: Digest, offset: u64, length: u32) -> Result<Frame> {
+    let shelf = house.shelf.clone();
+    let bytes = match house.shelf.at_hand(digest) {
+        Some(bytes) => Some(bytes),
+        None => tokio::task::spawn_blocking(move || shelf.get(digest)).await?,
+    };
+    let range = |bytes: &Arc<Vec<u8>>| {
+        let start = usize::try_from(offset).ok()?;
+        bytes.get(start..start.checked_add(length as usize)?).map(<[u8]>::to_vec)
+    };
+    Ok(match bytes.as_ref().and_then(range) {
+        Some(bytes) => Frame::Chunk { digest, offset, bytes },
+        None => Frame::Missing(digest),
+    })
 }
 
 /// A payload of which some bytes are here.
@@ -182,7 +214,7 @@ async fn take_in(
     offset: u64,
     bytes: &[u8],
 ) -> Result<Option<Frame>> {
-    let largest = house.fragment_lens.iter().map(|&len| codec::Codec::F32.payload_len(len) as u64).max().unwrap_or(0);
+    let largest = house.fragment_lens.iter().map(|&len| Codec::F32.payload_len(len) as u64).max().unwrap_or(0);
     let end = offset.saturating_add(bytes.len() as u64);
     if total > largest || end > total {
         bail!("{site} sends {total} bytes for a payload of at most {largest}");
@@ -207,27 +239,33 @@ async fn take_in(
     let (store, lens) = (house.store.clone(), house.fragment_lens.clone());
     let kept = tokio::task::spawn_blocking(move || keep(&store, &lens, digest, &assembly.buffer)).await?;
     let input = match kept? {
-        None => Input::Arrived(digest),
-        Some(why) => Input::Useless(site.clone(), digest, why),
+        Ok(norm) => Input::Arrived(digest, norm),
+        Err(why) => Input::Useless(site.clone(), digest, why),
     };
     house.inputs.send(input).await.map_err(|_| closed())?;
     Ok(Some(Frame::Have(digest)))
 }
 
-/// Keeps a payload on disk, or says why it is useless.
-fn keep(store: &Store, lens: &[usize], digest: Digest, payload: &[u8]) -> Result<Option<String>> {
+/// Keeps a payload on disk and measures it, or says why it is useless.
+fn keep(store: &Store, lens: &[usize], digest: Digest, payload: &[u8]) -> Result<Result<f64, String>> {
+    let norm = match look_at(lens, digest, payload) {
+        Ok(norm) => norm,
+        Err(why) => return Ok(Err(why)),
+    };
+    store.put(digest, payload)?;
+    Ok(Ok(norm))
+}
+
+/// The length of what a payload says, or why it says nothing.
+fn look_at(lens: &[usize], digest: Digest, payload: &[u8]) -> Result<f64, String> {
     if Digest::of(payload) != digest {
-        return Ok(Some("its bytes are not those that its name promises".to_string()));
+        return Err("its bytes are not those that its name promises".to_string());
     }
     let Some(count) = payload.get(1..5).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize) else {
-        return Ok(Some("it is too short to be a payload".to_string()));
+        return Err("it is too short to be a payload".to_string());
     };
     if !lens.contains(&count) {
-        return Ok(Some(format!("no fragment has {count} weights")));
+        return Err(format!("no fragment has {count} weights"));
     }
-    if let Err(error) = codec::decode(payload, count) {
-        return Ok(Some(error.to_string()));
-    }
-    store.put(digest, payload)?;
-    Ok(None)
+    Payload::check(payload, count, &Crew).map(|sound| sound.norm()).map_err(|error| error.to_string())
 }

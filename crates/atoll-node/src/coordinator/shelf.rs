@@ -56,12 +56,14 @@ impl Shelf {
         }
     }
 
+    /// The bytes of that address if they need no reading from disk and no copying.
+    pub(crate) fn at_hand(&self, digest: Digest) -> Option<Bytes> {
+        if digest == self.tokenizer.0 { Some(self.tokenizer.1.clone()) } else { self.again(digest) }
+    }
+
     /// The bytes of that address, or nothing if they are not here (any more). May read the disk.
     pub(crate) fn get(&self, digest: Digest) -> Option<Bytes> {
-        if digest == self.tokenizer.0 {
-            return Some(self.tokenizer.1.clone());
-        }
-        if let Some(bytes) = self.again(digest) {
+        if let Some(bytes) = self.at_hand(digest) {
             return Some(bytes);
         }
         let bytes = Arc::new(self.weights(digest).or_else(|| self.store.get(digest))?);

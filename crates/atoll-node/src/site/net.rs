@@ -13,17 +13,22 @@ use atoll_core::round::{Standing, Status};
 use atoll_core::wire::{CHUNK, Frame, Hello, Purpose, Welcome};
 use tokio::sync::{Semaphore, mpsc};
 
+use super::desk::Done;
+use super::meter::Meter;
 use crate::coordinator::lock;
 use crate::link::{Dialer, Link, SILENCE_SECONDS, is_foreign_key, read_frame, within, write_frame};
 
 /// What comes in from the network.
-#[derive(Debug)]
 pub(super) enum Incoming {
     Connected,
     Disconnected,
     Standing(Box<Standing>),
     Uploaded(Digest, bool),
     Fetched(Digest, Option<Vec<u8>>),
+    /// The payload of a commit, which nobody asked for.
+    Pushed(Digest, Vec<u8>),
+    /// From the desk, over the same channel, so that the trainer waits for both.
+    Worked(Done),
     /// The coordinator does not want this site; no retry will help.
     Refused(String),
 }
@@ -44,6 +49,9 @@ pub(super) struct Route {
     pub(super) hello: Hello,
     /// Data connections.
     pub(super) streams: usize,
+    /// Bytes of the largest fragment's weights.
+    pub(super) largest: usize,
+    pub(super) meter: Meter,
 }
 
 /// A refusal, told apart from failures that a retry may mend.
@@ -140,6 +148,7 @@ pub(super) async fn keep_connected(
 ) {
     let mut pause = 0.1;
     let mut told = None;
+    let fetches = Fetches::default();
     loop {
         match connect(&route).await {
             Ok((control, data)) => {
@@ -147,7 +156,9 @@ pub(super) async fn keep_connected(
                 if inbox.send(Incoming::Connected).is_err() {
                     return;
                 }
-                let end = talk(control, data, &mut commands, &inbox).await;
+                let end = talk(control, data, &mut commands, &inbox, &fetches, &route).await;
+                route.meter.disconnected();
+                lock(&fetches).retain(|_, fetch| fetch.is_worth_resuming());
                 if inbox.send(Incoming::Disconnected).is_err() || matches!(end, Ok(())) {
                     return;
                 }
@@ -191,9 +202,34 @@ enum Work {
 
 type Fetches = Arc<Mutex<BTreeMap<Digest, Fetch>>>;
 
+/// Bytes of which some are here. They outlast a connection: what has arrived is not asked for again.
 struct Fetch {
     buffer: Vec<u8>,
     here: Ranges,
+    /// Whether the trainer waits for it; else it is being pushed.
+    wanted: bool,
+}
+
+/// A fetch of which less has come is begun anew when its connection is lost.
+const RESUME_BYTES: u64 = 256 << 10;
+/// Fetches and pushes that may be incomplete at a time; a coordinator that begins more is not sound.
+const FETCHES_MAX: usize = 1 << 13;
+
+impl Fetch {
+    fn new(bytes: usize) -> Self {
+        Self { buffer: vec![0; bytes], here: Ranges::new(), wanted: false }
+    }
+
+    fn is_worth_resuming(&self) -> bool {
+        self.here.len() >= RESUME_BYTES
+    }
+
+    /// Stretches of at most [`CHUNK`] bytes that are not here.
+    fn missing(&self) -> Vec<(u64, u32)> {
+        let total = self.buffer.len() as u64;
+        let stretches = (0..total).step_by(CHUNK).map(|offset| (offset, (total - offset).min(CHUNK as u64) as u32));
+        stretches.filter(|(offset, len)| !self.here.contains_span(*offset, offset + u64::from(*len))).collect()
+    }
 }
 
 /// Runs all connections until one breaks (an error) or the trainer hangs up.
@@ -202,13 +238,22 @@ async fn talk(
     data: Vec<Link>,
     commands: &mut mpsc::UnboundedReceiver<Command>,
     inbox: &Sender<Incoming>,
+    fetches: &Fetches,
+    route: &Route,
 ) -> Result<()> {
     let (work, queue) = mpsc::unbounded_channel();
-    let queue = Arc::new(tokio::sync::Mutex::new(queue));
-    let fetches = Fetches::default();
+    let stream = Stream {
+        queue: Arc::new(tokio::sync::Mutex::new(queue)),
+        fetches: fetches.clone(),
+        inbox: inbox.clone(),
+        ahead: Arc::new(Semaphore::new(GETS_AHEAD * data.len())),
+        largest: route.largest,
+        meter: route.meter.clone(),
+    };
+    let meter = &route.meter;
     let mut streams = tokio::task::JoinSet::new();
     for link in data {
-        streams.spawn(carry(link, queue.clone(), fetches.clone(), inbox.clone()));
+        streams.spawn(stream.clone().carry(link));
     }
     let (mut reader, mut writer) = tokio::io::split(control);
     let read = async {
@@ -216,6 +261,7 @@ async fn talk(
             // Every status is answered, and one is sent every second.
             match within(SILENCE_SECONDS, read_frame(&mut reader)).await?? {
                 Some(Frame::Standing(standing)) => {
+                    meter.answered(standing.heard);
                     inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the trainer has stopped"))?;
                 }
                 _ => bail!("the coordinator hung up"),
@@ -238,20 +284,19 @@ async fn talk(
             match command {
                 None => return anyhow::Ok(()),
                 Some(Command::Report(status)) => {
+                    meter.asked(status.number);
                     let frame = Frame::Status(status);
                     write_frame(&mut writer, &frame).await?;
                     last = Some(frame);
                 }
                 Some(Command::Upload(digest, bytes)) => {
+                    meter.sending(digest, bytes.len() as u64);
                     for offset in (0..bytes.len()).step_by(CHUNK) {
                         work.send(Work::Put { digest, bytes: bytes.clone(), offset })?;
                     }
                 }
                 Some(Command::Fetch(digest, bytes)) => {
-                    let fetch = Fetch { buffer: vec![0; usize::try_from(bytes)?], here: Ranges::new() };
-                    lock(&fetches).insert(digest, fetch);
-                    for offset in (0..bytes).step_by(CHUNK) {
-                        let length = (bytes - offset).min(CHUNK as u64) as u32;
+                    for (offset, length) in want(fetches, digest, usize::try_from(bytes)?) {
                         work.send(Work::Get { digest, offset, length })?;
                     }
                 }
@@ -265,75 +310,128 @@ async fn talk(
     }
 }
 
+/// Notes that some bytes are wanted; returns what must be asked for.
+fn want(fetches: &Fetches, digest: Digest, bytes: usize) -> Vec<(u64, u32)> {
+    let mut fetches = lock(fetches);
+    let fetch = fetches.entry(digest).or_insert_with(|| Fetch::new(bytes));
+    if fetch.buffer.len() != bytes {
+        *fetch = Fetch::new(bytes);
+    }
+    fetch.wanted = true;
+    fetch.missing()
+}
+
 /// One data connection: takes work from the common queue, so that a slow stream takes less of it.
-async fn carry(
-    link: Link,
+#[derive(Clone)]
+struct Stream {
     queue: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Work>>>,
     fetches: Fetches,
     inbox: Sender<Incoming>,
-) -> Result<()> {
-    let (mut reader, mut writer) = tokio::io::split(link);
-    let ahead = Arc::new(Semaphore::new(GETS_AHEAD));
-    let answered = ahead.clone();
-    let write = async {
-        loop {
-            // Wait for room first, so that a stalled stream leaves the work to the others.
-            let permit = ahead.acquire().await?;
-            let work = queue.lock().await.recv().await;
-            let Some(work) = work else { return anyhow::Ok(()) };
-            match work {
-                Work::Put { digest, bytes, offset } => {
-                    let end = bytes.len().min(offset + CHUNK);
-                    let frame = Frame::Put {
-                        digest,
-                        total: bytes.len() as u64,
-                        offset: offset as u64,
-                        bytes: bytes[offset..end].to_vec(),
-                    };
-                    write_frame(&mut writer, &frame).await?;
-                }
-                Work::Get { digest, offset, length } => {
-                    write_frame(&mut writer, &Frame::Get { digest, offset, length }).await?;
-                    permit.forget();
-                }
-            }
-        }
-    };
-    let read = async {
-        loop {
-            match read_frame(&mut reader).await? {
-                Some(Frame::Chunk { digest, offset, bytes }) => {
-                    answered.add_permits(1);
-                    if let Some(whole) = arrive(&fetches, digest, offset, &bytes)? {
-                        let good = Digest::of(&whole) == digest;
-                        inbox.send(Incoming::Fetched(digest, good.then_some(whole)))?;
-                    }
-                }
-                Some(Frame::Missing(digest)) => {
-                    answered.add_permits(1);
-                    if lock(&fetches).remove(&digest).is_some() {
-                        inbox.send(Incoming::Fetched(digest, None))?;
-                    } else {
-                        inbox.send(Incoming::Uploaded(digest, false))?;
-                    }
-                }
-                Some(Frame::Have(digest)) => inbox.send(Incoming::Uploaded(digest, true))?,
-                _ => bail!("a data connection ended"),
-            }
-        }
-    };
-    tokio::select! { result = write => result, result = read => result }
+    /// Gets that may still be sent before others are answered, over all connections.
+    ahead: Arc<Semaphore>,
+    largest: usize,
+    meter: Meter,
 }
 
-/// Adds bytes to a fetch; returns all of them when the last have come.
-fn arrive(fetches: &Fetches, digest: Digest, offset: u64, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
-    let mut fetches = lock(fetches);
-    let Some(fetch) = fetches.get_mut(&digest) else { return Ok(None) };
-    let start = usize::try_from(offset)?;
-    let end = start.checked_add(bytes.len()).filter(|&end| end <= fetch.buffer.len());
-    let end = end.ok_or_else(|| anyhow!("the coordinator sent bytes that nobody asked for"))?;
-    fetch.buffer[start..end].copy_from_slice(bytes);
-    fetch.here.insert_span(offset, end as u64);
-    let whole = fetch.here.contains_span(0, fetch.buffer.len() as u64);
-    Ok(if whole { fetches.remove(&digest).map(|fetch| fetch.buffer) } else { None })
+impl Stream {
+    async fn carry(self, link: Link) -> Result<()> {
+        let (mut reader, mut writer) = tokio::io::split(link);
+        let write = async {
+            loop {
+                // Wait for room first, so that a stalled stream leaves the work to the others.
+                let permit = self.ahead.acquire().await?;
+                let work = self.queue.lock().await.recv().await;
+                let Some(work) = work else { return anyhow::Ok(()) };
+                if matches!(work, Work::Get { .. }) {
+                    permit.forget();
+                }
+                write_frame(&mut writer, &work.frame()).await?;
+            }
+        };
+        let read = async {
+            while let Some(frame) = read_frame(&mut reader).await? {
+                self.take(frame)?;
+            }
+            bail!("a data connection ended")
+        };
+        tokio::select! { result = write => result, result = read => result }
+    }
+
+    fn take(&self, frame: Frame) -> Result<()> {
+        match frame {
+            Frame::Chunk { digest, offset, bytes } => {
+                self.ahead.add_permits(1);
+                self.arrive(digest, offset, &bytes)
+            }
+            Frame::Put { digest, total, offset, bytes } => {
+                self.expect(digest, total)?;
+                self.arrive(digest, offset, &bytes)
+            }
+            Frame::Missing(digest) => {
+                self.ahead.add_permits(1);
+                let was_fetch = lock(&self.fetches).remove(&digest).is_some();
+                let incoming =
+                    if was_fetch { Incoming::Fetched(digest, None) } else { Incoming::Uploaded(digest, false) };
+                Ok(self.inbox.send(incoming)?)
+            }
+            Frame::Have(digest) => {
+                self.meter.sent(digest);
+                Ok(self.inbox.send(Incoming::Uploaded(digest, true))?)
+            }
+            _ => bail!("a data connection carries payloads"),
+        }
+    }
+
+    /// Makes room for bytes that are sent unasked.
+    fn expect(&self, digest: Digest, total: u64) -> Result<()> {
+        let mut fetches = lock(&self.fetches);
+        let total = usize::try_from(total)?;
+        if total > self.largest || fetches.len() >= FETCHES_MAX {
+            bail!("the coordinator sends more than a commit can be");
+        }
+        fetches.entry(digest).or_insert_with(|| Fetch::new(total));
+        Ok(())
+    }
+
+    /// Adds bytes; tells the trainer when the last have come.
+    fn arrive(&self, digest: Digest, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.meter.receiving(digest, bytes.len() as u64);
+        let whole = {
+            let mut fetches = lock(&self.fetches);
+            let Some(fetch) = fetches.get_mut(&digest) else { return Ok(()) };
+            let start = usize::try_from(offset)?;
+            let end = start.checked_add(bytes.len()).filter(|&end| end <= fetch.buffer.len());
+            let end = end.ok_or_else(|| anyhow!("the coordinator sent bytes that nobody asked for"))?;
+            fetch.buffer[start..end].copy_from_slice(bytes);
+            fetch.here.insert_span(offset, end as u64);
+            let whole = fetch.here.contains_span(0, fetch.buffer.len() as u64);
+            if whole { fetches.remove(&digest) } else { None }
+        };
+        let Some(Fetch { buffer, wanted, .. }) = whole else { return Ok(()) };
+        self.meter.received(digest, buffer.len() as u64);
+        let good = Digest::of(&buffer) == digest;
+        let incoming = match (wanted, good) {
+            (true, good) => Incoming::Fetched(digest, good.then_some(buffer)),
+            (false, true) => Incoming::Pushed(digest, buffer),
+            (false, false) => Incoming::Fetched(digest, None),
+        };
+        Ok(self.inbox.send(incoming)?)
+    }
+}
+
+impl Work {
+    fn frame(&self) -> Frame {
+        match self {
+            Work::Put { digest, bytes, offset } => {
+                let end = bytes.len().min(offset + CHUNK);
+                Frame::Put {
+                    digest: *digest,
+                    total: bytes.len() as u64,
+                    offset: *offset as u64,
+                    bytes: bytes[*offset..end].to_vec(),
+                }
+            }
+            Work::Get { digest, offset, length } => Frame::Get { digest: *digest, offset: *offset, length: *length },
+        }
+    }
 }

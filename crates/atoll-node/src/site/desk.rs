@@ -1,0 +1,139 @@
+//! The desk: a thread that encodes contributions and takes in commits while the engine trains. It owns the site's
+//! copies of the model; the trainer only reads the engine's weights and applies changes, between two steps.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use atoll_core::codec::Codec;
+use atoll_core::delta::{Change, DeltaError, Local, Payload};
+use atoll_core::hash::Digest;
+use atoll_core::journal::Notice;
+use atoll_core::manifest::FragmentId;
+use atoll_core::team::Team;
+
+use super::net::Incoming;
+
+/// Something to do with weights. Jobs are done one after the other.
+pub(super) enum Job {
+    /// Encode what these weights have learnt.
+    Contribute(FragmentId, Vec<f32>, Codec),
+    /// Give up a refused contribution's work.
+    Rebase(FragmentId),
+    /// Apply a commit's payload.
+    Commit(Notice, Vec<u8>),
+    /// Start over from these bytes of weights.
+    Install(FragmentId, u64, Vec<u8>),
+    /// Hand out a copy of Θ.
+    Lend(mpsc::Sender<Vec<Vec<f32>>>),
+    /// Hand out the residuals; nothing comes after it.
+    Close(mpsc::Sender<Vec<Vec<f32>>>),
+}
+
+/// What came of a job.
+pub(super) enum Done {
+    Contributed(FragmentId, Result<Payload, DeltaError>),
+    Rebased(FragmentId, Change),
+    /// A version with its digest; without a change if it could not be applied.
+    Applied(FragmentId, u64, Digest, Option<Change>),
+}
+
+/// The trainer's end.
+pub(super) struct Desk {
+    jobs: mpsc::Sender<Job>,
+    busy: Arc<AtomicU64>,
+}
+
+impl Desk {
+    /// Starts the thread. It ends when the desk is dropped.
+    pub(super) fn open(local: Local, team: Box<dyn Team + Send>, inbox: mpsc::Sender<Incoming>) -> Result<Self> {
+        let (jobs, queue) = mpsc::channel();
+        let busy = Arc::new(AtomicU64::new(0));
+        let counter = busy.clone();
+        let worker = move || work(local, &*team, &queue, &inbox, &counter);
+        std::thread::Builder::new().name("desk".to_string()).spawn(worker)?;
+        Ok(Self { jobs, busy })
+    }
+
+    /// Puts a job on the desk.
+    ///
+    /// # Errors
+    /// If the thread has died.
+    pub(super) fn put(&self, job: Job) -> Result<()> {
+        self.jobs.send(job).map_err(|_| anyhow!("the thread that encodes and applies weights has stopped"))
+    }
+
+    /// A copy of Θ, after all jobs before.
+    ///
+    /// # Errors
+    /// If the thread has died.
+    pub(super) fn lend(&self) -> Result<Vec<Vec<f32>>> {
+        let (sender, answer) = mpsc::channel();
+        self.put(Job::Lend(sender))?;
+        Ok(answer.recv()?)
+    }
+
+    /// The residuals as they are in the end.
+    ///
+    /// # Errors
+    /// If the thread has died.
+    pub(super) fn close(&self) -> Result<Vec<Vec<f32>>> {
+        let (sender, answer) = mpsc::channel();
+        self.put(Job::Close(sender))?;
+        Ok(answer.recv()?)
+    }
+
+    /// Time in which there was something on the desk.
+    pub(super) fn busy(&self) -> Duration {
+        Duration::from_micros(self.busy.load(Ordering::Relaxed))
+    }
+}
+
+fn work(
+    mut local: Local,
+    team: &dyn Team,
+    queue: &mpsc::Receiver<Job>,
+    inbox: &mpsc::Sender<Incoming>,
+    busy: &AtomicU64,
+) {
+    while let Ok(job) = queue.recv() {
+        let began = Instant::now();
+        let done = match job {
+            Job::Contribute(fragment, weights, codec) => {
+                Done::Contributed(fragment, local.contribute(fragment, weights, codec, team))
+            }
+            Job::Rebase(fragment) => Done::Rebased(fragment, local.rebase(fragment)),
+            Job::Commit(notice, payload) => {
+                applied(notice.fragment, notice.version, local.commit(notice.fragment, payload, team))
+            }
+            Job::Install(fragment, version, bytes) => {
+                let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                applied(fragment, version, local.install(fragment, &weights.collect::<Vec<_>>()))
+            }
+            Job::Lend(answer) => {
+                let _ = answer.send(local.thetas()); // Whoever asked may have stopped.
+                continue;
+            }
+            Job::Close(answer) => {
+                let _ = answer.send(local.residuals().map(<[f32]>::to_vec).collect());
+                return;
+            }
+        };
+        busy.fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
+        if inbox.send(Incoming::Worked(done)).is_err() {
+            return;
+        }
+    }
+}
+
+/// What cannot be applied has no digest, so the machine fetches the fragment anew.
+fn applied(fragment: FragmentId, version: u64, result: Result<(Digest, Change), DeltaError>) -> Done {
+    match result {
+        Ok((digest, change)) => Done::Applied(fragment, version, digest, Some(change)),
+        Err(error) => {
+            tracing::warn!("version {version} cannot be applied: {error}; it is fetched anew");
+            Done::Applied(fragment, version, Digest::default(), None)
+        }
+    }
+}
