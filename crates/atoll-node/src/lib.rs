@@ -8,6 +8,7 @@
 //! | [`run`] | the run folder and `run.toml` |
 //! | [`identity`] | keys and tickets |
 //! | [`link`] | TLS connections that carry frames |
+//! | [`wan`] | a thin, long, lossy link for trying things out |
 //! | [`journal`] | the journal on disk |
 //! | [`store`] | payloads on disk, by content address |
 //! | [`snapshot`] | the model and the book on disk; recovery |
@@ -28,3 +29,4 @@ pub mod run;
 pub mod site;
 pub mod snapshot;
 pub mod store;
+pub mod wan;

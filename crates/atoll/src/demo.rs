@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_node::report::Report;
 use atoll_node::run::RunDir;
+use atoll_node::wan::Wan;
 
+use crate::links::Links;
 use crate::view::{self, View};
 use crate::{precision, stop};
 
@@ -40,6 +42,16 @@ pub(crate) struct Arguments {
     /// the cores.
     #[arg(long)]
     share: Option<f64>,
+    /// Put a thin, long, lossy link between each site and the coordinator: rate each way, ROUND TRIP (half
+    /// of it each way), jitter, loss.
+    ///
+    /// Any part may be left out: 50mbit,50ms,5ms,0.1% or 10mbit,100ms or 1gbit. The parts are told apart by
+    /// their units (kbit, mbit, gbit; us, ms, s; %); the second time is the jitter, by which a piece comes
+    /// up to so much later. Each site has a link of its own that all its connections share. It is emulated
+    /// in this program, without privileges: what is sent waits for its turn, then takes half a round trip,
+    /// and a lost packet holds up its connection for another round trip.
+    #[arg(long, value_name = "SPEC")]
+    wan: Option<Wan>,
     #[command(flatten)]
     precision: precision::Arguments,
     /// The model's size.
@@ -69,11 +81,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let demo = Demo { arguments, dir: RunDir(arguments.out.clone()), program: std::env::current_exe()? };
     if demo.dir.report().exists() && Report::load(&demo.dir.report()).is_ok_and(|report| report.state == "finished") {
         eprintln!("{} holds a finished run; this is what it learnt", demo.dir.0.display());
-        return demo.tell();
+        return demo.tell(None);
     }
     demo.prepare()?;
-    if demo.train(&stop)? {
-        demo.tell()
+    let mut links = arguments.wan.map(Links::new).transpose()?;
+    if demo.train(&stop, links.as_mut())? {
+        demo.tell(links.as_ref())
     } else {
         eprintln!("stopped; the same command goes on");
         Ok(())
@@ -121,11 +134,12 @@ impl Demo<'_> {
     }
 
     /// Runs all processes until the run is finished (true) or stopped (false).
-    fn train(&self, stop: &AtomicBool) -> Result<bool> {
+    fn train(&self, stop: &AtomicBool, links: Option<&mut Links>) -> Result<bool> {
         let logs = self.dir.0.join("logs");
         fs::create_dir_all(&logs)?;
-        let mut wards = vec![self.start_coordinator(&logs)?];
-        wards.extend(self.start_sites(&logs)?);
+        let (coordinator, address) = self.start_coordinator(&logs)?;
+        let mut wards = vec![coordinator];
+        wards.extend(self.start_sites(&address, links, &logs)?);
         let mut view = if self.arguments.json { None } else { View::open(self.arguments.sites) };
         let mut told = Instant::now();
         let result = loop {
@@ -156,17 +170,18 @@ impl Demo<'_> {
         result
     }
 
-    fn start_coordinator(&self, logs: &Path) -> Result<Ward> {
+    /// The coordinator and where it listens, now and after each restart.
+    fn start_coordinator(&self, logs: &Path) -> Result<(Ward, String)> {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr())?.port();
-        let mut command = self.atoll("coordinate");
-        command.arg(&self.dir.0).args(["--listen", &format!("127.0.0.1:{port}"), "--supervised"]);
-        let mut ward = Ward::start("coordinator", command, logs)?;
         let address = format!("127.0.0.1:{port}");
+        let mut command = self.atoll("coordinate");
+        command.arg(&self.dir.0).args(["--listen", &address, "--supervised"]);
+        let mut ward = Ward::start("coordinator", command, logs)?;
         loop {
             let listening =
                 Report::load(&self.dir.status()).is_ok_and(|report| report.listen.as_deref() == Some(&address));
             if listening {
-                return Ok(ward);
+                return Ok((ward, address));
             }
             if let Some(status) = ward.child.try_wait()? {
                 bail!("the coordinator ended ({status}): {}", ward.last_words());
@@ -175,7 +190,7 @@ impl Demo<'_> {
         }
     }
 
-    fn start_sites(&self, logs: &Path) -> Result<Vec<Ward>> {
+    fn start_sites(&self, coordinator: &str, mut links: Option<&mut Links>, logs: &Path) -> Result<Vec<Ward>> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let count = self.arguments.sites;
         let slow = |index: usize| count > 1 && index + 1 == count && !self.arguments.even;
@@ -188,7 +203,11 @@ impl Demo<'_> {
         (0..count)
             .map(|index| {
                 let name = format!("site-{}", index + 1);
-                let ticket = self.ticket(&name)?;
+                let address = match &mut links {
+                    Some(links) => links.lay(&name, coordinator)?.to_string(),
+                    None => coordinator.to_string(),
+                };
+                let ticket = self.ticket(&name, &address)?;
                 let share = if slow(index) { share * SLOW } else { share };
                 let mut command = self.atoll("join");
                 command.arg(ticket).arg("--data").arg(self.tokens()).args(["--device", "cpu", "--supervised"]);
@@ -200,9 +219,12 @@ impl Demo<'_> {
             .collect()
     }
 
-    /// A ticket in a file of its own, so that its secret is in no process list.
-    fn ticket(&self, site: &str) -> Result<PathBuf> {
-        let output = self.atoll("ticket").arg(&self.dir.0).arg(site).stderr(Stdio::inherit()).output()?;
+    /// A ticket in a file of its own, so that its secret is in no process list. It is issued anew whenever
+    /// the demo starts, for the address is another each time.
+    fn ticket(&self, site: &str, address: &str) -> Result<PathBuf> {
+        let mut ticket = self.atoll("ticket");
+        ticket.arg(&self.dir.0).arg(site).args(["--address", address]);
+        let output = ticket.stderr(Stdio::inherit()).output()?;
         if !output.status.success() {
             bail!("`atoll ticket` failed for {site}");
         }
@@ -233,8 +255,8 @@ impl Demo<'_> {
         Ok(false)
     }
 
-    /// What the run came to: evaluation, a text, the report.
-    fn tell(&self) -> Result<()> {
+    /// What the run came to: evaluation, a text, the report, what went over the links.
+    fn tell(&self, links: Option<&Links>) -> Result<()> {
         let mut report = Report::load(&self.dir.report())?;
         let output = self
             .atoll("eval")
@@ -268,6 +290,9 @@ impl Demo<'_> {
             "held-out bits per byte over all held-out text: {:.4}",
             report.bits_per_byte.last.unwrap_or(f64::NAN)
         )?;
+        for line in links.map(Links::lines).unwrap_or_default() {
+            writeln!(err, "{line}")?;
+        }
         writeln!(err, "report   {}", self.dir.report().display())?;
         writeln!(err, "journal  {}", self.dir.journal().display())?;
         writeln!(

@@ -1,13 +1,14 @@
 //! `atoll`: trains one language model across several data centers, and serves it from them.
 //!
 //! Each subcommand is a module; they call `atoll-node` for files, sockets and rounds and `atoll-cpu`
-//! for the engine. `demo` calls the other subcommands as processes and nothing else.
+//! for the engine. `demo` calls the other subcommands as processes and nothing else, but for its links.
 
 mod check;
 mod coordinate;
 mod demo;
 mod ingest;
 mod join;
+mod links;
 mod model;
 mod new;
 mod precision;

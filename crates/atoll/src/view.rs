@@ -301,7 +301,8 @@ fn count(value: f64) -> String {
     scaled(value, 1000.0, &["", "k", "M", "G", "T"])
 }
 
-fn bytes(value: u64) -> String {
+/// A number of bytes for people.
+pub(crate) fn bytes(value: u64) -> String {
     scaled(value as f64, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB"])
 }
 

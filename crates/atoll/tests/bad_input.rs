@@ -39,6 +39,7 @@ fn folders_and_files() {
     fs::create_dir(lab.path("empty")).unwrap();
     fails(&["new", &nowhere, "--data", &lab.path("empty")], &["empty"]);
     fails(&["new", &nowhere, "--data", &lab.path("text"), "--preset", "huge"], &["huge", "nano"]);
+    fails(&["demo", "--out", &nowhere, "--wan", "50mb"], &["--wan", "'50mb' is no part of a link"]);
     fails(&["coordinate", &nowhere], &["run.toml"]);
     fails(&["status", &nowhere], &["status.json"]);
     fails(&["generate", &nowhere, "--prompt", "x"], &["there is no model"]);

@@ -49,17 +49,14 @@ fn a_minute_of_demo_learns_and_reports() {
     assert!(replayed.status.success(), "{}", text(&replayed.stderr));
 }
 
-#[test]
-#[ignore = "takes a minute"]
-fn an_interrupted_demo_goes_on() {
+/// Runs a short demo, interrupts it after some commits and goes on; the report and what was said last.
+fn interrupted(more: &[&str], then: &[&str]) -> (Value, String) {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("demo");
-    fs::create_dir_all(&out).unwrap();
-    fs::remove_dir(&out).unwrap();
     let words = folder.path().join("words.txt");
     fs::write(&words, "the tide comes in and the tide goes out\n".repeat(3000)).unwrap();
     let arguments = ["--data", words.to_str().unwrap(), "--tokens", "400000", "--sites", "2"];
-    let child = demo(&out, &arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let child = demo(&out, &arguments).args(more).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let mut child = Process(child);
     let status = out.join("status.json");
     let commits = || {
@@ -73,9 +70,30 @@ fn an_interrupted_demo_goes_on() {
     signal(&child, "INT");
     assert!(wait(&mut child).success());
     let before = commits();
-    let output = demo(&out, &arguments).stderr(Stdio::inherit()).output().unwrap();
-    assert!(output.status.success());
+    let output = demo(&out, &arguments).args(then).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(report["commits"].as_u64().unwrap() > before, "{report}");
     assert!(report["tokens"].as_u64().unwrap() >= 400_000);
+    (report, said)
+}
+
+#[test]
+#[ignore = "takes a minute"]
+fn an_interrupted_demo_goes_on() {
+    interrupted(&[], &[]);
+}
+
+#[test]
+#[ignore = "takes a minute"]
+fn a_demo_goes_on_over_other_links() {
+    let (report, said) = interrupted(&["--wan", "20mbit,40ms,0.5%"], &["--wan", "10mbit,80ms,5ms,1%"]);
+    assert!(said.contains("10mbit each way, 80 ms round trip"), "{said}");
+    for site in report["sites"].as_array().unwrap() {
+        assert_eq!(site["digest_mismatches"], 0, "{site}");
+        let link = format!("link     {}, 10mbit,80ms,5ms,1%: ↑ ", site["name"].as_str().unwrap());
+        let line = said.lines().find(|line| line.starts_with(&link)).unwrap_or_else(|| panic!("{link} in {said}"));
+        assert!(line.contains("iB, ↓ ") && line.ends_with("iB"), "more than greetings went both ways: {line}");
+    }
 }
