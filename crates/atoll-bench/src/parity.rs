@@ -46,6 +46,8 @@ struct Run {
     tokens: f64,
     /// Virtual seconds.
     seconds: f64,
+    /// Percent of contributions that missed the round they were made for.
+    late_percent: f64,
     /// Mean megabytes that a site sent.
     megabytes_up: f64,
     /// Mean megabytes that a site received.
@@ -70,8 +72,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
         text.held_out.batches.iter().map(|batch| batch.rows).sum::<usize>(),
         text.context
     );
-    println!("                        nats/  bits/                                virtual   MB up  MB down");
-    println!("row                     token  byte    gap %  ± of mean   tokens    seconds  a site   a site");
+    println!("                        nats/  bits/                                virtual   late   MB up  MB down");
+    println!("row                     token  byte    gap %  ± of mean   tokens    seconds      %  a site   a site");
     let mut table =
         Table { rows: &chosen, runs: BTreeMap::new(), printed: vec![false; chosen.len()], setting: &setting };
     live(&chosen, &setting, &mut table)?;
@@ -208,13 +210,14 @@ impl Table<'_> {
     fn print(&self, row: usize) {
         let (nats, gaps) = (self.mean(row, |run| run.nats), self.gaps(row));
         println!(
-            "{:22} {nats:6.4}  {:.4}  {:+6.2}     {:6.2}  {:8.0}   {:8.0}  {:6.1}   {:6.1}",
+            "{:22} {nats:6.4}  {:.4}  {:+6.2}     {:6.2}  {:8.0}   {:8.0}  {:5.1}  {:6.1}   {:6.1}",
             self.rows[row].name,
             self.bits_per_byte(nats),
             mean(&gaps),
             standard_error(&gaps),
             self.mean(row, |run| run.tokens),
             self.mean(row, |run| run.seconds),
+            self.mean(row, |run| run.late_percent),
             self.mean(row, |run| run.megabytes_up),
             self.mean(row, |run| run.megabytes_down),
         );
@@ -230,6 +233,7 @@ impl Table<'_> {
                 ("bits_per_byte", self.bits_per_byte(nats)),
                 ("loss_gap_percent", gap),
                 ("seconds", self.mean(index, |run| run.seconds)),
+                ("late_percent", self.mean(index, |run| run.late_percent)),
                 ("megabytes_up", self.mean(index, |run| run.megabytes_up)),
                 ("megabytes_down", self.mean(index, |run| run.megabytes_down)),
             ];

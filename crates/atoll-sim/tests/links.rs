@@ -9,7 +9,7 @@ use atoll_sim::{Attendance, Description, Hardships, Link, Outcome, Residence, ab
 
 fn live(link: Link, keeps_payloads: bool) -> Outcome {
     let residence = |name: &str, step_seconds| Residence {
-        name: name.parse().unwrap(),
+        name: name.parse().expect("a good name"),
         dataset: DatasetId(Digest::default()),
         samples: 1000,
         samples_per_step: toy::ROWS as u64,
@@ -27,7 +27,7 @@ fn live(link: Link, keeps_payloads: bool) -> Outcome {
         keeps_payloads,
     };
     let mut toys = Toys::new(&description, vec![Nature::default(); 2]);
-    run(description, &mut toys).unwrap()
+    run(description, &mut toys).expect("a calm world")
 }
 
 #[test]

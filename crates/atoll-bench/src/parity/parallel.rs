@@ -39,6 +39,7 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64, sites: usize) -> Resu
         nats: held_out_nats(text, training, &manifest, theta)?,
         tokens: (steps * tokens_per_step) as f64,
         seconds: steps as f64 * (slowest + reduce),
+        late_percent: 0.0,
         megabytes_up: megabytes,
         megabytes_down: megabytes,
     })

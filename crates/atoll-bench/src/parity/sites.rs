@@ -7,7 +7,7 @@ use atoll_core::rng::{Rng, mix};
 use atoll_core::round::Goal;
 use atoll_cpu::{CpuEngine, Precision};
 use atoll_sim::toy::{self, Nature, Toys};
-use atoll_sim::{Description, Habitat, Hardships, Inhabitant, Leases, Link, Residence};
+use atoll_sim::{Description, Habitat, Hardships, Inhabitant, Leases, Link, Presence, Residence};
 
 use super::rows::Row;
 use super::text::Text;
@@ -36,13 +36,15 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64) -> Result<Run> {
     let manifest = Manifest::balanced(setting.text.model.tensors(), row.sync.fragments);
     let mut engines = Engines { row, text: &setting.text, manifest, seed };
     let outcome = atoll_sim::run(description, &mut engines).map_err(|broken| anyhow!(broken))?;
-    let megabytes = |bytes: u64| bytes as f64 / outcome.sites.len() as f64 / 1e6;
+    let sum = |count: fn(&Presence) -> u64| outcome.sites.iter().map(count).sum::<u64>() as f64;
+    let megabytes = 1e6 * outcome.sites.len() as f64;
     Ok(Run {
         nats: outcome.error,
         tokens: outcome.tokens as f64,
         seconds: outcome.seconds,
-        megabytes_up: megabytes(outcome.sites.iter().map(|site| site.bytes_up).sum()),
-        megabytes_down: megabytes(outcome.sites.iter().map(|site| site.bytes_down).sum()),
+        late_percent: 100.0 * sum(|site| site.late) / sum(|site| site.contributions),
+        megabytes_up: sum(|site| site.bytes_up) / megabytes,
+        megabytes_down: sum(|site| site.bytes_down) / megabytes,
     })
 }
 
