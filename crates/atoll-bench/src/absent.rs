@@ -10,6 +10,9 @@ fn rules() -> Vec<(&'static str, Sync)> {
     vec![("default", Sync::default())]
 }
 
+const ATTENDANCES: [(&str, Attendance); 3] =
+    [("constant", Attendance::Constant), ("patchy", Attendance::Patchy), ("sparse", Attendance::Sparse)];
+
 pub(crate) fn run(quick: bool) -> Figures {
     let seeds = if quick { 40 } else { 400 };
     println!(
@@ -19,7 +22,7 @@ pub(crate) fn run(quick: bool) -> Figures {
     println!("rule       attendance   median   90 %   large   |   median   90 %   large   broken");
     let mut figures = Figures::new();
     for (rule, sync) in rules() {
-        for (name, attendance) in [("constant", Attendance::Constant), ("patchy", Attendance::Patchy)] {
+        for (name, attendance) in ATTENDANCES {
             let all = in_parallel(&sync, attendance, seeds);
             print_row(rule, name, &all);
             figures.insert(format!("{rule}_{name}_median"), quantile(all.by_tokens.clone(), 0.5));

@@ -10,6 +10,7 @@ mod engine;
 mod exchange;
 mod lab;
 mod meter;
+mod parity;
 mod processes;
 mod roles;
 mod scenario;
@@ -39,6 +40,15 @@ struct Arguments {
     /// default corpus.
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
+    /// The rows of `parity` to run; without it, all.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    rows: Vec<String>,
+    /// Runs of each row of `parity`.
+    #[arg(long)]
+    seeds: Option<u64>,
+    /// Tokens of each run of `parity`.
+    #[arg(long)]
+    tokens: Option<u64>,
     /// Minutes of training in `joint` and `slow`.
     #[arg(long)]
     minutes: Option<f64>,
@@ -63,6 +73,8 @@ enum Name {
     Absent,
     /// Simulated worlds: how many of many seeds hold every invariant.
     Sim,
+    /// Sites in a simulated world against synchronous data parallelism on as many tokens: held-out loss.
+    Parity,
     /// Three sites against one that trains alone on the same tokens: held-out bits per byte.
     Joint,
     /// What a slow site costs the others: their tokens per second with and without it.
@@ -91,6 +103,7 @@ fn main() -> Result<()> {
         Name::Codec => codec::run(arguments.quick)?,
         Name::Engine => engine::run(&arguments)?,
         Name::Absent => absent::run(arguments.quick),
+        Name::Parity => parity::run(&arguments)?,
         Name::Sim => sim::run(arguments.quick),
         Name::Joint => processes::joint(&arguments)?,
         Name::Slow => processes::slow(&arguments)?,

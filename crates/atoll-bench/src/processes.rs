@@ -101,7 +101,7 @@ impl Bench {
 }
 
 /// The text to train on and what to call it.
-fn data(wish: Option<&Path>) -> (Option<PathBuf>, String) {
+pub(crate) fn data(wish: Option<&Path>) -> (Option<PathBuf>, String) {
     let sotu = Path::new("../shared/data/sotu.jsonl.zst");
     match wish {
         Some(path) => (Some(path.to_path_buf()), format!("text: {}", path.display())),

@@ -25,8 +25,10 @@ const GOAL_TOKENS: u64 = 60_000;
 pub enum Attendance {
     /// All are there all the time.
     Constant,
-    /// Sites are cut off and crash every other second, and return within some.
+    /// Sites are cut off and crash all the time, and return within some rounds.
     Patchy,
+    /// They stay away for longer: at any moment nearly half of them.
+    Sparse,
 }
 
 /// How good the final models of many worlds are.
@@ -79,10 +81,12 @@ fn live(sync: &Sync, attendance: Attendance, seed: u64) -> Result<(Outcome, Vec<
 fn describe(sync: &Sync, attendance: Attendance, seed: u64) -> Description {
     let mut chance = Rng::new(mix(seed ^ 0xAB5E));
     let sites = (0..SITES).map(|index| draw_site(index, &mut chance)).collect();
+    // A cut or a crash every two seconds on average, until the end.
+    let faults = Hardships { crashes: 500, cuts: 500, seconds: f64::INFINITY, ..Hardships::NONE };
     let hardships = match attendance {
         Attendance::Constant => Hardships::NONE,
-        // One of the two every two seconds on average, until the end.
-        Attendance::Patchy => Hardships { crashes: 100, cuts: 100, seconds: f64::INFINITY, ..Hardships::NONE },
+        Attendance::Patchy => faults,
+        Attendance::Sparse => Hardships { away: 4.0 * faults.away, ..faults },
     };
     Description {
         chance,

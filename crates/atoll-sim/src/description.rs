@@ -80,16 +80,26 @@ pub struct Hardships {
     pub crashes: u32,
     /// Seconds without connection, chosen at random among sites.
     pub cuts: u32,
+    /// Longest time without connection in seconds; a crash may last a little longer.
+    pub away: f64,
     /// Crashes and cuts end after this many seconds, so that every world can show that it recovers.
     pub seconds: f64,
 }
 
 impl Hardships {
+    const AWAY: f64 = 4.0;
     const SECONDS: f64 = 40.0;
 
     /// A network as one would wish it.
-    pub const NONE: Hardships =
-        Hardships { loss: 0.0, doubling: 0.0, delay: 0.02, crashes: 0, cuts: 0, seconds: Self::SECONDS };
+    pub const NONE: Hardships = Hardships {
+        loss: 0.0,
+        doubling: 0.0,
+        delay: 0.02,
+        crashes: 0,
+        cuts: 0,
+        away: Self::AWAY,
+        seconds: Self::SECONDS,
+    };
 
     /// The hostile network that belongs to `seed`: up to 20 % loss, 10 % doubling, 0.4 s of delay, five
     /// crashes and five cuts.
@@ -101,6 +111,7 @@ impl Hardships {
             delay: 0.01 + rng.unit() * 0.4,
             crashes: rng.below(6) as u32,
             cuts: rng.below(6) as u32,
+            away: Self::AWAY,
             seconds: Self::SECONDS,
         }
     }

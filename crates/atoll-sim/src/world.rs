@@ -53,6 +53,10 @@ pub struct Outcome {
 pub struct Presence {
     /// Its tokens in the model.
     pub tokens: u64,
+    /// Its contributions that were merged.
+    pub contributions: u64,
+    /// Those of them that missed the round they were made for.
+    pub late: u64,
     /// Bytes of payloads that it sent.
     pub bytes_up: u64,
     /// Bytes of payloads and weights that were sent to it.
@@ -280,10 +284,15 @@ impl<'a> World<'a> {
     }
 
     fn presences(&self) -> Vec<Presence> {
-        let presence = |island: &Island| Presence {
-            tokens: self.witness.samples_of(&island.residence.name) * self.description.context,
-            bytes_up: island.bytes_up,
-            bytes_down: island.bytes_down,
+        let presence = |island: &Island| {
+            let share = self.witness.share_of(&island.residence.name);
+            Presence {
+                tokens: share.samples * self.description.context,
+                contributions: share.contributions,
+                late: share.late,
+                bytes_up: island.bytes_up,
+                bytes_down: island.bytes_down,
+            }
         };
         self.sites.iter().map(presence).collect()
     }

@@ -40,7 +40,7 @@ impl World<'_> {
         self.disconnect(index)?;
         self.sites[index].process = None;
         self.sites[index].life += 1;
-        let delay = 0.2 + 5.0 * self.chance.unit();
+        let delay = 0.2 + 1.25 * self.description.hardships.away * self.chance.unit();
         self.after(delay, Happening::SiteStarts(index));
         Ok(())
     }
@@ -50,7 +50,7 @@ impl World<'_> {
         if self.sites[index].process.as_ref().is_some_and(|process| !process.stepping) {
             self.work(index)?;
         }
-        let (delay, life) = (self.chance.unit() * 4.0, self.sites[index].life);
+        let (delay, life) = (self.chance.unit() * self.description.hardships.away, self.sites[index].life);
         self.after(delay, Happening::Reconnect(index, life));
         Ok(())
     }

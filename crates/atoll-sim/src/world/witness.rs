@@ -19,10 +19,19 @@ pub(super) struct Witness {
     trained: BTreeMap<(SiteId, DatasetId), BTreeSet<u64>>,
     /// Samples that commits say are in the model.
     consumed: BTreeSet<(DatasetId, u64)>,
-    /// How many of them came from which site.
-    samples: BTreeMap<SiteId, u64>,
+    /// What of it came from which site.
+    shares: BTreeMap<SiteId, Share>,
     /// Highest version of each fragment ever announced.
     announced: BTreeMap<usize, u64>,
+}
+
+/// What one site got into the model.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Share {
+    pub(super) samples: u64,
+    pub(super) contributions: u64,
+    /// Contributions merged into a later version than the one after their base.
+    pub(super) late: u64,
 }
 
 impl Witness {
@@ -74,14 +83,17 @@ impl Witness {
                 let new = self.consumed.insert((dataset, position));
                 check(new, || format!("sample {position} is in the model twice"))?;
             }
-            *self.samples.entry(accepted.site.clone()).or_default() += accepted.ranges.len();
+            let share = self.shares.entry(accepted.site.clone()).or_default();
+            share.samples += accepted.ranges.len();
+            share.contributions += 1;
+            share.late += u64::from(accepted.base + 1 < commit.version);
         }
         Ok(())
     }
 
-    /// Samples of `site` in the model.
-    pub(super) fn samples_of(&self, site: &SiteId) -> u64 {
-        self.samples.get(site).copied().unwrap_or(0)
+    /// What `site` got into the model.
+    pub(super) fn share_of(&self, site: &SiteId) -> Share {
+        self.shares.get(site).copied().unwrap_or_default()
     }
 }
 

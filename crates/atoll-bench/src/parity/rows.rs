@@ -1,0 +1,117 @@
+//! What is compared.
+
+use atoll_core::codec::Codec;
+use atoll_core::outer::OuterRule;
+use atoll_core::round::Sync;
+use atoll_core::training::{AdamW, Muon, Training};
+
+/// Sites of every row.
+pub(super) const SITES: usize = 4;
+/// The row with all of Atoll's defaults.
+pub(super) const DEFAULT: &str = "default";
+
+/// A way to train.
+#[derive(Debug, Clone)]
+pub(super) struct Row {
+    pub(super) name: &'static str,
+    /// The row that it is compared with.
+    pub(super) against: &'static str,
+    pub(super) way: Way,
+    pub(super) sync: Sync,
+    pub(super) training: Training,
+    /// Inner steps that each site takes while the slowest takes one.
+    pub(super) speeds: [f64; SITES],
+    pub(super) share: Share,
+}
+
+/// Who trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// One engine with the rows of so many sites in each step.
+    Parallel(usize),
+    /// Sites and a coordinator.
+    Sites,
+}
+
+/// Which part of the text a site has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Share {
+    /// All bring the same text and share its samples.
+    Same,
+    /// Each has a quarter of its own, in the text's order.
+    Own,
+}
+
+/// What a row is unless it says otherwise.
+fn usual() -> Row {
+    Row {
+        name: "",
+        against: "parallel",
+        way: Way::Sites,
+        sync: Sync { evaluate_seconds: 1e6, ..Sync::default() },
+        training: Training {
+            // Small, so that short runs have many steps.
+            context: 128,
+            rows: 2,
+            // As `atoll new --preset nano` has it, but for a warm-up that fits runs of some hundred steps.
+            optimizer: AdamW { learning_rate: 3e-3, warmup_steps: 20, ..AdamW::default() },
+            ..Training::default()
+        },
+        speeds: [1.0, 1.0, 2.0, 4.0],
+        share: Share::Same,
+    }
+}
+
+fn row(name: &'static str, change: impl FnOnce(&mut Row)) -> Row {
+    let mut row = Row { name, ..usual() };
+    change(&mut row);
+    row
+}
+
+/// All rows: the baselines, then the rest as it matters.
+pub(super) fn rows() -> Vec<Row> {
+    let nesterov = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.9 };
+    let muon = || Some(Muon { learning_rate: 3e-3, ..Muon::default() });
+    let even = [1.0; SITES];
+    const ALL: Way = Way::Parallel(SITES);
+    vec![
+        row("parallel", |r| r.way = ALL),
+        row("parallel-muon", |r| (r.way, r.training.muon, r.against) = (ALL, muon(), "parallel-muon")),
+        row(DEFAULT, |_| {}),
+        row("nesterov", |r| r.sync.outer = nesterov),
+        row("f32", |r| (r.sync.up, r.sync.down) = (Codec::F32, Codec::F32)),
+        row("h64", |r| r.sync.steps = 64),
+        row("muon", |r| (r.training.muon, r.against) = (muon(), "parallel-muon")),
+        row("h32", |r| r.sync.steps = 32),
+        row("h8", |r| r.sync.steps = 8),
+        row("even", |r| r.speeds = even),
+        row("bf16", |r| (r.sync.up, r.sync.down) = (Codec::Bf16, Codec::Bf16)),
+        row("nesterov-h64", |r| (r.sync.outer, r.sync.steps) = (nesterov, 64)),
+        row("own-text-even", |r| (r.speeds, r.share) = (even, Share::Own)),
+        row("own-text", |r| r.share = Share::Own),
+        row("muon-h64", |r| (r.training.muon, r.against, r.sync.steps) = (muon(), "parallel-muon", 64)),
+        row("parallel-6e-3", |r| (r.way, r.training.optimizer.learning_rate) = (ALL, 6e-3)),
+        row("one-alone", |r| r.way = Way::Parallel(1)),
+        row("up-f32-down-e3m0", |r| r.sync.up = Codec::F32),
+        row("up-e3m0-down-f32", |r| r.sync.down = Codec::F32),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_can_train_and_find_their_baselines() {
+        let rows = rows();
+        for row in &rows {
+            assert_eq!((row.sync.problems(), row.training.problems()), (vec![], vec![]), "{}", row.name);
+            assert_eq!(rows.iter().filter(|other| other.name == row.name).count(), 1, "{}", row.name);
+            assert!(
+                rows.iter().any(|base| base.name == row.against && base.way == Way::Parallel(SITES)),
+                "{}",
+                row.name
+            );
+        }
+    }
+}

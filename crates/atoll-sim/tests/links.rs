@@ -1,0 +1,56 @@
+//! Calm worlds of toys behind real links.
+
+use atoll_core::data::DatasetId;
+use atoll_core::hash::Digest;
+use atoll_core::rng::Rng;
+use atoll_core::round::{Goal, Sync};
+use atoll_sim::toy::{self, Nature, Toys};
+use atoll_sim::{Attendance, Description, Hardships, Link, Outcome, Residence, absences, run};
+
+fn live(link: Link, keeps_payloads: bool) -> Outcome {
+    let residence = |name: &str, step_seconds| Residence {
+        name: name.parse().expect("a good name"),
+        dataset: DatasetId(Digest::default()),
+        samples: 1000,
+        samples_per_step: toy::ROWS as u64,
+        step_seconds,
+        link,
+    };
+    let description = Description {
+        chance: Rng::new(1),
+        sync: Sync::default(),
+        goal: Goal { tokens: Some(10_000), minutes: None },
+        context: toy::CONTEXT as u64,
+        sites: vec![residence("fast", 0.05), residence("slow", 0.1)],
+        hardships: Hardships::NONE,
+        seconds_max: 3_000.0,
+        keeps_payloads,
+    };
+    let mut toys = Toys::new(&description, vec![Nature::default(); 2]);
+    run(description, &mut toys).expect("a calm world")
+}
+
+#[test]
+fn a_narrow_link_takes_time_and_is_counted() {
+    let (wide, narrow) = (live(Link::INFINITE, true), live(Link { up: 100.0, down: 400.0, delay: 0.1 }, true));
+    assert!(narrow.commits < wide.commits, "{} against {} commits", narrow.commits, wide.commits);
+    for outcome in [wide, narrow] {
+        assert_eq!(outcome.sites.iter().map(|site| site.tokens).sum::<u64>(), outcome.tokens);
+        assert!(outcome.sites[0].tokens > outcome.sites[1].tokens, "the faster one has the greater share");
+        assert!(outcome.sites.iter().all(|site| site.bytes_up > 0 && site.bytes_down > 0));
+        assert!(outcome.error < 0.1, "{}", outcome.error);
+    }
+}
+
+#[test]
+fn a_world_without_memory_is_the_same_world() {
+    assert_eq!(live(Link::of(1.0, 0.05), false), live(Link::of(1.0, 0.05), true));
+}
+
+#[test]
+fn sites_whose_data_differ_meet_at_the_mean() {
+    let all = absences(&Sync::default(), Attendance::Constant, 0..2);
+    assert_eq!((all.broken.len(), all.by_tokens.len()), (0, 2), "{:?}", all.broken);
+    assert!(all.by_tokens.iter().all(|&error| error < 0.1), "{:?}", all.by_tokens);
+    assert_eq!(all, absences(&Sync::default(), Attendance::Constant, 0..2), "the same seeds, the same worlds");
+}
