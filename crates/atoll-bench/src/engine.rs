@@ -33,6 +33,7 @@ use side::Side;
 use spec::{Cell, Contender, Number};
 use torch::Torch;
 
+pub(crate) use others::everybody_seconds;
 pub(crate) use worker::work;
 
 /// Between two turns, until the threads of the one before sleep: OpenMP's may spin for 200 ms.

@@ -100,7 +100,7 @@ impl Row {
             outcome.fragments(),
             self.reference
         );
-        outcome.wires.doubts.iter().for_each(|doubt| println!("NOTE: {doubt}"));
+        outcome.doubts().iter().for_each(|doubt| println!("NOTE: {doubt}"));
         let named = [("blocked_seconds", blocked), ("applied_seconds", applied)];
         Ok(named.into_iter().map(|(name, value)| (format!("{name}_{}", self.name), value)).collect())
     }
@@ -137,6 +137,6 @@ fn link_share(wanlab: &Path, size: Size) -> Result<f64> {
         megabits / seconds,
     );
     println!("{:.1} % of the link (target {:.0} %)", share * 100.0, LINK_SHARE_TARGET * 100.0);
-    outcome.wires.doubts.iter().for_each(|doubt| println!("NOTE: {doubt}"));
+    outcome.doubts().iter().for_each(|doubt| println!("NOTE: {doubt}"));
     Ok(share)
 }

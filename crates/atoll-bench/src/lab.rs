@@ -228,6 +228,8 @@ struct Count {
 #[derive(Debug, Default)]
 pub(crate) struct Wires {
     links: BTreeMap<String, Vec<Count>>,
+    /// Cores that the lab itself kept busy.
+    pub(crate) router_cores: f64,
     /// Why the lab's own clockwork is not to be trusted this time, if so.
     pub(crate) doubts: Vec<String>,
 }
@@ -241,7 +243,9 @@ impl Wires {
         let text = fs::read_to_string(&path)?;
         let written = fs::metadata(&path)?.modified()?.duration_since(UNIX_EPOCH)?.as_secs_f64();
         let result: Value = serde_json::from_slice(&fs::read(out.join("result.json"))?)?;
-        Ok(Self { links: counts(&text, written), doubts: doubts(&result) })
+        let seconds = |value: &Value| value.as_f64().unwrap_or(0.0);
+        let router_cores = seconds(&result["router"]["cpu_seconds"]) / seconds(&result["seconds"]).max(1e-3);
+        Ok(Self { links: counts(&text, written), router_cores, doubts: doubts(&result) })
     }
 
     /// Bytes that `from` put on the wire to `to` between two moments.
@@ -326,7 +330,7 @@ mod tests {
 
     #[test]
     fn counters_are_read_at_any_moment() {
-        let wires = Wires { links: counts(CSV, 102.0), doubts: Vec::new() };
+        let wires = Wires { links: counts(CSV, 102.0), ..Wires::default() };
         assert_eq!(wires.bytes("hub", "oslo", (100.5, 101.5)), 1500.0);
         assert_eq!(wires.bytes("oslo", "hub", (90.0, 200.0)), 156.0);
         assert_eq!(wires.delivered("hub", "oslo", (101.0, 102.0)), 2000.0);

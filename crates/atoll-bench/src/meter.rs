@@ -1,5 +1,6 @@
-//! The kernel's own counters of the network interfaces, read by a process that sits behind them. A kernel
-//! that hands segments to its driver in trains (GSO) counts the headers of a train once.
+//! What a process uses, by the kernel's own counters: the bytes of the network interfaces that it sits
+//! behind, and its processor time. A kernel that hands segments to its driver in trains (GSO) counts the
+//! headers of a train once.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -12,12 +13,14 @@ use serde::{Deserialize, Serialize};
 /// Seconds between two readings.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Bytes since the interfaces exist, and when that was, in seconds since 1970.
+/// What was counted up to a moment, in seconds since 1970.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Reading {
     pub(crate) at: f64,
     pub(crate) sent: u64,
     pub(crate) received: u64,
+    /// Seconds of processor time of the whole process.
+    pub(crate) cpu_seconds: f64,
 }
 
 /// Writes a line per reading from now on, as long as the process lives.
@@ -45,7 +48,8 @@ fn reading() -> Option<Reading> {
     let table = fs::read_to_string("/proc/self/net/dev").ok()?;
     let at = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
     let (sent, received) = sums(&table);
-    Some(Reading { at, sent, received })
+    let cpu_seconds = cpu_time::ProcessTime::now().as_duration().as_secs_f64();
+    Some(Reading { at, sent, received, cpu_seconds })
 }
 
 /// Bytes sent and received over all interfaces but the one to itself.

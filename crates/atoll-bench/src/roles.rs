@@ -26,6 +26,8 @@ pub(crate) enum Role {
         dir: PathBuf,
         /// Where to listen.
         listen: String,
+        /// Where to note what it uses.
+        meter: PathBuf,
     },
     Site(SiteRole),
 }
@@ -40,7 +42,7 @@ pub(crate) struct SiteRole {
     pub(crate) data: PathBuf,
     /// Where to note what the engine does.
     pub(crate) diary: PathBuf,
-    /// Where to note what the network interface counts.
+    /// Where to note what it uses.
     pub(crate) meter: PathBuf,
     /// Milliseconds of an inner step.
     pub(crate) step_ms: u64,
@@ -60,7 +62,10 @@ pub(crate) fn play(spec: &str) -> Result<()> {
         .with_writer(std::io::stderr)
         .init();
     match serde_json::from_str(spec).context("--worker wants a role in JSON")? {
-        Role::Coordinator { dir, listen } => lead(&RunDir(dir), &listen),
+        Role::Coordinator { dir, listen, meter } => {
+            meter::start(&meter)?;
+            lead(&RunDir(dir), &listen)
+        }
         Role::Site(role) => follow(role),
     }
 }

@@ -29,6 +29,7 @@ use atoll_node::report::Report;
 use atoll_node::run::{CoordinatorSection, Keep, ModelSection, RunConfig, RunDir, write_atomically};
 
 use crate::emulated::{Act, Diary, Moment};
+use crate::engine::everybody_seconds;
 use crate::lab::{HUB, Lab, Link, Wires, between};
 use crate::median;
 use crate::meter::{self, Reading};
@@ -42,6 +43,8 @@ pub(crate) const STEP_SECONDS: f64 = STEP_MS as f64 / 1e3;
 pub(crate) const SETTLE_SECONDS: f64 = 5.0;
 /// Sites that have not loaded the model by then never will.
 const LOAD_SECONDS: f64 = 180.0;
+/// Share of the processors that others may use without a word about it.
+const OTHERS_MAX: f64 = 0.1;
 /// Port of the coordinator.
 const PORT: u16 = 7700;
 /// Bytes only: the dimensions below decide how many parameters there are.
@@ -124,6 +127,10 @@ pub(crate) struct Outcome {
     /// Sizes of payloads by their names.
     pub(crate) payloads: BTreeMap<Digest, u64>,
     looks: Vec<Report>,
+    /// What the coordinator used.
+    hub: Vec<Reading>,
+    /// What everybody on this machine used up to some moment: processor seconds.
+    everybody: Vec<(f64, f64)>,
 }
 
 /// A commit and when the coordinator announced it.
@@ -137,7 +144,7 @@ pub(crate) struct SiteOutcome {
     pub(crate) name: String,
     /// In the order of time, without those of evaluations.
     moments: Vec<Moment>,
-    /// What its kernel counted at its network interface.
+    /// What it used.
     readings: Vec<Reading>,
 }
 
@@ -159,9 +166,10 @@ impl Scenario {
         lab.shape(self.link)?;
         let begin = now() + self.settle_seconds;
         let window = (begin, begin + self.seconds);
-        let mut looks: Vec<Report> = Vec::new();
+        let (mut looks, mut everybody): (Vec<Report>, Vec<(f64, f64)>) = Default::default();
         lab.wait(self.settle_seconds + self.seconds + 10.0, "the window ends", || {
             looks.extend(Report::load(&dir.status()));
+            everybody.extend(everybody_seconds().map(|seconds| (now(), seconds)));
             now() >= window.1
         })?;
         let wires = lab.end()?;
@@ -173,6 +181,8 @@ impl Scenario {
             commits: commits(&dir)?,
             payloads: sizes(&dir)?,
             looks,
+            hub: meter::read(&meter(folder.path(), HUB)),
+            everybody,
         })
     }
 
@@ -187,7 +197,8 @@ impl Scenario {
         write_atomically(&dir.config(), toml::to_string(&config)?.as_bytes())?;
         let key = Identity::load_or_create(&dir.key())?;
         let data = data(folder, dir, &config)?;
-        let coordinator = Role::Coordinator { dir: dir.0.clone(), listen: format!("0.0.0.0:{PORT}") };
+        let coordinator =
+            Role::Coordinator { dir: dir.0.clone(), listen: format!("0.0.0.0:{PORT}"), meter: meter(folder, HUB) };
         let mut tasks = vec![(HUB.to_string(), serde_json::to_string(&coordinator)?)];
         for (seed, name) in (1..).zip(self.names()) {
             let site: SiteId = name.parse()?;
@@ -314,6 +325,28 @@ impl Outcome {
     /// Fragments of the model.
     pub(crate) fn fragments(&self) -> u16 {
         self.commits.iter().map(|timed| timed.commit.fragment.0 + 1).max().unwrap_or(1)
+    }
+
+    /// Cores that all sites together kept busy in the window, and the coordinator.
+    pub(crate) fn cores(&self) -> (f64, f64) {
+        let cores = |readings: &[Reading]| {
+            let counts: Vec<(f64, f64)> = readings.iter().map(|reading| (reading.at, reading.cpu_seconds)).collect();
+            between(&counts, self.window) / (self.window.1 - self.window.0)
+        };
+        (self.sites.iter().map(|site| cores(&site.readings)).sum(), cores(&self.hub))
+    }
+
+    /// Why the measurement deserves less trust than usual, if so.
+    pub(crate) fn doubts(&self) -> Vec<String> {
+        let (sites, hub) = self.cores();
+        let all = between(&self.everybody, self.window) / (self.window.1 - self.window.0);
+        let others = all - sites - hub - self.wires.router_cores;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut doubts = self.wires.doubts.clone();
+        if others > OTHERS_MAX * cores as f64 {
+            doubts.push(format!("NOT A QUIET MACHINE: others kept {others:.1} of {cores} cores busy meanwhile"));
+        }
+        doubts
     }
 
     /// Bytes of that site's control connection in that stretch, as the coordinator counted them.

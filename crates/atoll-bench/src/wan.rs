@@ -52,7 +52,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
         let measured = Measured::of(&outcome);
         row.print(&measured)?;
         figures.extend(row.figures(&measured));
-        doubts.extend(outcome.wires.doubts.iter().map(|doubt| format!("{}: {doubt}", row.name)));
+        doubts.extend(outcome.doubts().iter().map(|doubt| format!("{}: {doubt}", row.name)));
     }
     doubts.iter().for_each(|doubt| println!("NOTE: {doubt}"));
     Ok(figures)
@@ -70,10 +70,10 @@ fn introduce(seconds: f64) {
     println!("measured. Utilization: inner steps x {STEP_MS} ms / wall seconds, both as the site counts them; public");
     println!("reference: DiLoCo in fp32 in the same setting. Bytes are those of IP packets.\n");
     println!(
-        "                          utilization            public   longest  Mbit/s per site   commits  taken to     tokens"
+        "                          utilization            public   longest  Mbit/s per site   commits  taken to     tokens    cores used"
     );
     println!(
-        "  model      link  loss   least   mean  target   refer.   pause s      up    down              applied s  per s"
+        "  model      link  loss   least   mean  target   refer.   pause s      up    down              applied s    per s   4 sites   hub"
     );
 }
 
@@ -87,6 +87,8 @@ struct Measured {
     commits: usize,
     applied: f64,
     tokens_per_second: f64,
+    /// Kept busy by all sites, and by the coordinator.
+    cores: (f64, f64),
 }
 
 impl Measured {
@@ -105,6 +107,7 @@ impl Measured {
             commits: outcome.commits_in(window).count(),
             applied: middle(sites.iter().flat_map(|site| site.applied(outcome.fragments(), window))),
             tokens_per_second: outcome.tokens_per_second(),
+            cores: outcome.cores(),
         }
     }
 }
@@ -127,7 +130,7 @@ impl Row {
     fn print(&self, measured: &Measured) -> Result<()> {
         let target = self.target.map_or_else(String::new, |target| format!("{:.0} %", target * 100.0));
         println!(
-            "{:>7} {:>5} Mbit {:>4.1}% {:>6.1}% {:>5.1}% {target:>7} {:>8} {:>9.2} {:>7.1} {:>7.1} {:>9} {:>10.2} {:>8.0}",
+            "{:>7} {:>5} Mbit {:>4.1}% {:>6.1}% {:>5.1}% {target:>7} {:>8} {:>9.2} {:>7.1} {:>7.1} {:>9} {:>10.2} {:>8.0} {:>8.2} {:>5.2}",
             self.size.name()?,
             self.mbit,
             self.loss,
@@ -140,6 +143,8 @@ impl Row {
             measured.commits,
             measured.applied,
             measured.tokens_per_second,
+            measured.cores.0,
+            measured.cores.1,
         );
         Ok(())
     }
@@ -154,6 +159,8 @@ impl Row {
             ("commits", measured.commits as f64),
             ("applied_seconds", measured.applied),
             ("tokens_per_second", measured.tokens_per_second),
+            ("cores_sites", measured.cores.0),
+            ("cores_coordinator", measured.cores.1),
         ];
         named.into_iter().map(|(name, value)| (format!("{name}_{}", self.name), value)).collect()
     }

@@ -56,6 +56,12 @@ impl Others {
     }
 }
 
+/// Seconds of processor time that everybody together has used since the machine runs; `None` where there is
+/// no `/proc`.
+pub(crate) fn everybody_seconds() -> Option<f64> {
+    Some(everybody(&fs::read_to_string("/proc/stat").ok()?)? / TICKS_PER_SECOND)
+}
+
 /// Busy ticks in `/proc/stat`: user, nice, system, interrupts (two kinds), stolen by other machines.
 fn everybody(stat: &str) -> Option<f64> {
     let fields: Vec<f64> = stat.lines().next()?.split_whitespace().skip(1).filter_map(|f| f.parse().ok()).collect();
