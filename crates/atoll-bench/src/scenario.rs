@@ -19,7 +19,7 @@ use atoll_core::hash::Digest;
 use atoll_core::journal::{Chain, Commit, Entry};
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
-use atoll_core::round::{Goal, Sync};
+use atoll_core::round::{Goal, Setting, Sync};
 use atoll_core::site::SiteId;
 use atoll_core::training::Training;
 use atoll_node::data::{IngestOptions, Sample, Source, TextField, Tokenizer, ingest};
@@ -219,7 +219,7 @@ impl Scenario {
 
     fn config(&self) -> RunConfig {
         // Looking at the held-out loss is compute too, and not what is measured here.
-        let mut sync = Sync { steps: self.steps, evaluate_seconds: 1e6, ..Sync::default() };
+        let mut sync = Sync { steps: Setting::Is(self.steps), evaluate_seconds: 1e6, ..Sync::default() };
         sync.fragments = self.fragments.unwrap_or(sync.fragments);
         RunConfig {
             name: self.bench.to_string(),

@@ -2,7 +2,7 @@
 
 use atoll_core::codec::Codec;
 use atoll_core::outer::OuterRule;
-use atoll_core::round::Sync;
+use atoll_core::round::{Setting, Sync};
 use atoll_core::training::{AdamW, Muon, Training};
 
 /// Sites of every row.
@@ -80,16 +80,16 @@ pub(super) fn rows() -> Vec<Row> {
         row(DEFAULT, |_| {}),
         row("nesterov", |r| r.sync.outer = nesterov),
         row("f32", |r| (r.sync.up, r.sync.down) = (Codec::F32, Codec::F32)),
-        row("h64", |r| r.sync.steps = 64),
+        row("h64", |r| r.sync.steps = Setting::Is(64)),
         row("muon", |r| (r.training.muon, r.against) = (muon(), "parallel-muon")),
-        row("h32", |r| r.sync.steps = 32),
-        row("h8", |r| r.sync.steps = 8),
+        row("h32", |r| r.sync.steps = Setting::Is(32)),
+        row("h8", |r| r.sync.steps = Setting::Is(8)),
         row("even", |r| r.speeds = even),
         row("bf16", |r| (r.sync.up, r.sync.down) = (Codec::Bf16, Codec::Bf16)),
-        row("nesterov-h64", |r| (r.sync.outer, r.sync.steps) = (nesterov, 64)),
+        row("nesterov-h64", |r| (r.sync.outer, r.sync.steps) = (nesterov, Setting::Is(64))),
         row("own-text-even", |r| (r.speeds, r.share) = (even, Share::Own)),
         row("own-text", |r| r.share = Share::Own),
-        row("muon-h64", |r| (r.training.muon, r.against, r.sync.steps) = (muon(), "parallel-muon", 64)),
+        row("muon-h64", |r| (r.training.muon, r.against, r.sync.steps) = (muon(), "parallel-muon", Setting::Is(64))),
         row("parallel-6e-3", |r| (r.way, r.training.optimizer.learning_rate) = (ALL, 6e-3)),
         row("one-alone", |r| r.way = Way::Parallel(1)),
         row("up-f32-down-e3m0", |r| r.sync.up = Codec::F32),
