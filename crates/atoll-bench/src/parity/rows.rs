@@ -1,8 +1,9 @@
 //! What is compared.
 
 use atoll_core::codec::Codec;
-use atoll_core::outer::OuterRule;
-use atoll_core::round::{Setting, Sync};
+use atoll_core::delta::Follow;
+use atoll_core::outer::{Averaging, OuterRule};
+use atoll_core::round::{Absent, Setting, Sync};
 use atoll_core::training::{AdamW, Muon, Training};
 
 /// Sites of every row.
@@ -78,22 +79,26 @@ pub(super) fn rows() -> Vec<Row> {
         row("parallel", |r| r.way = ALL),
         row("parallel-muon", |r| (r.way, r.training.muon, r.against) = (ALL, muon(), "parallel-muon")),
         row(DEFAULT, |_| {}),
+        // One knob of the defaults at a time: does it pay?
+        row("memoryless", |r| r.sync.outer = OuterRule::Memoryless { learning_rate: 1.0 }),
+        row("momentum-0.6", |r| r.sync.outer = OuterRule::Auto { momentum: 0.6 }),
         row("nesterov", |r| r.sync.outer = nesterov),
-        row("f32", |r| (r.sync.up, r.sync.down) = (Codec::F32, Codec::F32)),
+        row("plain", |r| r.sync.merge = Averaging::Plain),
+        row("carry", |r| r.sync.follow = Follow::Carry),
+        row("overwrite", |r| r.sync.follow = Follow::Overwrite),
+        row("h16", |r| r.sync.steps = Setting::Is(16)),
         row("h64", |r| r.sync.steps = Setting::Is(64)),
-        row("muon", |r| (r.training.muon, r.against) = (muon(), "parallel-muon")),
-        row("h32", |r| r.sync.steps = Setting::Is(32)),
-        row("h8", |r| r.sync.steps = Setting::Is(8)),
-        row("even", |r| r.speeds = even),
+        row("f32", |r| (r.sync.up, r.sync.down) = (Codec::F32, Codec::F32)),
         row("bf16", |r| (r.sync.up, r.sync.down) = (Codec::Bf16, Codec::Bf16)),
-        row("nesterov-h64", |r| (r.sync.outer, r.sync.steps) = (nesterov, Setting::Is(64))),
-        row("own-text-even", |r| (r.speeds, r.share) = (even, Share::Own)),
+        row("e3m0", |r| (r.sync.up, r.sync.down) = (Codec::E3m0, Codec::E3m0)),
+        row("up-f32", |r| r.sync.up = Codec::F32),
+        row("down-f32", |r| r.sync.down = Codec::F32),
+        row("even", |r| r.speeds = even),
+        row("muon", |r| (r.training.muon, r.against) = (muon(), "parallel-muon")),
         row("own-text", |r| r.share = Share::Own),
-        row("muon-h64", |r| (r.training.muon, r.against, r.sync.steps) = (muon(), "parallel-muon", Setting::Is(64))),
-        row("parallel-6e-3", |r| (r.way, r.training.optimizer.learning_rate) = (ALL, 6e-3)),
+        row("own-text-ignore", |r| (r.share, r.sync.absent) = (Share::Own, Absent::Ignore)),
+        row("nesterov-h64", |r| (r.sync.outer, r.sync.steps) = (nesterov, Setting::Is(64))),
         row("one-alone", |r| r.way = Way::Parallel(1)),
-        row("up-f32-down-e3m0", |r| r.sync.up = Codec::F32),
-        row("up-e3m0-down-f32", |r| r.sync.down = Codec::F32),
     ]
 }
 
