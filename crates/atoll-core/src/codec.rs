@@ -286,8 +286,12 @@ impl<'a> Payload<'a> {
         Ok(sound)
     }
 
-    /// Looks at header and length only.
-    fn parse(payload: &'a [u8], count: usize) -> Result<Self, CodecError> {
+    /// Looks at header and length only, where the blocks are known to be sound: an encoder made them, or they were
+    /// checked before.
+    ///
+    /// # Errors
+    /// If header or length do not fit.
+    pub fn parse(payload: &'a [u8], count: usize) -> Result<Self, CodecError> {
         let too_short = CodecError::Length { found: payload.len(), expected: HEADER };
         let Some((header, rest)) = payload.split_at_checked(HEADER) else { return Err(too_short) };
         let codec = match header[0] {

@@ -2,7 +2,7 @@
 //! point from which its own unsent progress is measured, and a **residual**, what its codec has not delivered yet.
 //!
 //! ```text
-//! contribute   wish = (reference − θ) + residual        (pseudo-gradient: the outer step subtracts it)
+//! contribute   wish = residual + (reference − θ)        (pseudo-gradient: the outer step subtracts it)
 //!              payload = encode(wish)                   residual ← wish − decode(payload)
 //!              reference ← θ
 //! commit       Θ ← Θ + decode(payload)
@@ -36,17 +36,31 @@ pub enum Follow {
     Overwrite,
 }
 
+/// Where a site keeps what its codec has not delivered yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Feedback {
+    /// In its weights: it trains on from what it has learnt, delivered or not, and the next contribution is measured
+    /// from the global model as if only what was sent had been handed in.
+    #[default]
+    Weights,
+    /// In a buffer beside its weights, which start over from the global model (SparseLoCo, arXiv 2508.15706).
+    Buffer,
+}
+
 /// A site's copy of the global model, the references of its own progress, and its residuals.
 #[derive(Debug, Clone)]
 pub struct Local {
     fragments: Vec<Copies>,
     follow: Follow,
+    feedback: Feedback,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Copies {
     theta: Vec<f32>,
-    reference: Vec<f32>,
+    /// None while it is Θ.
+    reference: Option<Vec<f32>>,
     residual: Vec<f32>,
     /// The last commit's payload.
     last: Vec<u8>,
@@ -66,7 +80,7 @@ pub struct Payload {
     /// Smoothed cosine of the site's own steps to the last commit.
     pub agreement: f64,
     /// Memory of the fragment's length for the next reading of weights.
-    pub spare: Vec<f32>,
+    pub spare: Option<Vec<f32>>,
 }
 
 /// What an engine is to do with the weights of a fragment.
@@ -106,12 +120,12 @@ const AGREEMENT_SHARE: f64 = 0.2;
 
 impl Local {
     /// Copies for a layout, all zero until [`install`](Self::install).
-    pub fn new(manifest: &Manifest, follow: Follow) -> Self {
+    pub fn new(manifest: &Manifest, follow: Follow, feedback: Feedback) -> Self {
         let zeros = |fragment| {
             let theta = vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)];
-            Copies { reference: theta.clone(), residual: theta.clone(), theta, ..Copies::default() }
+            Copies { residual: theta.clone(), theta, ..Copies::default() }
         };
-        Self { fragments: manifest.fragments().map(zeros).collect(), follow }
+        Self { fragments: manifest.fragments().map(zeros).collect(), follow, feedback }
     }
 
     /// This site's copy of the global model.
@@ -146,7 +160,7 @@ impl Local {
         };
         fits.map_err(|source| DeltaError { fragment, source })?;
         copies.theta.copy_from_slice(weights);
-        copies.reference.copy_from_slice(weights);
+        copies.reference = None;
         copies.last = Vec::new();
         Ok((Digest::of_weights(weights), Change::Write(weights.to_vec())))
     }
@@ -158,25 +172,30 @@ impl Local {
     pub fn contribute(
         &mut self,
         fragment: FragmentId,
-        weights: Vec<f32>,
+        mut weights: Vec<f32>,
         codec: Codec,
         team: &dyn Team,
     ) -> Result<Payload, DeltaError> {
+        let feedback = self.feedback;
         let copies = &mut self.fragments[fragment.index()];
         copies.agree(&weights);
-        let mut wish = std::mem::take(&mut copies.reference);
-        let residual = std::mem::take(&mut copies.residual);
-        let bytes = codec.encode_prepared(&mut wish, team, |start, wish| {
-            let (weights, residual) = (&weights[start..start + wish.len()], &residual[start..start + wish.len()]);
-            for ((wish, weight), rest) in wish.iter_mut().zip(weights).zip(residual) {
-                *wish = (*wish - weight) + rest;
+        let Copies { theta, reference, residual, agreement, .. } = copies;
+        let from = reference.as_deref().unwrap_or(theta);
+        let bytes = codec.encode_prepared(residual, team, |start, wish| {
+            let (weights, from) = (&weights[start..start + wish.len()], &from[start..start + wish.len()]);
+            for ((wish, weight), from) in wish.iter_mut().zip(weights).zip(from) {
+                *wish += from - weight;
             }
         });
-        (copies.reference, copies.residual) = (weights, wish);
         let bytes = bytes.map_err(|source| DeltaError { fragment, source })?;
-        let sent = codec::Payload::check(&bytes, copies.theta.len(), team);
-        let norm = sent.map_err(|source| DeltaError { fragment, source })?.norm();
-        Ok(Payload { digest: Digest::of(&bytes), bytes, norm, agreement: copies.agreement, spare: residual })
+        if feedback == Feedback::Weights {
+            // What was not sent stays in the weights: the reference moves only by what was.
+            weights.iter_mut().zip(residual.iter_mut()).for_each(|(weight, rest)| *weight += std::mem::take(rest));
+        }
+        let sent = codec::Payload::parse(&bytes, theta.len()).map_err(|source| DeltaError { fragment, source })?;
+        let (norm, digest) = (sent.norm(), Digest::of(&bytes));
+        let spare = reference.replace(weights);
+        Ok(Payload { digest, bytes, norm, agreement: *agreement, spare })
     }
 
     /// Applies a commit's payload to Θ. Returns the new Θ's digest and what the engine is to do.
@@ -191,7 +210,11 @@ impl Local {
     ) -> Result<(Digest, Change), DeltaError> {
         let copies = &mut self.fragments[fragment.index()];
         let sound = codec::Payload::check(&payload, copies.theta.len(), team);
-        sound.map_err(|source| DeltaError { fragment, source })?.add_to(&mut copies.theta, team);
+        let sound = sound.map_err(|source| DeltaError { fragment, source })?;
+        if copies.reference.is_none() {
+            copies.reference = Some(copies.theta.clone()); // Nothing was contributed since the last commit.
+        }
+        sound.add_to(&mut copies.theta, team);
         copies.last = payload;
         Ok((Digest::of_weights(&copies.theta), copies.rebase(self.follow)))
     }
@@ -221,10 +244,11 @@ impl Copies {
     /// weights that it moved.
     fn agree(&mut self, weights: &[f32]) {
         let len = weights.len();
-        let Ok(commit) = codec::Payload::check(&self.last, len, &crate::team::Alone) else { return };
+        let Ok(commit) = codec::Payload::parse(&self.last, len) else { return };
+        let from = self.reference.as_deref().unwrap_or(&self.theta);
         let (mut dot, mut own, mut theirs) = (0.0, 0.0, 0.0);
         commit.visit(0..len, |place, value| {
-            let (step, value) = (f64::from(weights[place] - self.reference[place]), f64::from(value));
+            let (step, value) = (f64::from(weights[place] - from[place]), f64::from(value));
             (dot, own, theirs) = (dot + step * value, own + step * step, theirs + value * value);
         });
         if own > 0.0 && theirs > 0.0 {
@@ -239,12 +263,12 @@ impl Copies {
             Follow::Overwrite => false,
             Follow::Auto => self.agreement >= 0.0,
         };
+        let reference = self.reference.take();
         if !carry {
-            self.reference.copy_from_slice(&self.theta);
             return Change::Write(self.theta.clone());
         }
         let theta = &self.theta;
-        let mut change = std::mem::replace(&mut self.reference, theta.clone());
+        let Some(mut change) = reference else { return Change::Add(vec![0.0; theta.len()]) };
         simd(
             #[inline(always)]
             || change.iter_mut().zip(theta).for_each(|(change, theta)| *change = theta - *change),

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::Codec;
 use crate::data::{DatasetId, Ranges};
-use crate::delta::Follow;
+use crate::delta::{Feedback, Follow};
 use crate::hash::Digest;
 use crate::journal::{Evaluated, Notice, Settled};
 use crate::manifest::FragmentId;
@@ -86,6 +86,8 @@ pub struct Sync {
     pub outer: OuterRule,
     /// What becomes of a site's steps while its contribution travels.
     pub follow: Follow,
+    /// Where sites keep what their codec has not delivered yet.
+    pub feedback: Feedback,
     /// What is done about sites that are missing.
     pub absent: Absent,
     /// Seconds of training between two looks at the held-out loss.
@@ -103,6 +105,7 @@ impl Default for Sync {
             merge: Averaging::default(),
             outer: OuterRule::default(),
             follow: Follow::default(),
+            feedback: Feedback::default(),
             absent: Absent::default(),
             evaluate_seconds: 30.0,
         }

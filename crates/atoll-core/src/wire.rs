@@ -279,7 +279,7 @@ mod tests {
     #[test]
     fn the_bytes_are_these() {
         let layout = "07".repeat(32);
-        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("29000000010100010001{layout}01650164"));
+        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("29000000010200010001{layout}01650164"));
         let get = Frame::Get { digest: Digest([7; 32]), offset: 1, length: 2 };
         assert_eq!(hex(&get.encode()), format!("2c00000008{layout}010000000000000002000000"));
     }

@@ -133,7 +133,7 @@ pub fn join(
     let fragment_lens: Vec<usize> = manifest.fragments().map(|id| manifest.fragment_len(id).unwrap_or(0)).collect();
     route.largest = Codec::F32.payload_len(fragment_lens.iter().copied().max().unwrap_or(0));
     let meter = route.meter.clone();
-    let mut local = Local::new(&manifest, terms.config.sync.follow);
+    let mut local = Local::new(&manifest, terms.config.sync.follow, terms.config.sync.feedback);
     if let Some(residuals) = residuals::take(&options.dir, &manifest)? {
         local.restore_residuals(residuals);
     }
@@ -462,7 +462,7 @@ impl Trainer {
             Done::Contributed(fragment, Ok(payload)) => {
                 let (digest, bytes) = (payload.digest, payload.bytes.len() as u64);
                 self.payloads.insert(digest, Arc::new(payload.bytes));
-                self.spare.push(payload.spare);
+                self.spare.extend(payload.spare);
                 let (norm, agreement) = (payload.norm, payload.agreement);
                 SiteEvent::Contributed { fragment, payload: digest, bytes, norm, agreement }
             }

@@ -1,7 +1,7 @@
 //! What is compared.
 
 use atoll_core::codec::Codec;
-use atoll_core::delta::Follow;
+use atoll_core::delta::{Feedback, Follow};
 use atoll_core::outer::{Averaging, OuterRule};
 use atoll_core::round::{Absent, Setting, Sync};
 use atoll_core::training::{AdamW, Muon, Training};
@@ -83,6 +83,7 @@ pub(super) fn rows() -> Vec<Row> {
         row("memoryless", |r| r.sync.outer = OuterRule::Memoryless { learning_rate: 1.0 }),
         row("momentum-0.6", |r| r.sync.outer = OuterRule::Auto { momentum: 0.6 }),
         row("nesterov", |r| r.sync.outer = nesterov),
+        row("buffer", |r| r.sync.feedback = Feedback::Buffer),
         row("plain", |r| r.sync.merge = Averaging::Plain),
         row("carry", |r| r.sync.follow = Follow::Carry),
         row("overwrite", |r| r.sync.follow = Follow::Overwrite),

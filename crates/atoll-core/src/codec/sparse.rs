@@ -97,49 +97,76 @@ fn get(bytes: &[u8], at: usize, bits: usize) -> usize {
 }
 
 /// Positions of the greatest magnitudes, ascending. A magnitude's bits as a number order like the magnitude, so the
-/// least one kept is found bit by bit, each time by counting: no branch depends on a weight.
+/// least one kept is found bit by bit, each time by counting: no branch depends on a weight. That is done on the upper
+/// halves, of which a vector holds twice as many; the few that share the least upper half are then compared in full.
 #[inline(always)]
 fn choose(values: &[f32], places: &mut [u16]) {
-    let mut magnitudes = [0i32; CHUNK];
-    let magnitudes = &mut magnitudes[..values.len()];
-    for (magnitude, value) in magnitudes.iter_mut().zip(values) {
-        *magnitude = (value.to_bits() & 0x7fff_ffff) as i32;
+    let mut halves = [0i16; CHUNK];
+    let halves = &mut halves[..values.len()];
+    for (half, value) in halves.iter_mut().zip(values) {
+        *half = ((value.to_bits() & 0x7fff_ffff) >> 16) as i16;
     }
     let kept = places.len();
     let mut least = 0;
-    for bit in (0..31).rev() {
+    for bit in (0..15).rev() {
         let candidate = least | 1 << bit;
-        let count = count(magnitudes, candidate);
-        if count >= kept {
+        if count(halves, candidate) >= kept {
             least = candidate;
         }
-        if count == kept {
-            break;
+    }
+    let mut candidates = [0u16; CHUNK];
+    let candidates = gather(halves, least, &mut candidates);
+    let magnitude = |place: u16| values[usize::from(place)].to_bits() & 0x7fff_ffff;
+    let mut cut = 0;
+    if candidates.len() > kept {
+        // How many of those in the least half are kept, and from which magnitude on.
+        let mut doubtful = [0u32; CHUNK];
+        let mut doubts = 0;
+        for &place in candidates.iter().filter(|&&place| halves[usize::from(place)] == least) {
+            doubtful[doubts] = magnitude(place);
+            doubts += 1;
         }
+        let sure = candidates.len() - doubts;
+        let (_, nth, _) = doubtful[..doubts].select_nth_unstable_by(kept - sure - 1, |a, b| b.cmp(a));
+        cut = *nth;
     }
     // Of those that are just as great as the least one, the first ones fill up.
-    let mut ties = kept - count(magnitudes, least + 1).min(kept);
+    let greater = candidates.iter().filter(|&&place| magnitude(place) > cut).count();
+    let mut ties = kept.saturating_sub(greater);
     let mut found = 0;
-    for (index, &magnitude) in magnitudes.iter().enumerate() {
-        if found == kept {
-            break;
-        }
-        let tie = magnitude == least && ties > 0;
+    for &place in candidates {
+        let tie = magnitude(place) == cut && ties > 0;
         ties -= usize::from(tie);
-        places[found] = index as u16;
-        found += usize::from(magnitude > least || tie);
+        if magnitude(place) > cut || tie {
+            places[found] = place;
+            found += 1;
+        }
     }
 }
 
 /// How many are at least `least`.
 #[inline(always)]
-fn count(magnitudes: &[i32], least: i32) -> usize {
-    let mut total = 0;
-    // A block's count fits into 32 bits, which keeps all lanes of a vector busy.
-    for block in magnitudes.chunks(1024) {
-        total += block.iter().map(|&magnitude| i32::from(magnitude >= least)).sum::<i32>();
+fn count(halves: &[i16], least: i16) -> usize {
+    // A chunk's count fits into 16 bits, which keeps all lanes of a vector busy.
+    halves.iter().map(|&half| i16::from(half >= least)).sum::<i16>() as usize
+}
+
+/// Positions of those that are at least `least`, ascending.
+#[inline(always)]
+fn gather<'p>(halves: &[i16], least: i16, places: &'p mut [u16; CHUNK]) -> &'p [u16] {
+    const STRETCH: usize = 16;
+    let mut found = 0;
+    for (number, stretch) in halves.chunks(STRETCH).enumerate() {
+        // Most stretches hold none, which a vector tells at once.
+        if count(stretch, least) == 0 {
+            continue;
+        }
+        for (index, &half) in stretch.iter().enumerate() {
+            places[found] = (number * STRETCH + index) as u16;
+            found += usize::from(half >= least);
+        }
     }
-    total as usize
+    &places[..found]
 }
 
 /// The magnitude from which on a kept weight is large.

@@ -231,8 +231,20 @@ impl Layout {
         if values.is_empty() {
             return Vec::new();
         }
-        let one = [Weighted { weight: 1.0, stale: false, delta: Delta::Dense(values.to_vec()) }];
-        self.sums(&one, &[], team).swap_remove(0).into_iter().map(|(square, _)| square).collect()
+        let mut squares = vec![0.0; self.pieces.len()];
+        let jobs = self.pieces.iter().zip(&mut squares).map(|((_, range), square)| {
+            let values = &values[range.clone()];
+            Box::new(move || *square = dot(values, values)) as Job<'_>
+        });
+        team.all(jobs.collect());
+        self.by_tensor(&squares)
+    }
+
+    /// Sums over pieces to sums over tensors.
+    fn by_tensor(&self, pieces: &[f64]) -> Vec<f64> {
+        let mut totals = vec![0.0; self.kinds.len()];
+        self.pieces.iter().zip(pieces).for_each(|((tensor, _), sum)| totals[*tensor] += sum);
+        totals
     }
 
     /// Adds all contributions up; returns what each tensor is then to be multiplied with.
@@ -275,8 +287,7 @@ impl Layout {
             })
             .collect(),
         );
-        let mut total = vec![0.0; self.kinds.len()];
-        self.pieces.iter().zip(squares).for_each(|((tensor, _), square)| total[*tensor] += square);
+        let total = self.by_tensor(&squares);
         let scale = |tensor: usize| {
             let length: f64 = parts.iter().zip(weights).map(|(parts, weight)| weight * parts[tensor].length).sum();
             let direction = total[tensor].sqrt();

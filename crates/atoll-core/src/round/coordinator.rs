@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::codec::Codec;
 use crate::data::{DatasetId, Ranges};
 use crate::hash::Digest;
 use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Settled, USUAL_MAX};
@@ -665,11 +666,20 @@ impl Coordinator {
             Absent::Ignore => 1.0,
             Absent::Reserve => self.reserve(index, &mut contributions),
         };
-        let Sync { merge, outer: rule, down: codec, .. } = self.sync;
+        let Sync { merge, outer: rule, .. } = self.sync;
+        let codec = self.codec(self.sync.down);
         let recipe = Recipe { merge, rule, codec, share };
         let merge = Merge { fragment, version, contributions, recipe };
         self.rounds[index].merging = Some(merge.clone());
         merge
+    }
+
+    /// The codec to use now. The last round of a run has no later one to deliver what it leaves out.
+    fn codec(&self, wished: Codec) -> Codec {
+        match (self.phase, wished) {
+            (Phase::Closing, Codec::Sparse(_)) => Codec::E3m0,
+            _ => wished,
+        }
     }
 
     /// Gives each dataset that is present the weight that its sites usually have; returns the share that these
@@ -808,7 +818,7 @@ impl Coordinator {
 
     /// What a site moves while every fragment is synchronized once.
     fn load(&self) -> Load {
-        let bytes = |codec: crate::codec::Codec| self.lens.iter().map(|&len| codec.payload_len(len) as u64).sum();
+        let bytes = |codec: Codec| self.lens.iter().map(|&len| codec.payload_len(len) as u64).sum();
         Load { up: bytes(self.sync.up), down: bytes(self.sync.down), fragments: self.lens.len() }
     }
 
@@ -924,7 +934,7 @@ impl Coordinator {
             phase: self.phase,
             progress: self.progress() as f32,
             steps: self.steps_for(site),
-            up: self.sync.up,
+            up: self.codec(self.sync.up),
             pushed: self.views.get(site).map_or_else(Vec::new, |view| view.pushed.clone()),
             fragments: fragments.iter().map(|fragment| (fragment.version, fragment.digest)).collect(),
             notices: fragments

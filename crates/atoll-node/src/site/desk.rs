@@ -14,6 +14,7 @@ use atoll_core::manifest::FragmentId;
 use atoll_core::team::Team;
 
 use super::net::Incoming;
+use crate::crew::stand_back;
 
 /// Something to do with weights. Jobs are done one after the other.
 pub(super) enum Job {
@@ -51,7 +52,10 @@ impl Desk {
         let (jobs, queue) = mpsc::channel();
         let busy = Arc::new(AtomicU64::new(0));
         let counter = busy.clone();
-        let worker = move || work(local, &*team, &queue, &inbox, &counter);
+        let worker = move || {
+            stand_back();
+            work(local, &*team, &queue, &inbox, &counter);
+        };
         std::thread::Builder::new().name("desk".to_string()).spawn(worker)?;
         Ok(Self { jobs, busy })
     }

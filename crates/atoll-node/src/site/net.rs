@@ -59,8 +59,8 @@ pub(super) struct Route {
 #[error("{0}")]
 pub(super) struct Refused(pub(super) String);
 
-/// Gets that may be unanswered per data connection.
-const GETS_AHEAD: usize = 8;
+/// Gets that may be unanswered per data connection: with eight of them 16 MiB, the product of 1 Gbit/s and 130 ms.
+const GETS_AHEAD: usize = 64;
 /// A status is repeated after this many seconds, so that a long step does not look like silence.
 const REPEAT_SECONDS: u64 = 1;
 const RETRY_SECONDS_MAX: f64 = 5.0;

@@ -9,7 +9,7 @@ use atoll_core::engine::{Engine, EngineError};
 use atoll_core::hash::Digest;
 use atoll_core::journal::Evaluated;
 use atoll_core::manifest::FragmentId;
-use atoll_core::round::{Event, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
+use atoll_core::round::{Event, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop, Sync};
 use atoll_core::site::Time;
 use atoll_core::team::Alone;
 
@@ -97,7 +97,7 @@ impl World<'_> {
     pub(super) fn start_site(&mut self, index: usize) -> Result<(), String> {
         let Inhabitant { engine, leases } = self.habitat.start(index).map_err(|error| error.to_string())?;
         let fragment_lens = self.lens();
-        let follow = self.description.sync.follow;
+        let Sync { follow, feedback, .. } = self.description.sync;
         let now = self.now;
         let site = &mut self.sites[index];
         let machine = Site::new(SiteSettings {
@@ -109,7 +109,7 @@ impl World<'_> {
         });
         site.life += 1;
         site.process = Some(Process {
-            local: Local::new(engine.manifest(), follow),
+            local: Local::new(engine.manifest(), follow, feedback),
             machine,
             engine,
             leases,
