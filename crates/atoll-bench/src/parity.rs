@@ -56,7 +56,7 @@ struct Run {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
     let chosen = choose(&arguments.rows)?;
-    let (tokens, seeds) = if arguments.quick { (100_000, 1) } else { (500_000, 3) };
+    let (tokens, seeds) = if arguments.quick { (200_000, 1) } else { (2_000_000, 3) };
     let setting = Setting {
         text: Text::read(arguments.data.as_deref())?,
         tokens: arguments.tokens.unwrap_or(tokens),

@@ -51,9 +51,9 @@ fn usual() -> Row {
         way: Way::Sites,
         sync: Sync { evaluate_seconds: 1e6, ..Sync::default() },
         training: Training {
-            // Small, so that short runs have many steps.
+            // Short, so that short runs have many steps; 1,024 tokens a step, so that they are not all noise.
             context: 128,
-            rows: 2,
+            rows: 8,
             // As `atoll new --preset nano` has it, but for a warm-up that fits runs of some hundred steps.
             optimizer: AdamW { learning_rate: 3e-3, warmup_steps: 20, ..AdamW::default() },
             ..Training::default()
