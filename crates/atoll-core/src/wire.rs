@@ -286,8 +286,8 @@ mod tests {
 
     #[test]
     fn another_version_is_recognized_whatever_follows() {
-        let frame = Frame::decode(1, &[2, 0, 0xff, 0xff]).unwrap();
-        assert_eq!(frame, Frame::Hello { protocol: 2, hello: None });
+        let frame = Frame::decode(1, &[9, 0, 0xff, 0xff]).unwrap();
+        assert_eq!(frame, Frame::Hello { protocol: 9, hello: None });
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use atoll_core::data::DatasetId;
 use atoll_core::hash::Digest;
 use atoll_core::rng::Rng;
-use atoll_core::round::{Goal, Sync};
+use atoll_core::round::{Goal, Setting, Sync};
 use atoll_sim::toy::{self, Nature, Toys};
 use atoll_sim::{Attendance, Description, Hardships, Link, Outcome, Residence, absences, run};
 
@@ -18,7 +18,7 @@ fn live(link: Link, keeps_payloads: bool) -> Outcome {
     };
     let description = Description {
         chance: Rng::new(1),
-        sync: Sync::default(),
+        sync: Sync { steps: Setting::Is(8), ..Sync::default() },
         goal: Goal { tokens: Some(10_000), minutes: None },
         context: toy::CONTEXT as u64,
         sites: vec![residence("fast", 0.05), residence("slow", 0.1)],
@@ -33,7 +33,8 @@ fn live(link: Link, keeps_payloads: bool) -> Outcome {
 #[test]
 fn a_narrow_link_takes_time_and_is_counted() {
     let (wide, narrow) = (live(Link::INFINITE, true), live(Link { up: 100.0, down: 400.0, delay: 0.1 }, true));
-    assert!(narrow.commits < wide.commits, "{} against {} commits", narrow.commits, wide.commits);
+    let late = |outcome: &atoll_sim::Outcome| outcome.sites.iter().map(|site| site.late).sum::<u64>();
+    assert!(late(&narrow) > late(&wide), "{} against {} contributions come late", late(&narrow), late(&wide));
     for outcome in [wide, narrow] {
         assert_eq!(outcome.sites.iter().map(|site| site.tokens).sum::<u64>(), outcome.tokens);
         assert!(outcome.sites[0].tokens > outcome.sites[1].tokens, "the faster one has the greater share");

@@ -49,7 +49,8 @@ fn floors_hold() {
 
 #[test]
 fn the_core_is_pure() {
-    let allowed = ["blake3", "half", "postcard", "serde", "serde_json", "thiserror"];
+    // bytemuck: weights as bytes, to be hashed in place. pulp: loops for the processor at hand.
+    let allowed = ["blake3", "bytemuck", "half", "postcard", "pulp", "serde", "serde_json", "thiserror"];
     for dependency in &dependencies()["atoll-core"] {
         assert!(allowed.contains(&dependency.as_str()), "atoll-core must stay pure; {dependency} needs a reason here");
     }

@@ -2,16 +2,19 @@
 //! until a quorum and a grace window have passed, then it is merged and becomes a commit. A
 //! contribution that comes too late is simply early for the next round.
 
+mod pace;
+mod weights;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::codec::Codec;
 use crate::data::{DatasetId, Ranges};
 use crate::hash::Digest;
-use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Settled, USUAL_MAX};
+use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Settled};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe};
 use crate::plan::{self, Load};
-use crate::round::{Absent, Goal, Phase, Receipt, Setting, Standing, Status, Sync};
+use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
 
 /// What happened.
@@ -659,7 +662,7 @@ impl Coordinator {
         let mut contributions: Vec<Accepted> = pending
             .filter_map(|((site, number), receipt)| {
                 let norm = *self.arrived.get(&receipt.payload)?;
-                Some(accept(site, *number, receipt, norm, version))
+                Some(weights::accept(site, *number, receipt, norm, version))
             })
             .collect();
         let share = match self.sync.absent {
@@ -680,39 +683,6 @@ impl Coordinator {
             (Phase::Closing, Codec::Sparse(_)) => Codec::E3m0,
             _ => wished,
         }
-    }
-
-    /// Gives each dataset that is present the weight that its sites usually have; returns the share that these
-    /// datasets have of all. Sites with the same data stand in for one another.
-    fn reserve(&self, index: usize, contributions: &mut [Accepted]) -> f64 {
-        let usual = &self.book.fragments[index].usual;
-        let dataset = |site: &SiteId| self.book.sites.get(site).filter(|member| member.open)?.dataset;
-        let mut all: BTreeMap<DatasetId, f64> = BTreeMap::new();
-        for (site, usual) in usual {
-            if let Some(dataset) = dataset(site) {
-                *all.entry(dataset).or_default() += usual;
-            }
-        }
-        let mut present: BTreeMap<DatasetId, f64> = BTreeMap::new();
-        for accepted in contributions.iter_mut() {
-            let Some(dataset) = dataset(&accepted.site) else { continue };
-            match usual.get(&accepted.site) {
-                Some(usual) => accepted.weight = accepted.weight.min(USUAL_MAX * usual),
-                // A newcomer is its own measure.
-                None => *all.entry(dataset).or_default() += accepted.work(),
-            }
-            *present.entry(dataset).or_default() += accepted.weight;
-        }
-        let total: f64 = all.values().sum();
-        let here: f64 = present.keys().filter_map(|dataset| all.get(dataset)).sum();
-        for accepted in contributions.iter_mut() {
-            let Some(dataset) = dataset(&accepted.site) else { continue };
-            let (usual, weight) = (all.get(&dataset).copied().unwrap_or(0.0), present[&dataset]);
-            if weight > 0.0 {
-                accepted.weight *= usual / weight;
-            }
-        }
-        if total > 0.0 { here / total } else { 1.0 }
     }
 
     fn commit(&mut self, now: Time, merged: &Merged, orders: &mut Vec<Order>) {
@@ -775,60 +745,6 @@ impl Coordinator {
             (_, wished) => wished,
         };
         wished.clamp(1, live.max(1))
-    }
-
-    /// Seconds a round stays open after its quorum: nobody misses anything within half a round.
-    fn grace(&self, live: &[SiteId]) -> f64 {
-        let mut steps: Vec<f64> = live.iter().filter_map(|site| self.round_seconds(site)).collect();
-        steps.sort_by(f64::total_cmp);
-        let round = steps.get(steps.len() / 2).copied().unwrap_or(0.0);
-        plan::grace_seconds(round / 2.0, self.pace.quorum, self.pace.sync)
-    }
-
-    /// Seconds that `site` takes for the steps between two contributions of a fragment.
-    fn round_seconds(&self, site: &SiteId) -> Option<f64> {
-        let view = self.views.get(site)?;
-        Some(f64::from(self.steps_for(site)) * view.status.vitals.step_seconds)
-    }
-
-    fn steps_for(&self, site: &SiteId) -> u32 {
-        let fastest = self.fastest();
-        let own = self.views.get(site).map_or(0.0, View::step_seconds);
-        plan::steps_for(self.base_steps(fastest), own, fastest)
-    }
-
-    /// Seconds per step at the fastest site; 0 if none has taken one.
-    fn fastest(&self) -> f64 {
-        let steps = self.views.values().map(View::step_seconds).filter(|&seconds| seconds > 0.0);
-        steps.reduce(f64::min).unwrap_or(0.0)
-    }
-
-    /// Inner steps between two contributions of a fragment at the fastest site.
-    fn base_steps(&self, fastest: f64) -> u32 {
-        match self.sync.steps {
-            Setting::Is(steps) => steps,
-            Setting::Auto => {
-                let load = self.load();
-                let links = self.views.values().filter(|view| view.connected).map(|view| &view.status.vitals.link);
-                let needed = links.map(|link| plan::hiding_seconds(link, &load)).fold(0.0, f64::max);
-                plan::steps_to_hide(needed, fastest)
-            }
-        }
-    }
-
-    /// What a site moves while every fragment is synchronized once.
-    fn load(&self) -> Load {
-        let bytes = |codec: Codec| self.lens.iter().map(|&len| codec.payload_len(len) as u64).sum();
-        Load { up: bytes(self.sync.up), down: bytes(self.sync.down), fragments: self.lens.len() }
-    }
-
-    /// The arithmetic behind a site's number of steps.
-    pub fn forecast(&self, site: &SiteId) -> Forecast {
-        let Some(view) = self.views.get(site) else { return Forecast::default() };
-        let (steps, load, link) = (self.steps_for(site), self.load(), &view.status.vitals.link);
-        let (sending, receiving) = plan::way_seconds(link, &load);
-        let turn = plan::turn_seconds(link, &load) + self.pace.quorum + self.pace.merge;
-        Forecast { steps, computing: f64::from(steps) * view.step_seconds(), load, sending, receiving, turn }
     }
 
     /// Sites that can be expected to contribute.
@@ -975,24 +891,6 @@ impl View {
         let drained = self.status.drained && self.status.vitals.steps > 0;
         self.connected && whole && !silent && (!stalled || drained)
     }
-}
-
-/// Weight tokens²/steps, divided by one plus the versions that it is behind.
-fn accept(site: &SiteId, number: u64, receipt: &Receipt, norm: f64, version: u64) -> Accepted {
-    let staleness = version - 1 - receipt.base.min(version - 1);
-    let mut accepted = Accepted {
-        site: site.clone(),
-        number,
-        payload: receipt.payload,
-        base: receipt.base,
-        steps: receipt.steps,
-        tokens: receipt.tokens,
-        weight: 0.0,
-        norm,
-        ranges: receipt.ranges.clone(),
-    };
-    accepted.weight = accepted.work() / (1.0 + staleness as f64);
-    accepted
 }
 
 fn evaluated_is_sane(evaluated: &Evaluated) -> bool {

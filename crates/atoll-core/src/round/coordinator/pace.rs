@@ -1,0 +1,63 @@
+//! How fast everybody goes: inner steps of each site, the grace window, and the arithmetic behind both.
+
+use super::{Coordinator, Forecast, View};
+use crate::codec::Codec;
+use crate::plan::{self, Load};
+use crate::round::Setting;
+use crate::site::SiteId;
+
+impl Coordinator {
+    /// Seconds a round stays open after its quorum: nobody misses anything within half a round.
+    pub(super) fn grace(&self, live: &[SiteId]) -> f64 {
+        let mut steps: Vec<f64> = live.iter().filter_map(|site| self.round_seconds(site)).collect();
+        steps.sort_by(f64::total_cmp);
+        let round = steps.get(steps.len() / 2).copied().unwrap_or(0.0);
+        plan::grace_seconds(round / 2.0, self.pace.quorum, self.pace.sync)
+    }
+
+    /// Seconds that `site` takes for the steps between two contributions of a fragment.
+    pub(super) fn round_seconds(&self, site: &SiteId) -> Option<f64> {
+        let view = self.views.get(site)?;
+        Some(f64::from(self.steps_for(site)) * view.status.vitals.step_seconds)
+    }
+
+    pub(super) fn steps_for(&self, site: &SiteId) -> u32 {
+        let fastest = self.fastest();
+        let own = self.views.get(site).map_or(0.0, View::step_seconds);
+        plan::steps_for(self.base_steps(fastest), own, fastest)
+    }
+
+    /// Seconds per step at the fastest site; 0 if none has taken one.
+    pub(super) fn fastest(&self) -> f64 {
+        let steps = self.views.values().map(View::step_seconds).filter(|&seconds| seconds > 0.0);
+        steps.reduce(f64::min).unwrap_or(0.0)
+    }
+
+    /// Inner steps between two contributions of a fragment at the fastest site.
+    pub(super) fn base_steps(&self, fastest: f64) -> u32 {
+        match self.sync.steps {
+            Setting::Is(steps) => steps,
+            Setting::Auto => {
+                let load = self.load();
+                let links = self.views.values().filter(|view| view.connected).map(|view| &view.status.vitals.link);
+                let needed = links.map(|link| plan::hiding_seconds(link, &load)).fold(0.0, f64::max);
+                plan::steps_to_hide(needed, fastest)
+            }
+        }
+    }
+
+    /// What a site moves while every fragment is synchronized once.
+    fn load(&self) -> Load {
+        let bytes = |codec: Codec| self.lens.iter().map(|&len| codec.payload_len(len) as u64).sum();
+        Load { up: bytes(self.sync.up), down: bytes(self.sync.down), fragments: self.lens.len() }
+    }
+
+    /// The arithmetic behind a site's number of steps.
+    pub fn forecast(&self, site: &SiteId) -> Forecast {
+        let Some(view) = self.views.get(site) else { return Forecast::default() };
+        let (steps, load, link) = (self.steps_for(site), self.load(), &view.status.vitals.link);
+        let (sending, receiving) = plan::way_seconds(link, &load);
+        let turn = plan::turn_seconds(link, &load) + self.pace.quorum + self.pace.merge;
+        Forecast { steps, computing: f64::from(steps) * view.step_seconds(), load, sending, receiving, turn }
+    }
+}
