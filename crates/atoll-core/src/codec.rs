@@ -208,12 +208,7 @@ impl Codec {
 
     /// Encodes some blocks and leaves their rest; the position of a value that is not finite is the error.
     #[inline(always)]
-    fn encode_piece(
-        self,
-        wish: &mut [f32],
-        body: &mut [u8],
-        prepare: impl Fn(usize, &mut [f32]),
-    ) -> Result<(), usize> {
+    fn encode_piece(self, wish: &mut [f32], body: &mut [u8], prepare: impl Fn(usize, &mut [f32])) -> Result<(), usize> {
         let (block, bytes) = (self.block(), self.block_bytes(self.block()));
         for (number, (wish, out)) in wish.chunks_mut(block).zip(body.chunks_mut(bytes)).enumerate() {
             prepare(number * block, wish);
@@ -223,7 +218,9 @@ impl Codec {
             }
             match self {
                 Codec::F32 => {
-                    out.chunks_exact_mut(4).zip(&*wish).for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
+                    out.chunks_exact_mut(4)
+                        .zip(&*wish)
+                        .for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
                 }
                 Codec::Bf16 => {
                     for (out, &value) in out.chunks_exact_mut(2).zip(&*wish) {
@@ -247,8 +244,12 @@ impl Codec {
             show(place, value);
         };
         match self {
-            Codec::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).enumerate().for_each(look),
-            Codec::Bf16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).enumerate().for_each(look),
+            Codec::F32 => {
+                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).enumerate().for_each(look);
+            }
+            Codec::Bf16 => {
+                bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).enumerate().for_each(look);
+            }
             Codec::E3m0 => dense::decode_e3m0(bytes).take(len).enumerate().for_each(&mut look),
             Codec::Sparse(keep) => return sparse::visit(Shape::new(keep, len), bytes, show),
         }

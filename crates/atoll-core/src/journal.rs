@@ -368,13 +368,8 @@ impl Book {
             return out_of_order("the run has begun before");
         }
         (self.run, self.seed, self.context, self.layout) = (run.to_string(), seed, context, layout);
-        let fragment = |&digest| FragmentBook {
-            version: 0,
-            digest,
-            tail: VecDeque::new(),
-            usual: BTreeMap::new(),
-            longest: 0.0,
-        };
+        let fragment =
+            |&digest| FragmentBook { version: 0, digest, tail: VecDeque::new(), usual: BTreeMap::new(), longest: 0.0 };
         self.fragments = theta.iter().map(fragment).collect();
         Ok(())
     }

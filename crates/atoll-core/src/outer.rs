@@ -256,7 +256,7 @@ impl Global {
         let index = fragment.index();
         let merged = merge(&self.manifest, fragment, recipe.merge, deltas, &self.momentum[index], team);
         let length = norm(&merged.values);
-        if !(length < NORM_MAX) {
+        if !length.is_finite() || length >= NORM_MAX {
             return Err(CodecError::NonFinite { index: 0 });
         }
         let payload = self.advance(index, &merged.values, length, recipe, team)?;

@@ -239,7 +239,8 @@ pub struct Vitals {
 impl Vitals {
     /// Whether the numbers can be calculated with.
     pub fn are_sane(&self) -> bool {
-        let seconds = [self.busy_seconds, self.wall_seconds, self.exposed_seconds, self.hidden_seconds, self.round_seconds];
+        let seconds =
+            [self.busy_seconds, self.wall_seconds, self.exposed_seconds, self.hidden_seconds, self.round_seconds];
         let sane = seconds.iter().all(|seconds| (0.0..=1e10).contains(seconds)) && self.link.is_sane();
         // A step of a month is a mistake; a loss may be anything that is a number.
         sane && (0.0..3e6).contains(&self.step_seconds) && self.loss.is_finite() && self.agreement.abs() <= 1.0

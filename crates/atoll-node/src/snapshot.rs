@@ -236,10 +236,8 @@ fn outer_state(global: &Global) -> Result<Vec<u8>> {
         })
         .collect();
     parts.push(("rho".to_string(), rho));
-    let views: Vec<(&String, TensorView<'_>)> = parts
-        .iter()
-        .map(|(name, data)| Ok((name, view(name, data)?)))
-        .collect::<Result<_>>()?;
+    let views: Vec<(&String, TensorView<'_>)> =
+        parts.iter().map(|(name, data)| Ok((name, view(name, data)?))).collect::<Result<_>>()?;
     Ok(safetensors::serialize(views, None)?)
 }
 

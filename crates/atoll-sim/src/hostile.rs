@@ -2,10 +2,10 @@
 
 use atoll_core::codec::Codec;
 use atoll_core::data::DatasetId;
+use atoll_core::delta::Follow;
 use atoll_core::hash::Digest;
 use atoll_core::outer::OuterRule;
 use atoll_core::rng::{Rng, mix};
-use atoll_core::delta::Follow;
 use atoll_core::round::{Absent, Goal, Setting, Sync};
 
 use crate::toy::{self, Nature, Toys};

@@ -210,12 +210,13 @@ impl Layout {
     /// For each contribution and tensor: squared length, and dot product with `other`.
     fn sums(&self, deltas: &[Weighted<'_>], other: &[f32], team: &dyn Team) -> Vec<Vec<(f64, f64)>> {
         let mut by_piece = vec![vec![(0.0, 0.0); deltas.len()]; self.pieces.len()];
-        let job = |(sums, (_, range)): (&'_ mut Vec<(f64, f64)>, &'_ (usize, Range<usize>))| {
-            sums.iter_mut().zip(deltas).for_each(|(sums, part)| *sums = part.delta.sums(range.clone(), other));
-        };
-        let job = &job;
-        let pieces = by_piece.iter_mut().zip(&self.pieces);
-        team.all(pieces.map(|piece| Box::new(move || job(piece)) as Job<'_>).collect());
+        let jobs = by_piece.iter_mut().zip(&self.pieces).map(|(sums, (_, range))| {
+            let sum = move || {
+                sums.iter_mut().zip(deltas).for_each(|(sums, part)| *sums = part.delta.sums(range.clone(), other));
+            };
+            Box::new(sum) as Job<'_>
+        });
+        team.all(jobs.collect());
         let mut totals = vec![vec![(0.0, 0.0); self.kinds.len()]; deltas.len()];
         for (sums, (tensor, _)) in by_piece.iter().zip(&self.pieces) {
             for (total, (square, along)) in totals.iter_mut().zip(sums) {

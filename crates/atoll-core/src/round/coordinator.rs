@@ -531,7 +531,7 @@ impl Coordinator {
         let longest = self.book.fragments[index].longest;
         let most = MOVE_MAX * (self.lens.get(index).copied().unwrap_or(0) as f64).sqrt();
         let most = if longest > 0.0 { most.min(NORM_TIMES_MAX * longest) } else { most };
-        if !(norm <= most) {
+        if !norm.is_finite() || norm > most {
             let why = format!("its length is {norm:.3e}, and {most:.3e} is the most that training can explain");
             self.refuse_payload(None, payload, &why, orders);
         }
@@ -856,7 +856,9 @@ impl Coordinator {
             notices: fragments
                 .iter()
                 .enumerate()
-                .flat_map(|(index, fragment)| fragment.tail.iter().filter(move |n| lacks(index, n.version)).take(NOTICES))
+                .flat_map(|(index, fragment)| {
+                    fragment.tail.iter().filter(move |n| lacks(index, n.version)).take(NOTICES)
+                })
                 .cloned()
                 .collect(),
             settled: status.outstanding.iter().filter_map(outcome).collect(),

@@ -24,9 +24,19 @@ use crate::store::Store;
 /// What connections tell the heart.
 pub(super) enum Input {
     Knock(Knock),
-    Connected { site: SiteId, link: u64, outbox: mpsc::Sender<Frame> },
-    Heard { site: SiteId, status: Box<Status> },
-    Gone { site: SiteId, link: u64 },
+    Connected {
+        site: SiteId,
+        link: u64,
+        outbox: mpsc::Sender<Frame>,
+    },
+    Heard {
+        site: SiteId,
+        status: Box<Status>,
+    },
+    Gone {
+        site: SiteId,
+        link: u64,
+    },
     /// A payload and the length of what it says.
     Arrived(Digest, f64),
     Useless(SiteId, Digest, String),

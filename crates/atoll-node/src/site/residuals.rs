@@ -57,7 +57,9 @@ mod tests {
     #[test]
     fn residuals_are_handed_over_once() {
         let folder = tempfile::tempdir().unwrap();
-        let tensors = |columns| vec![Tensor::new("a", &[4, columns], TensorKind::Matrix), Tensor::new("b", &[3], TensorKind::Vector)];
+        let tensors = |columns| {
+            vec![Tensor::new("a", &[4, columns], TensorKind::Matrix), Tensor::new("b", &[3], TensorKind::Vector)]
+        };
         let manifest = Manifest::balanced(tensors(2), 2);
         let residuals = vec![vec![1.0; 8], vec![-2.0; 3]];
         keep(folder.path(), &manifest, &residuals).unwrap();

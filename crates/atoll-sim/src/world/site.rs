@@ -208,7 +208,10 @@ impl World<'_> {
             }
             SiteOrder::Rebase(fragment) => {
                 let change = Some(process.local.rebase(fragment));
-                self.put_on_the_desk(index, Work { fragment, change, payload: None, event: SiteEvent::Rebased(fragment) })?;
+                self.put_on_the_desk(
+                    index,
+                    Work { fragment, change, payload: None, event: SiteEvent::Rebased(fragment) },
+                )?;
             }
             SiteOrder::Commit(notice) => {
                 let work = process.commit(notice.fragment, notice.version, notice.delta)?;
@@ -327,7 +330,12 @@ impl Process {
         let bytes = self.fetched.get(&delta).ok_or("a commit was ordered before it came")?;
         let (digest, change) =
             self.local.commit(fragment, bytes.to_vec(), &Alone).map_err(|error| error.to_string())?;
-        Ok(Work { fragment, change: Some(change), payload: None, event: SiteEvent::Applied { fragment, version, digest } })
+        Ok(Work {
+            fragment,
+            change: Some(change),
+            payload: None,
+            event: SiteEvent::Applied { fragment, version, digest },
+        })
     }
 
     fn install(&mut self, fragment: FragmentId, version: u64, digest: Digest) -> Result<Work, String> {
@@ -335,7 +343,12 @@ impl Process {
         let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
         let (digest, change) =
             self.local.install(fragment, &weights.collect::<Vec<_>>()).map_err(|error| error.to_string())?;
-        Ok(Work { fragment, change: Some(change), payload: None, event: SiteEvent::Applied { fragment, version, digest } })
+        Ok(Work {
+            fragment,
+            change: Some(change),
+            payload: None,
+            event: SiteEvent::Applied { fragment, version, digest },
+        })
     }
 
     /// Held-out text is not looked at during a simulated run; the machines only need an answer.
