@@ -60,7 +60,7 @@ impl Lab {
         assert!(made.status.success(), "{}", text(&made.stderr));
         lab.change("preset = \"nano\"", SMALL);
         lab.change("context = 256", "context = 32");
-        lab.change("steps = 16", "steps = 8");
+        lab.change("steps = \"auto\"", "steps = 8");
         lab.change("snapshot_seconds = 60.0", "snapshot_seconds = 2.0");
         lab.change("keep = \"snapshots\"", "keep = \"all\"");
         changes.iter().for_each(|(from, to)| lab.change(from, to));
