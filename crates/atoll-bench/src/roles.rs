@@ -1,6 +1,7 @@
 //! The processes of the network benchmarks: this program again, as the coordinator or as a site. Both run
 //! what `atoll coordinate` and `atoll join` run; only the engine is an [`Emulated`] one.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,6 +29,8 @@ pub(crate) enum Role {
         listen: String,
         /// Where to note what it uses.
         meter: PathBuf,
+        /// A file that the benchmark holds locked as long as it lives.
+        alive: PathBuf,
     },
     Site(SiteRole),
 }
@@ -62,12 +65,22 @@ pub(crate) fn play(spec: &str) -> Result<()> {
         .with_writer(std::io::stderr)
         .init();
     match serde_json::from_str(spec).context("--worker wants a role in JSON")? {
-        Role::Coordinator { dir, listen, meter } => {
+        Role::Coordinator { dir, listen, meter, alive } => {
             meter::start(&meter)?;
+            end_with(File::open(alive)?);
             lead(&RunDir(dir), &listen)
         }
         Role::Site(role) => follow(role),
     }
+}
+
+/// Ends this process, and with it the lab, when the benchmark is gone, however it went.
+fn end_with(alive: File) {
+    std::thread::spawn(move || {
+        if alive.lock().is_ok() {
+            std::process::exit(1);
+        }
+    });
 }
 
 fn lead(dir: &RunDir, listen: &str) -> Result<()> {

@@ -9,7 +9,7 @@
 //! of every link, the coordinator's status every half second, its journal and the sizes of all payloads.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -152,6 +152,8 @@ impl Scenario {
     /// Runs it.
     pub(crate) fn run(&self, wanlab: &Path) -> Result<Outcome> {
         let folder = tempfile::tempdir()?;
+        let alive = File::create(alive(folder.path()))?;
+        alive.lock()?;
         let dir = RunDir(folder.path().join("run"));
         let tasks = self.prepare(folder.path(), &dir)?;
         let out = folder.path().join("lab");
@@ -197,8 +199,12 @@ impl Scenario {
         write_atomically(&dir.config(), toml::to_string(&config)?.as_bytes())?;
         let key = Identity::load_or_create(&dir.key())?;
         let data = data(folder, dir, &config)?;
-        let coordinator =
-            Role::Coordinator { dir: dir.0.clone(), listen: format!("0.0.0.0:{PORT}"), meter: meter(folder, HUB) };
+        let coordinator = Role::Coordinator {
+            dir: dir.0.clone(),
+            listen: format!("0.0.0.0:{PORT}"),
+            meter: meter(folder, HUB),
+            alive: alive(folder),
+        };
         let mut tasks = vec![(HUB.to_string(), serde_json::to_string(&coordinator)?)];
         for (seed, name) in (1..).zip(self.names()) {
             let site: SiteId = name.parse()?;
@@ -235,6 +241,10 @@ impl Scenario {
 
 fn diary(folder: &Path, site: &str) -> PathBuf {
     folder.join(format!("{site}.diary"))
+}
+
+fn alive(folder: &Path) -> PathBuf {
+    folder.join("alive")
 }
 
 fn meter(folder: &Path, site: &str) -> PathBuf {
