@@ -40,7 +40,7 @@ struct Arguments {
     /// default corpus.
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
-    /// The rows of `parity` to run; without it, all.
+    /// The rows of `parity` to run, each some knobs joined by +, such as even+h4; without it, the whole table.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     rows: Vec<String>,
     /// Runs of each row of `parity`.

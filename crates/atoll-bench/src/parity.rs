@@ -7,8 +7,9 @@
 //! baseline = one engine, whose steps take the rows of all sites at once
 //! ```
 //!
-//! [`rows`] lists what is compared; a new row is one line there.
+//! [`rows`] lists what is compared; `--rows even+h4` turns two knobs at once.
 
+mod lockstep;
 mod parallel;
 mod rows;
 mod sites;
@@ -18,7 +19,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use atoll_core::engine::{Engine, Evaluation};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::training::Training;
@@ -55,7 +56,7 @@ struct Run {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
-    let chosen = choose(&arguments.rows)?;
+    let chosen = rows(&arguments.rows)?;
     let (tokens, seeds) = if arguments.quick { (200_000, 1) } else { (2_000_000, 3) };
     let setting = Setting {
         text: Text::read(arguments.data.as_deref())?,
@@ -78,18 +79,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
         Table { rows: &chosen, runs: BTreeMap::new(), printed: vec![false; chosen.len()], setting: &setting };
     live(&chosen, &setting, &mut table)?;
     Ok(table.figures())
-}
-
-/// The rows of these names, or all, with the baselines that they need.
-fn choose(names: &[String]) -> Result<Vec<Row>> {
-    let all = rows();
-    if let Some(unknown) = names.iter().find(|name| !all.iter().any(|row| row.name == name.as_str())) {
-        let known: Vec<&str> = all.iter().map(|row| row.name).collect();
-        bail!("there is no row '{unknown}'\nhint: there are {}", known.join(", "));
-    }
-    let is_named = |row: &Row| names.is_empty() || names.iter().any(|name| name == row.name);
-    let needed: Vec<&str> = all.iter().filter(|row| is_named(row)).flat_map(|row| [row.name, row.against]).collect();
-    Ok(all.into_iter().filter(|row| needed.contains(&row.name)).collect())
 }
 
 /// Does all runs, one world per core, and shows each to `table`.
@@ -120,6 +109,7 @@ fn live(rows: &[Row], setting: &Setting, table: &mut Table<'_>) -> Result<()> {
 fn one(row: &Row, setting: &Setting, seed: u64) -> Result<Run> {
     match row.way {
         Way::Parallel(sites) => parallel::run(row, setting, seed, sites),
+        Way::Lockstep(steps) => lockstep::run(row, setting, seed, steps),
         Way::Sites => sites::run(row, setting, seed),
     }
 }
@@ -237,7 +227,8 @@ impl Table<'_> {
                 ("megabytes_up", self.mean(index, |run| run.megabytes_up)),
                 ("megabytes_down", self.mean(index, |run| run.megabytes_down)),
             ];
-            figures.extend(values.map(|(what, value)| (format!("{}_{what}", row.name.replace('-', "_")), value)));
+            figures
+                .extend(values.map(|(what, value)| (format!("{}_{what}", row.name.replace(['-', '+'], "_")), value)));
             if row.name == rows::DEFAULT {
                 figures.insert("loss_gap_percent".to_string(), gap);
             }

@@ -124,6 +124,8 @@ pub struct Measures {
     pub cosines: Vec<f64>,
     /// For each contribution the greatest share of a tensor that the correction for staleness changed.
     pub corrections: Vec<f64>,
+    /// Bytes of each contribution's payload, in the order given.
+    pub bytes: Vec<u64>,
     /// Smoothed cosine of consecutive merged pseudo-gradients.
     pub rho: f64,
     /// The effective step η·(1 + μ/(1 − μρ)), with the share of the recipe.
@@ -216,7 +218,10 @@ impl Global {
             deltas.push(Weighted { weight: accepted.weight, stale, delta: Delta::new(sound, team) });
         }
         let first = contributions.first().map_or(Digest::default(), |accepted| accepted.payload);
-        self.step(fragment, &deltas, recipe, team).map_err(|source| StepError::Codec { payload: first, source })
+        let step = self.step(fragment, &deltas, recipe, team);
+        let mut step = step.map_err(|source| StepError::Codec { payload: first, source })?;
+        step.measures.bytes = payloads.iter().map(|bytes| bytes.len() as u64).collect();
+        Ok(step)
     }
 
     /// Computes a journaled commit again and compares.
@@ -268,6 +273,7 @@ impl Global {
             payload,
             measures: Measures {
                 norm: length,
+                bytes: Vec::new(),
                 cosines: merged.cosines,
                 corrections: merged.corrections,
                 rho: self.rho[index],

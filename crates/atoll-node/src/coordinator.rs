@@ -5,12 +5,11 @@
 mod gate;
 mod outgoing;
 mod shelf;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -20,19 +19,19 @@ use atoll_core::journal::{Book, Chain, Entry};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Global, StepError};
-use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase, Status, Waiting};
+use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase};
 use atoll_core::site::{SiteId, Time};
-use atoll_core::wire::{Frame, Purpose, Welcome};
+use atoll_core::wire::{Frame, Welcome};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, watch as signal};
 
 use crate::crew::Crew;
 use crate::data::Tokenizer;
 use crate::hf;
 use crate::identity::{Identity, Ticket};
 use crate::journal::JournalFile;
-use crate::link::{Gate, Traffic};
-use crate::report::{Report, SiteReport};
+use crate::link::Gate;
+use crate::report::Report;
 use crate::run::{Keep, RunConfig, RunDir, Terms, write_atomically};
 use crate::snapshot;
 use crate::store::Store;
@@ -40,6 +39,7 @@ use gate::{House, Input, Knock};
 use outgoing::Outgoings;
 use shelf::Shelf;
 pub(crate) use shelf::lock;
+use watch::Watch;
 
 /// How a coordinator ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -110,7 +110,7 @@ impl Prepared {
 ///
 /// # Errors
 /// If the folder is unsound, the port is taken, or the disk fails.
-pub async fn coordinate(dir: &RunDir, listen: &str, stop: watch::Receiver<bool>) -> Result<Ending> {
+pub async fn coordinate(dir: &RunDir, listen: &str, stop: signal::Receiver<bool>) -> Result<Ending> {
     let prepared = Prepared::read(dir)?;
     let _hold = dir.hold()?;
     let identity = Identity::load(&dir.key())?;
@@ -181,7 +181,8 @@ struct Heart {
     store: Store,
     shelf: Arc<Shelf>,
     outgoings: Arc<Outgoings>,
-    peers: BTreeMap<SiteId, Peer>,
+    /// The living control connection of each site, by its number.
+    controls: BTreeMap<SiteId, (u64, mpsc::Sender<Frame>)>,
     done: (mpsc::UnboundedSender<Done>, mpsc::UnboundedReceiver<Done>),
     /// Outer steps being computed.
     merging: usize,
@@ -194,29 +195,7 @@ struct Heart {
     kept: BTreeSet<Digest>,
     /// Sites that have been connected since the run finished.
     told: BTreeSet<SiteId>,
-    report: Report,
-    events: fs::File,
-}
-
-/// What the heart knows of a site's connections.
-#[derive(Default)]
-struct Peer {
-    /// The living control connection.
-    control: Option<(u64, mpsc::Sender<Frame>)>,
-    /// Of its living connections.
-    traffic: Vec<(Purpose, Arc<Traffic>)>,
-    sent_before: u64,
-    received_before: u64,
-    control_before: u64,
-    engine: String,
-    device: String,
-    steps_before: u64,
-    steps: u64,
-    session: u64,
-    tokens_per_second: f64,
-    utilization: f64,
-    digest_mismatches: u64,
-    loss: f64,
+    watch: Watch,
 }
 
 #[derive(PartialEq)]
@@ -242,22 +221,13 @@ impl Heart {
         let global = Arc::new(Mutex::new(global));
         let shelf = Arc::new(Shelf::new(global.clone(), store.clone(), tokenizer.json().to_vec(), current));
         let terms = serde_json::to_string(&Terms { config: config.clone(), model: model.clone() })?;
-        let old = Report::load(&dir.status()).ok();
-        let peers = old.iter().flat_map(|report| &report.sites).filter_map(Peer::remembered).collect();
-        let report = Report {
-            run: book.run.clone(),
-            listen: Some(address),
-            parameters: manifest.parameters() as u64,
-            ..old.unwrap_or_default()
-        };
-        let events = fs::OpenOptions::new().create(true).append(true).open(dir.events());
+        let watch = Watch::open(&dir, book.run.clone(), address, manifest.parameters() as u64)?;
         let clock = Clock::new();
         let lens = lock(&global).theta.iter().map(Vec::len).collect();
         let machine = Coordinator::new(config.sync.clone(), config.goal, book, lens);
         Ok(Self {
             layout: manifest.fingerprint(),
             snapshot: SnapshotState::Due(clock.now().after(config.coordinator.snapshot_seconds)),
-            events: events.with_context(|| format!("{} cannot be written", dir.events().display()))?,
             dir,
             config,
             model,
@@ -268,7 +238,7 @@ impl Heart {
             store,
             shelf,
             outgoings: Arc::default(),
-            peers,
+            controls: BTreeMap::new(),
             done: mpsc::unbounded_channel(),
             merging: 0,
             waiting_merges: Vec::new(),
@@ -276,7 +246,7 @@ impl Heart {
             payloads,
             told: BTreeSet::new(),
             machine,
-            report,
+            watch,
         })
     }
 
@@ -285,7 +255,7 @@ impl Heart {
     }
 
     /// Lives until the run is finished or stopped.
-    async fn beat(&mut self, mut incoming: mpsc::Receiver<Input>, mut stop: watch::Receiver<bool>) -> Result<Ending> {
+    async fn beat(&mut self, mut incoming: mpsc::Receiver<Input>, mut stop: signal::Receiver<bool>) -> Result<Ending> {
         let mut status = tokio::time::interval(Duration::from_secs_f64(STATUS_SECONDS));
         let mut finished: Option<Time> = None;
         loop {
@@ -313,11 +283,9 @@ impl Heart {
 
     /// Whether every site with a session has heard that the run is finished, and none is left.
     fn all_told(&mut self) -> bool {
-        let connected = self.peers.iter().filter(|(_, peer)| peer.control.is_some()).map(|(site, _)| site.clone());
-        self.told.extend(connected);
-        let gone = self.peers.values().all(|peer| peer.control.is_none());
+        self.told.extend(self.controls.keys().cloned());
         let sessions = self.machine.book().sites.iter().filter(|(_, member)| member.open);
-        gone && sessions.into_iter().all(|(site, _)| self.told.contains(site))
+        self.controls.is_empty() && sessions.into_iter().all(|(site, _)| self.told.contains(site))
     }
 
     fn take(&mut self, input: Input) -> Result<()> {
@@ -325,23 +293,22 @@ impl Heart {
             Input::Knock(knock) => self.answer(knock),
             Input::Connected { site, link, outbox } => {
                 tracing::info!("{site} is connected");
-                self.note(&serde_json::json!({"event": "connected", "site": site}));
-                let before = self.peers.entry(site.clone()).or_default().control.replace((link, outbox));
+                self.note(serde_json::json!({"event": "connected", "site": site}));
+                let before = self.controls.insert(site.clone(), (link, outbox));
                 // What was on its way over an earlier connection is lost.
                 if before.is_some() { self.handle(Event::Gone(site)) } else { Ok(()) }
             }
             Input::Heard { site, status } => {
-                self.hear(&site, &status);
+                self.watch.heard(&site, &status);
                 self.handle(Event::Heard(site, status))
             }
             Input::Gone { site, link } => {
-                let Some(peer) = self.peers.get_mut(&site) else { return Ok(()) };
-                if peer.control.as_ref().is_none_or(|(living, _)| *living != link) {
+                if self.controls.get(&site).is_none_or(|(living, _)| *living != link) {
                     return Ok(()); // A newer connection has taken over.
                 }
-                peer.control = None;
+                self.controls.remove(&site);
                 tracing::info!("{site} is gone");
-                self.note(&serde_json::json!({"event": "gone", "site": site}));
+                self.note(serde_json::json!({"event": "gone", "site": site}));
                 self.handle(Event::Gone(site))
             }
             Input::Arrived(payload, norm) => self.handle(Event::Arrived(payload, norm)),
@@ -361,7 +328,7 @@ impl Heart {
                 if let Some(entry) = entry {
                     self.journal.append(std::slice::from_ref(&entry))?;
                     tracing::info!("{site} was admitted with its ticket");
-                    self.note(&serde_json::json!({"event": "admitted", "site": site}));
+                    self.note(serde_json::json!({"event": "admitted", "site": site}));
                 }
                 match knock.hello.layout {
                     Some(layout) if layout != self.layout => Err(format!(
@@ -383,11 +350,7 @@ impl Heart {
     }
 
     fn welcome(&mut self, site: SiteId, knock: &Knock) -> Welcome {
-        let peer = self.peers.entry(site.clone()).or_default();
-        peer.traffic.push((knock.hello.purpose, knock.traffic.clone()));
-        if !knock.hello.engine.is_empty() {
-            (peer.engine, peer.device) = (knock.hello.engine.clone(), knock.hello.device.clone());
-        }
+        self.watch.greeted(&site, &knock.hello, knock.traffic.clone());
         let (tokenizer, tokenizer_bytes) = self.shelf.tokenizer();
         Welcome {
             run: self.machine.book().run.clone(),
@@ -421,7 +384,7 @@ impl Heart {
             match order {
                 Order::Record(_) | Order::Halt(_) => {}
                 Order::Tell(site, standing) => {
-                    if let Some((_, outbox)) = self.peers.get(&site).and_then(|peer| peer.control.as_ref()) {
+                    if let Some((_, outbox)) = self.controls.get(&site) {
                         // A full outbox drops it; the next standing says it all again.
                         let _ = outbox.try_send(Frame::Standing(standing));
                     }
@@ -448,22 +411,18 @@ impl Heart {
                 self.kept.extend(&payloads);
                 self.payloads.insert(number, payloads);
                 self.shelf.committed(commit.fragment.index(), commit.digest);
-                let sites: Vec<&SiteId> = commit.contributions.iter().map(|accepted| &accepted.site).collect();
-                self.note(&serde_json::json!({
-                    "event": "commit", "fragment": commit.fragment, "version": commit.version, "sites": sites,
-                    "bytes": commit.bytes, "digest": commit.digest, "seconds": commit.seconds,
-                }));
+                self.watch.committed(self.clock.now(), commit);
             }
             Entry::Refused { site, why, .. } => {
                 tracing::warn!("a contribution of {site} was refused: {why}");
-                self.note(&serde_json::json!({"event": "refused", "site": site, "why": why}));
+                self.note(serde_json::json!({"event": "refused", "site": site, "why": why}));
             }
             Entry::Returned { site, why } => {
                 tracing::info!("{site}: {why}");
-                self.note(&serde_json::json!({"event": "returned", "site": site, "why": why}));
+                self.note(serde_json::json!({"event": "returned", "site": site, "why": why}));
             }
             Entry::Evaluated(evaluated) => {
-                self.report.bits_per_byte.note(evaluated.bits_per_byte());
+                self.watch.report.bits_per_byte.note(evaluated.bits_per_byte());
                 tracing::info!("held-out bits per byte: {:.4}", evaluated.bits_per_byte());
             }
             Entry::Finished => tracing::info!("the run has reached its goal"),
@@ -528,6 +487,7 @@ impl Heart {
         match done {
             Done::Merged(merged, payload) => {
                 self.merging -= 1;
+                self.watch.merged(&merged);
                 self.shelf.offer(merged.delta, payload);
                 self.handle(Event::Merged(merged))
             }
@@ -596,70 +556,23 @@ impl Heart {
         tokio::task::spawn_blocking(save).await??;
         self.retire_payloads();
         self.look(state);
-        self.report.listen = None;
-        let report = serde_json::to_vec_pretty(&self.report)?;
+        self.watch.report.listen = None;
+        let report = serde_json::to_vec_pretty(&self.watch.report)?;
         if state == "finished" {
             let tensors = lock(&self.global).tensors();
             hf::save(&self.dir.model(), &self.model, &tensors, fs::read(self.dir.tokenizer()).ok().as_deref())?;
         }
         write_atomically(&self.dir.status(), &report)?;
         write_atomically(&self.dir.report(), &report)?;
-        Ok(Box::new(self.report.clone()))
+        Ok(Box::new(self.watch.report.clone()))
     }
 
     // ---- what the operator sees ----
 
-    fn hear(&mut self, site: &SiteId, status: &Status) {
-        let peer = self.peers.entry(site.clone()).or_default();
-        let vitals = &status.vitals;
-        if peer.session != status.session {
-            (peer.steps_before, peer.steps, peer.session) = (peer.steps_before + peer.steps, 0, status.session);
-        }
-        peer.steps = vitals.steps;
-        peer.digest_mismatches = peer.digest_mismatches.max(vitals.digest_mismatches);
-        if vitals.wall_seconds > 0.0 {
-            peer.tokens_per_second = vitals.tokens as f64 / vitals.wall_seconds;
-            peer.utilization = vitals.busy_seconds / vitals.wall_seconds;
-        }
-        if vitals.steps > 0 {
-            peer.loss = vitals.loss;
-        }
-    }
-
     /// Brings the report up to date.
     fn look(&mut self, state: &str) {
-        let now = self.clock.now();
-        let live: BTreeMap<SiteId, bool> =
-            self.machine.sites(now).map(|(site, _, living)| (site.clone(), living)).collect();
-        let book = self.machine.book();
-        let sites = book.sites.iter().map(|(site, member)| {
-            let mut seen = self.peers.get_mut(site).map(Peer::look).unwrap_or_default();
-            seen.name = site.to_string();
-            seen.tokens = member.tokens;
-            seen.contributions = member.contributions;
-            let connected = self.peers.get(site).is_some_and(|peer| peer.control.is_some());
-            seen.state = match (connected, live.get(site)) {
-                (false, _) => "away",
-                (true, None) => "loading",
-                (true, Some(true)) => "training",
-                (true, Some(false)) => "silent",
-            }
-            .to_string();
-            seen
-        });
-        self.report.sites = sites.collect();
-        self.report.state = state.to_string();
-        (self.report.tokens, self.report.commits, self.report.digest) = (book.tokens, book.commits(), book.digest());
-        (self.report.seconds, self.report.progress) = (self.machine.seconds(), self.machine.progress());
-        self.report.at = now.0 as f64 / 1e6;
-        self.report.seconds_left = (self.report.progress > 0.01)
-            .then(|| self.report.seconds * (1.0 - self.report.progress) / self.report.progress);
-        self.report.rounds =
-            (0..book.fragments.len()).map(|index| wait_text(&self.machine.waiting(now, index), now)).collect();
-        let losses: Vec<f64> = self.peers.values().filter(|peer| peer.steps > 0).map(|peer| peer.loss).collect();
-        if !losses.is_empty() {
-            self.report.note_loss(losses.iter().sum::<f64>() / losses.len() as f64);
-        }
+        let (now, controls) = (self.clock.now(), &self.controls);
+        self.watch.look(now, state, &self.machine, &|site| controls.contains_key(site));
     }
 
     fn write_status(&mut self) -> Result<()> {
@@ -669,81 +582,12 @@ impl Heart {
             Phase::Finished => "finished",
         };
         self.look(state);
-        let new = self.dir.0.join(".status.json.new");
-        let write =
-            fs::write(&new, serde_json::to_vec(&self.report)?).and_then(|()| fs::rename(&new, self.dir.status()));
-        write.with_context(|| format!("{} cannot be written\nhint: is the disk full?", self.dir.status().display()))
+        self.watch.write_status()
     }
 
     /// Adds a line to `events.jsonl`.
-    fn note(&mut self, event: &serde_json::Value) {
-        let mut line = event.clone();
-        line["at"] = (self.clock.now().0 as f64 / 1e6).into();
-        if let Err(error) = writeln!(self.events, "{line}") {
-            tracing::warn!("events.jsonl cannot be written: {error}");
-        }
-    }
-}
-
-impl Peer {
-    /// What an earlier coordinator had counted.
-    fn remembered(site: &SiteReport) -> Option<(SiteId, Peer)> {
-        let peer = Peer {
-            sent_before: site.bytes_sent,
-            received_before: site.bytes_received,
-            control_before: site.bytes_control,
-            engine: site.engine.clone(),
-            device: site.device.clone(),
-            steps_before: site.steps,
-            tokens_per_second: site.tokens_per_second,
-            utilization: site.utilization,
-            digest_mismatches: site.digest_mismatches,
-            loss: site.loss,
-            ..Peer::default()
-        };
-        Some((site.name.parse().ok()?, peer))
-    }
-
-    fn look(&mut self) -> SiteReport {
-        // What the coordinator receives is what the site sends. Closed connections are summed up.
-        let (mut sent, mut received, mut control) = (self.sent_before, self.received_before, self.control_before);
-        self.traffic.retain(|(purpose, traffic)| {
-            let closed = Arc::strong_count(traffic) == 1;
-            let (out, back) = (traffic.received.load(Ordering::Relaxed), traffic.sent.load(Ordering::Relaxed));
-            let both = if *purpose == Purpose::Control { out + back } else { 0 };
-            (sent, received, control) = (sent + out, received + back, control + both);
-            if closed {
-                self.sent_before += out;
-                self.received_before += back;
-                self.control_before += both;
-            }
-            !closed
-        });
-        SiteReport {
-            engine: self.engine.clone(),
-            device: self.device.clone(),
-            steps: self.steps_before + self.steps,
-            tokens_per_second: self.tokens_per_second,
-            utilization: self.utilization,
-            bytes_sent: sent,
-            bytes_received: received,
-            bytes_control: control,
-            digest_mismatches: self.digest_mismatches,
-            loss: self.loss,
-            ..SiteReport::default()
-        }
-    }
-}
-
-fn wait_text(waiting: &Waiting, now: Time) -> String {
-    match waiting {
-        Waiting::Contributions => "waits for contributions".to_string(),
-        Waiting::Quorum { here, needed } => format!("waits for a quorum: {here} of {needed} sites"),
-        Waiting::Grace { until, missing } => {
-            let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
-            format!("gives {} another {:.1} s", names.join(", "), until.seconds_since(now))
-        }
-        Waiting::Merge => "is being merged".to_string(),
+    fn note(&mut self, event: serde_json::Value) {
+        self.watch.note(self.clock.now(), event);
     }
 }
 

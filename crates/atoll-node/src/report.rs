@@ -56,13 +56,40 @@ pub struct Report {
     pub at: f64,
     /// What each fragment's round is waiting for.
     pub rounds: Vec<String>,
+    /// The latest round of each fragment.
+    #[serde(default)]
+    pub fragments: Vec<FragmentReport>,
     /// Sites by name.
     pub sites: Vec<SiteReport>,
     /// Training loss over time: seconds and loss.
     pub history: Vec<(f64, f64)>,
 }
 
-/// A site, seen from the coordinator.
+/// The latest round of a fragment.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FragmentReport {
+    /// Its commits.
+    pub version: u64,
+    /// Contributions in the commit.
+    pub quorum: usize,
+    /// Seconds since the commit before.
+    pub round_seconds: f64,
+    /// Seconds of training at the commit.
+    pub committed_at: f64,
+    /// Length of the merged pseudo-gradient.
+    pub norm: f64,
+    /// ρ, the smoothed cosine of consecutive merged pseudo-gradients.
+    pub rho: f64,
+    /// η_eff, how far the global model moves along a merged pseudo-gradient in the long run.
+    pub effective_step: f64,
+    /// Length of what the codec of the way down has not delivered yet.
+    pub residual: f64,
+    /// Bytes of the commit's payload.
+    pub bytes: u64,
+}
+
+/// A site, seen from the coordinator. Seconds and payload bytes are of its present session.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SiteReport {
     /// Its name.
@@ -94,6 +121,51 @@ pub struct SiteReport {
     pub digest_mismatches: u64,
     /// Its latest training loss.
     pub loss: f64,
+    /// Bytes of the payloads it sent.
+    #[serde(default)]
+    pub payload_sent: u64,
+    /// Bytes of the payloads it received.
+    #[serde(default)]
+    pub payload_received: u64,
+    /// Bytes of its latest contribution in the model.
+    #[serde(default)]
+    pub contribution_bytes: u64,
+    /// Seconds between inner steps that synchronization cost it.
+    #[serde(default)]
+    pub exposed_seconds: f64,
+    /// Seconds of synchronization that went on beside inner steps.
+    #[serde(default)]
+    pub hidden_seconds: f64,
+    /// Seconds from a contribution to its commit being applied, as measured.
+    #[serde(default)]
+    pub round_seconds: f64,
+    /// The same, as the plan expects it.
+    #[serde(default)]
+    pub round_seconds_expected: f64,
+    /// Commits by which its contributions are behind when they are merged, smoothed.
+    #[serde(default)]
+    pub staleness: f64,
+    /// Cosine of its contributions to the merged pseudo-gradient, smoothed.
+    #[serde(default)]
+    pub cosine: f64,
+    /// Cosine of its own steps to the latest commit, smoothed.
+    #[serde(default)]
+    pub agreement: f64,
+    /// What its link carries up, as measured, Mbit/s.
+    #[serde(default)]
+    pub up_mbit: f64,
+    /// What its link carries down, as measured, Mbit/s.
+    #[serde(default)]
+    pub down_mbit: f64,
+    /// Seconds of a round trip.
+    #[serde(default)]
+    pub rtt_seconds: f64,
+    /// H: inner steps between two contributions of a fragment.
+    #[serde(default)]
+    pub steps_per_round: u32,
+    /// The arithmetic behind H, as a sentence.
+    #[serde(default)]
+    pub pace: String,
 }
 
 impl Report {

@@ -11,6 +11,9 @@ use atoll_node::run::RunDir;
 pub(crate) struct Arguments {
     /// The run folder.
     dir: PathBuf,
+    /// Also tell how synchronization does: per site what it costs, what was expected, and why; per fragment its round.
+    #[arg(long)]
+    rounds: bool,
     /// Print the whole report as JSON.
     #[arg(long)]
     json: bool,
@@ -38,6 +41,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             site.name, site.state, site.device, site.tokens_per_second, site.steps, site.tokens
         );
     }
+    if arguments.rounds {
+        print_rounds(&report);
+    }
     if report.state == "dead" {
         println!(
             "the coordinator was last seen {:.0} s ago; `atoll coordinate {}` goes on",
@@ -46,4 +52,20 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// How synchronization does.
+fn print_rounds(report: &Report) {
+    println!("synchronization, by site");
+    for site in &report.sites {
+        println!("  {:16} {}", site.name, crate::view::synchronization(site));
+        if !site.pace.is_empty() {
+            println!("  {:16} H = {}: {}", "", site.steps_per_round, site.pace);
+        }
+    }
+    println!("latest round, by fragment");
+    for ((index, fragment), waits) in (0..).zip(&report.fragments).zip(&report.rounds) {
+        println!("  fragment {index:<7} {}", crate::view::round(fragment));
+        println!("  {:16} version {} {waits}", "", fragment.version + 1);
+    }
 }

@@ -8,7 +8,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use atoll_node::report::{FirstLast, Report, SiteReport};
+use atoll_node::report::{FirstLast, FragmentReport, Report, SiteReport};
 use ratatui::backend::IntoCrossterm;
 use ratatui::buffer::{Buffer, Cell};
 use ratatui::crossterm::style::{Print, PrintStyledContent, StyledContent};
@@ -241,6 +241,31 @@ pub(crate) fn line(report: &Report) -> String {
         facts.push(format!("{} after {}", report.state, duration(report.seconds)));
     }
     facts.join(" · ")
+}
+
+/// What synchronization costs a site and what its work is worth to the others.
+pub(crate) fn synchronization(site: &SiteReport) -> String {
+    [
+        format!("{:.1} s exposed, {:.1} s hidden", site.exposed_seconds, site.hidden_seconds),
+        format!("round {:.2} s (expected {:.2})", site.round_seconds, site.round_seconds_expected),
+        format!("↑ {} a contribution", bytes(site.contribution_bytes)),
+        format!("{} ↑ {} ↓ in payloads", bytes(site.payload_sent), bytes(site.payload_received)),
+        format!("staleness {:.2}", site.staleness),
+        format!("cosine to consensus {:.2}", site.cosine),
+    ]
+    .join(" · ")
+}
+
+/// What the latest round of a fragment showed.
+pub(crate) fn round(fragment: &FragmentReport) -> String {
+    [
+        format!("version {}", fragment.version),
+        format!("{} after {:.2} s", plural(fragment.quorum as u64, "contribution"), fragment.round_seconds),
+        format!("ρ {:.2}, effective step {:.2}", fragment.rho, fragment.effective_step),
+        format!("length {:.3}, undelivered {:.3}", fragment.norm, fragment.residual),
+        format!("{} ↓", bytes(fragment.bytes)),
+    ]
+    .join(" · ")
 }
 
 // ---- words and numbers ----

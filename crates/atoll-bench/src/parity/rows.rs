@@ -1,5 +1,6 @@
-//! What is compared.
+//! What is compared: a row is the defaults with some knobs turned.
 
+use anyhow::{Result, bail};
 use atoll_core::codec::Codec;
 use atoll_core::delta::{Feedback, Follow};
 use atoll_core::outer::{Averaging, OuterRule};
@@ -14,9 +15,10 @@ pub(super) const DEFAULT: &str = "default";
 /// A way to train.
 #[derive(Debug, Clone)]
 pub(super) struct Row {
-    pub(super) name: &'static str,
+    /// Its knobs, joined by `+`.
+    pub(super) name: String,
     /// The row that it is compared with.
-    pub(super) against: &'static str,
+    pub(super) against: String,
     pub(super) way: Way,
     pub(super) sync: Sync,
     pub(super) training: Training,
@@ -30,6 +32,8 @@ pub(super) struct Row {
 pub(super) enum Way {
     /// One engine with the rows of so many sites in each step.
     Parallel(usize),
+    /// Engines that average all their weights after every so many steps: local steps without a network, in f32.
+    Lockstep(u64),
     /// Sites and a coordinator.
     Sites,
 }
@@ -43,70 +47,142 @@ pub(super) enum Share {
     Own,
 }
 
+/// How sites train unless a row says otherwise.
+pub(super) fn training() -> Training {
+    Training {
+        // Short, so that short runs have many steps; 1,024 tokens a step, so that they are not all noise.
+        context: 128,
+        rows: 8,
+        // As `atoll new --preset nano` has it, but for a warm-up that fits runs of some hundred steps.
+        optimizer: AdamW { learning_rate: 3e-3, warmup_steps: 20, ..AdamW::default() },
+        ..Training::default()
+    }
+}
+
 /// What a row is unless it says otherwise.
 fn usual() -> Row {
     Row {
-        name: "",
-        against: "parallel",
+        name: DEFAULT.to_string(),
+        against: PARALLEL.to_string(),
         way: Way::Sites,
         sync: Sync { evaluate_seconds: 1e6, ..Sync::default() },
-        training: Training {
-            // Short, so that short runs have many steps; 1,024 tokens a step, so that they are not all noise.
-            context: 128,
-            rows: 8,
-            // As `atoll new --preset nano` has it, but for a warm-up that fits runs of some hundred steps.
-            optimizer: AdamW { learning_rate: 3e-3, warmup_steps: 20, ..AdamW::default() },
-            ..Training::default()
-        },
+        training: training(),
         speeds: [1.0, 1.0, 2.0, 4.0],
         share: Share::Same,
     }
 }
 
-fn row(name: &'static str, change: impl FnOnce(&mut Row)) -> Row {
-    let mut row = Row { name, ..usual() };
-    change(&mut row);
-    row
+/// What the baselines are called; with knobs that change the training, such a baseline has them too.
+const PARALLEL: &str = "parallel";
+/// A departure from the defaults.
+type Knob = (&'static str, fn(&mut Row));
+
+const NESTEROV: OuterRule = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.9 };
+
+/// All knobs: the ways, the training (which a baseline shares), and the rest, which is Atoll's own.
+const WAYS: &[Knob] = &[
+    (DEFAULT, |_| {}),
+    (PARALLEL, |r| r.way = Way::Parallel(SITES)),
+    ("one-alone", |r| r.way = Way::Parallel(1)),
+    ("lockstep-1", |r| r.way = Way::Lockstep(1)),
+    ("lockstep-4", |r| r.way = Way::Lockstep(4)),
+    ("lockstep-32", |r| r.way = Way::Lockstep(32)),
+];
+const TRAINING: &[Knob] = &[
+    ("muon", |r| r.training.muon = Some(Muon { learning_rate: 3e-3, ..Muon::default() })),
+    ("lr-half", |r| r.training.optimizer.learning_rate *= 0.5),
+    ("lr-double", |r| r.training.optimizer.learning_rate *= 2.0),
+    ("rows-2", |r| r.training.rows = 2),
+    ("rows-4", |r| r.training.rows = 4),
+    ("rows-16", |r| r.training.rows = 16),
+];
+const OURS: &[Knob] = &[
+    ("memoryless", |r| r.sync.outer = OuterRule::Memoryless { learning_rate: 1.0 }),
+    ("momentum-0.6", |r| r.sync.outer = OuterRule::Auto { momentum: 0.6 }),
+    ("nesterov", |r| r.sync.outer = NESTEROV),
+    ("buffer", |r| r.sync.feedback = Feedback::Buffer),
+    ("plain", |r| r.sync.merge = Averaging::Plain),
+    ("carry", |r| r.sync.follow = Follow::Carry),
+    ("overwrite", |r| r.sync.follow = Follow::Overwrite),
+    ("h1", |r| r.sync.steps = Setting::Is(1)),
+    ("h4", |r| r.sync.steps = Setting::Is(4)),
+    ("h8", |r| r.sync.steps = Setting::Is(8)),
+    ("h16", |r| r.sync.steps = Setting::Is(16)),
+    ("h64", |r| r.sync.steps = Setting::Is(64)),
+    ("f32", |r| (r.sync.up, r.sync.down) = (Codec::F32, Codec::F32)),
+    ("bf16", |r| (r.sync.up, r.sync.down) = (Codec::Bf16, Codec::Bf16)),
+    ("e3m0", |r| (r.sync.up, r.sync.down) = (Codec::E3m0, Codec::E3m0)),
+    ("up-f32", |r| r.sync.up = Codec::F32),
+    ("down-f32", |r| r.sync.down = Codec::F32),
+    ("even", |r| r.speeds = [1.0; SITES]),
+    ("own-text", |r| r.share = Share::Own),
+    ("ignore", |r| r.sync.absent = Absent::Ignore),
+    ("whole", |r| r.sync.fragments = 1),
+];
+
+/// The rows of a whole table.
+const TABLE: &[&str] = &[
+    PARALLEL,
+    "parallel+muon",
+    DEFAULT,
+    // One knob of the defaults at a time: does it pay?
+    "memoryless",
+    "momentum-0.6",
+    "nesterov",
+    "buffer",
+    "plain",
+    "carry",
+    "overwrite",
+    "h4",
+    "h8",
+    "h16",
+    "h64",
+    "f32",
+    "bf16",
+    "e3m0",
+    "up-f32",
+    "down-f32",
+    "even",
+    "even+plain",
+    "even+nesterov",
+    "nesterov+h64",
+    "muon",
+    "own-text",
+    "own-text+ignore",
+    "one-alone",
+];
+
+/// The rows of these names, or of the whole table, with the baselines that they need.
+pub(super) fn rows(names: &[String]) -> Result<Vec<Row>> {
+    let named: Vec<Row> = match names {
+        [] => TABLE.iter().map(|name| row(name)).collect::<Result<_>>()?,
+        names => names.iter().map(|name| row(name)).collect::<Result<_>>()?,
+    };
+    let mut rows: Vec<Row> = Vec::new();
+    let baselines = named.iter().map(|named| row(&named.against)).collect::<Result<Vec<Row>>>()?;
+    for row in baselines.into_iter().chain(named) {
+        if !rows.iter().any(|other| other.name == row.name) {
+            rows.push(row);
+        }
+    }
+    Ok(rows)
 }
 
-/// All rows: the baselines, then the rest as it matters.
-pub(super) fn rows() -> Vec<Row> {
-    let nesterov = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.9 };
-    let muon = || Some(Muon { learning_rate: 3e-3, ..Muon::default() });
-    let even = [1.0; SITES];
-    const ALL: Way = Way::Parallel(SITES);
-    vec![
-        row("parallel", |r| r.way = ALL),
-        row("parallel-muon", |r| (r.way, r.training.muon, r.against) = (ALL, muon(), "parallel-muon")),
-        row(DEFAULT, |_| {}),
-        // One knob of the defaults at a time: does it pay?
-        row("memoryless", |r| r.sync.outer = OuterRule::Memoryless { learning_rate: 1.0 }),
-        row("momentum-0.6", |r| r.sync.outer = OuterRule::Auto { momentum: 0.6 }),
-        row("nesterov", |r| r.sync.outer = nesterov),
-        row("buffer", |r| r.sync.feedback = Feedback::Buffer),
-        row("plain", |r| r.sync.merge = Averaging::Plain),
-        row("carry", |r| r.sync.follow = Follow::Carry),
-        row("overwrite", |r| r.sync.follow = Follow::Overwrite),
-        row("h4", |r| r.sync.steps = Setting::Is(4)),
-        row("h8", |r| r.sync.steps = Setting::Is(8)),
-        row("h16", |r| r.sync.steps = Setting::Is(16)),
-        row("h64", |r| r.sync.steps = Setting::Is(64)),
-        row("f32", |r| (r.sync.up, r.sync.down) = (Codec::F32, Codec::F32)),
-        row("bf16", |r| (r.sync.up, r.sync.down) = (Codec::Bf16, Codec::Bf16)),
-        row("e3m0", |r| (r.sync.up, r.sync.down) = (Codec::E3m0, Codec::E3m0)),
-        row("up-f32", |r| r.sync.up = Codec::F32),
-        row("down-f32", |r| r.sync.down = Codec::F32),
-        row("even", |r| r.speeds = even),
-        row("even-h4", |r| (r.speeds, r.sync.steps) = (even, Setting::Is(4))),
-        row("even-h8", |r| (r.speeds, r.sync.steps) = (even, Setting::Is(8))),
-        row("even-plain", |r| (r.speeds, r.sync.merge) = (even, Averaging::Plain)),
-        row("even-nesterov", |r| (r.speeds, r.sync.outer) = (even, nesterov)),
-        row("muon", |r| (r.training.muon, r.against) = (muon(), "parallel-muon")),
-        row("own-text", |r| r.share = Share::Own),
-        row("own-text-ignore", |r| (r.share, r.sync.absent) = (Share::Own, Absent::Ignore)),
-        row("nesterov-h64", |r| (r.sync.outer, r.sync.steps) = (nesterov, Setting::Is(64))),
-        row("one-alone", |r| r.way = Way::Parallel(1)),
-    ]
+/// The row whose knobs these are, joined by `+`.
+fn row(name: &str) -> Result<Row> {
+    let mut row = Row { name: name.to_string(), ..usual() };
+    for word in name.split('+') {
+        let knobs = || [WAYS, TRAINING, OURS].into_iter().flatten();
+        let Some((_, turn)) = knobs().find(|(knob, _)| *knob == word) else {
+            let known: Vec<&str> = knobs().map(|(knob, _)| *knob).collect();
+            bail!("there is no knob '{word}' for the row '{name}'\nhint: join some of these by +: {}", known.join(" "));
+        };
+        turn(&mut row);
+        if TRAINING.iter().any(|(knob, _)| *knob == word) {
+            row.against = format!("{}+{word}", row.against);
+        }
+    }
+    Ok(row)
 }
 
 #[cfg(test)]
@@ -115,15 +191,20 @@ mod tests {
 
     #[test]
     fn rows_can_train_and_find_their_baselines() {
-        let rows = rows();
+        let rows = rows(&[]).unwrap();
+        assert_eq!(rows.len(), TABLE.len());
         for row in &rows {
             assert_eq!((row.sync.problems(), row.training.problems()), (vec![], vec![]), "{}", row.name);
-            assert_eq!(rows.iter().filter(|other| other.name == row.name).count(), 1, "{}", row.name);
-            assert!(
-                rows.iter().any(|base| base.name == row.against && base.way == Way::Parallel(SITES)),
-                "{}",
-                row.name
-            );
+            let base = rows.iter().find(|base| base.name == row.against).unwrap();
+            assert_eq!((base.way, &base.training), (Way::Parallel(SITES), &row.training), "{}", row.name);
         }
+    }
+
+    #[test]
+    fn knobs_add_up() {
+        let rows = rows(&["muon+even+h4".to_string()]).unwrap();
+        assert_eq!(rows.iter().map(|row| row.name.as_str()).collect::<Vec<_>>(), ["parallel+muon", "muon+even+h4"]);
+        assert_eq!((rows[1].sync.steps, rows[1].speeds), (Setting::Is(4), [1.0; SITES]));
+        assert!(row("even+odd").unwrap_err().to_string().contains("'odd'"));
     }
 }

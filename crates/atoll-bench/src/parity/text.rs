@@ -14,7 +14,7 @@ use atoll_node::data::{Dataset, IngestOptions, Sample, Source, Split, TextField,
 use atoll_node::site::{HeldOut, held_out_windows};
 use atoll_sim::Leases;
 
-use super::rows::{SITES, Share, rows};
+use super::rows::{SITES, Share, training};
 
 const PRESET: &str = "nano";
 const VOCABULARY: usize = 4096;
@@ -47,7 +47,7 @@ impl Text {
         let folder = tempfile::tempdir()?;
         let options = IngestOptions { held_out: HELD_OUT, ..IngestOptions::default() };
         let dataset = ingest(&source, &tokenizer, folder.path(), &options, &mut |_| ControlFlow::Continue(()))?;
-        let training = rows().into_iter().next().context("there are no rows")?.training;
+        let training = training();
         let context = training.context;
         let model = ModelConfig::preset(PRESET, tokenizer.vocab_size(), context).context("the preset is gone")?;
         let windows = (0..dataset.held_out_samples(context)).step_by(HELD_OUT_STRIDE);

@@ -13,7 +13,7 @@ use crate::hash::Digest;
 use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Settled};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe};
-use crate::plan::{self, Load};
+use crate::plan::{self, Link, Load};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
 
@@ -91,6 +91,8 @@ pub struct Forecast {
     pub computing: f64,
     /// What is moved meanwhile.
     pub load: Load,
+    /// Over what.
+    pub link: Link,
     /// Seconds that the site sends.
     pub sending: f64,
     /// Seconds that it receives.

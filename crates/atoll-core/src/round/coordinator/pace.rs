@@ -1,5 +1,7 @@
 //! How fast everybody goes: inner steps of each site, the grace window, and the arithmetic behind both.
 
+use std::fmt;
+
 use super::{Coordinator, Forecast, View};
 use crate::codec::Codec;
 use crate::plan::{self, Load};
@@ -55,9 +57,25 @@ impl Coordinator {
     /// The arithmetic behind a site's number of steps.
     pub fn forecast(&self, site: &SiteId) -> Forecast {
         let Some(view) = self.views.get(site) else { return Forecast::default() };
-        let (steps, load, link) = (self.steps_for(site), self.load(), &view.status.vitals.link);
-        let (sending, receiving) = plan::way_seconds(link, &load);
-        let turn = plan::turn_seconds(link, &load) + self.pace.quorum + self.pace.merge;
-        Forecast { steps, computing: f64::from(steps) * view.step_seconds(), load, sending, receiving, turn }
+        let (steps, load, link) = (self.steps_for(site), self.load(), view.status.vitals.link);
+        let (sending, receiving) = plan::way_seconds(&link, &load);
+        let turn = plan::turn_seconds(&link, &load) + self.pace.quorum + self.pace.merge;
+        Forecast { steps, computing: f64::from(steps) * view.step_seconds(), load, link, sending, receiving, turn }
+    }
+}
+
+impl fmt::Display for Forecast {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Forecast { steps, computing, load, link, sending, receiving, .. } = self;
+        write!(f, "{steps} steps take {computing:.2} s")?;
+        if link.up <= 0.0 || link.down <= 0.0 {
+            return write!(f, "; the link is not measured yet");
+        }
+        let mbit = |rate: f64| rate * 8e-6;
+        let (kb_up, kb_down) = (load.up as f64 / 1e3, load.down as f64 / 1e3);
+        write!(f, "; beside them {kb_up:.0} kB go up in {sending:.2} s at {:.0} Mbit/s", mbit(link.up))?;
+        write!(f, " and {kb_down:.0} kB come down in {receiving:.2} s at {:.0} Mbit/s", mbit(link.down))?;
+        let share = sending.max(*receiving) / computing.max(1e-9);
+        write!(f, ": the link is busy {:.0} % of the time", 100.0 * share)
     }
 }

@@ -1,0 +1,65 @@
+//! Local steps without a network: engines that train side by side and average all their weights after every so many
+//! steps. What separates this from data parallelism is local training itself; what separates Atoll from this is Atoll.
+
+use anyhow::Result;
+use atoll_core::data::Ranges;
+use atoll_core::engine::Engine;
+use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_cpu::{CpuEngine, Precision};
+use atoll_sim::Leases;
+
+use super::rows::{Row, SITES};
+use super::{Run, Setting, held_out_nats, options, weights};
+
+pub(super) fn run(row: &Row, setting: &Setting, seed: u64, steps_per_round: u64) -> Result<Run> {
+    let (text, training) = (&setting.text, &row.training);
+    let samples_per_step = (training.rows * training.accumulate) as u64;
+    let tokens_per_step = samples_per_step * text.context as u64 * SITES as u64;
+    let steps = setting.tokens.div_ceil(tokens_per_step);
+    let manifest = Manifest::balanced(text.model.tensors(), 1);
+    let first = manifest.gather(&text.model.initial_weights(seed));
+    let mut sites = Vec::new();
+    for site in 0..SITES as u64 {
+        let leases = Leases::new();
+        let share = steps * samples_per_step;
+        leases.grant(&Ranges::span(site * share, (site + 1) * share));
+        let part = text.part(row.share, site as usize);
+        let feed = text.feed(part, leases.clone(), seed, training.packing);
+        let options = options(text, training, training.rows, Precision::best());
+        let engine = CpuEngine::new(options, manifest.clone(), first.clone(), Box::new(feed))?;
+        sites.push((engine, leases));
+    }
+    for step in 1..=steps {
+        for (engine, leases) in &mut sites {
+            leases.set_progress((step - 1) as f32 / steps as f32);
+            engine.train(1)?;
+        }
+        if step % steps_per_round == 0 || step == steps {
+            average(&mut sites, &manifest)?;
+        }
+    }
+    let theta = weights(&mut sites[0].0, &manifest)?;
+    Ok(Run {
+        nats: held_out_nats(text, training, &manifest, theta)?,
+        tokens: (steps * tokens_per_step) as f64,
+        ..Run::default()
+    })
+}
+
+/// Gives all engines the mean of their weights.
+fn average(sites: &mut [(CpuEngine, Leases)], manifest: &Manifest) -> Result<()> {
+    let mut mean: Vec<Vec<f32>> = Vec::new();
+    let share = 1.0 / sites.len() as f32;
+    for (engine, _) in sites.iter_mut() {
+        let own = weights(engine, manifest)?;
+        mean.resize_with(own.len(), Vec::new);
+        for (mean, own) in mean.iter_mut().zip(own) {
+            mean.resize(own.len(), 0.0);
+            mean.iter_mut().zip(own).for_each(|(mean, own)| *mean += share * own);
+        }
+    }
+    for (engine, _) in sites {
+        (0..).zip(&mean).try_for_each(|(index, weights)| engine.write(FragmentId(index), weights))?;
+    }
+    Ok(())
+}
