@@ -1,4 +1,4 @@
-//! Arithmetic of pace: how many steps a site should take, how long a round should wait, what a link can carry.
+//! Arithmetic of pace: how many steps a site should take, and what a link can carry.
 
 use serde::{Deserialize, Serialize};
 
@@ -78,14 +78,6 @@ pub fn steps_for(steps: u32, step_seconds: f64, fastest_seconds: f64) -> u32 {
     ((f64::from(steps) * share).round() as u32).max(1)
 }
 
-/// Seconds that a round stays open after its quorum: γ·(τ·ξ_step − ξ_quorum − ξ_sync), never negative
-/// (Decoupled DiLoCo, arXiv 2604.21428). `window` is τ·ξ_step, the time within which nobody misses the
-/// commit; `quorum` and `sync` are what reaching the quorum and sending the commit usually take.
-pub fn grace_seconds(window: f64, quorum: f64, sync: f64) -> f64 {
-    const GAMMA: f64 = 0.5;
-    (GAMMA * (window - quorum - sync)).max(0.0)
-}
-
 /// Exponential moving average with weight `share` for the new value; the first value starts it.
 pub fn smooth(average: f64, value: f64, share: f64) -> f64 {
     if average == 0.0 { value } else { average + share * (value - average) }
@@ -101,12 +93,6 @@ mod tests {
         assert_eq!(steps_for(16, 4.0, 1.0), 4);
         assert_eq!(steps_for(16, 100.0, 1.0), 1);
         assert_eq!(steps_for(16, 0.0, 1.0), 16);
-    }
-
-    #[test]
-    fn grace_is_what_the_window_leaves() {
-        assert_eq!(grace_seconds(4.0, 1.0, 1.0), 1.0);
-        assert_eq!(grace_seconds(1.0, 1.0, 1.0), 0.0);
     }
 
     /// 51 M parameters at 0.234 and 0.461 bits over 10 Mbit/s, 50 ms: 2.95 MB down take 2.4 s.

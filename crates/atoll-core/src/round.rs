@@ -187,6 +187,8 @@ pub struct Status {
     pub samples: u64,
     /// For each fragment the version and digest that it holds, if any.
     pub fragments: Vec<Option<(u64, Digest)>>,
+    /// Inner steps to its next contribution of each fragment; none while the last one is undecided.
+    pub due: Vec<Option<u32>>,
     /// Contributions that it does not know to be settled.
     pub outstanding: Vec<Receipt>,
     /// The last lease it has received.

@@ -55,3 +55,38 @@ fn sites_whose_data_differ_meet_at_the_mean() {
     assert!(all.by_tokens.iter().all(|&error| error < 0.1), "{:?}", all.by_tokens);
     assert_eq!(all, absences(&Sync::default(), Attendance::Constant, 0..2), "the same seeds, the same worlds");
 }
+
+/// Four sites with these seconds a step, far from each other and never ill.
+fn side_by_side(step_seconds: [f64; 4], steps: u32) -> Outcome {
+    let residence = |(name, &step_seconds): (&str, &f64)| Residence {
+        name: name.parse().expect("a good name"),
+        dataset: DatasetId(Digest::default()),
+        samples: 100_000,
+        samples_per_step: toy::ROWS as u64,
+        step_seconds,
+        link: Link { delay: 0.025, ..Link::INFINITE },
+    };
+    let description = Description {
+        chance: Rng::new(1),
+        sync: Sync { steps: Setting::Is(steps), evaluate_seconds: 1e6, ..Sync::default() },
+        goal: Goal { tokens: Some(60_000), minutes: None },
+        context: toy::CONTEXT as u64,
+        sites: ["a", "b", "c", "d"].into_iter().zip(&step_seconds).map(residence).collect(),
+        hardships: Hardships { delay: 0.0, ..Hardships::NONE },
+        seconds_max: 3_000.0,
+        keeps_payloads: false,
+    };
+    let mut toys = Toys::new(&description, vec![Nature::default(); 4]);
+    run(description, &mut toys).expect("a calm world")
+}
+
+/// A round that closed with its quorum while the last site was about to come would leave out that site, and then
+/// another, for ever: a third of all contributions came late.
+#[test]
+fn sites_in_step_miss_no_round() {
+    for (step_seconds, steps) in [([0.5; 4], 4), ([2.0, 2.0, 1.0, 0.5], 32)] {
+        let outcome = side_by_side(step_seconds, steps);
+        let (late, commits) = (outcome.sites.iter().map(|site| site.late).sum::<u64>(), outcome.commits);
+        assert!(commits > 20 && late * 20 < commits * 4, "{late} late contributions in {commits} commits");
+    }
+}

@@ -95,6 +95,7 @@ const TRAINING: &[Knob] = &[
     ("rows-2", |r| r.training.rows = 2),
     ("rows-4", |r| r.training.rows = 4),
     ("rows-16", |r| r.training.rows = 16),
+    ("rows-32", |r| r.training.rows = 32),
 ];
 const OURS: &[Knob] = &[
     ("memoryless", |r| r.sync.outer = OuterRule::Memoryless { learning_rate: 1.0 }),
@@ -118,6 +119,7 @@ const OURS: &[Knob] = &[
     ("own-text", |r| r.share = Share::Own),
     ("ignore", |r| r.sync.absent = Absent::Ignore),
     ("whole", |r| r.sync.fragments = 1),
+    ("inner-double", |r| r.training.optimizer.learning_rate *= 2.0),
 ];
 
 /// The rows of a whole table.

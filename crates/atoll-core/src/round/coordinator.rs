@@ -131,7 +131,7 @@ pub enum Waiting {
         /// Sites needed.
         needed: usize,
     },
-    /// The quorum is there; these sites still have until that moment.
+    /// The quorum is there; these sites are expected by that moment.
     Grace {
         /// The end of the grace window.
         until: Time,
@@ -189,7 +189,6 @@ struct Round {
     quorum_since: Option<Time>,
     merging: Option<Merge>,
     closed: Option<Time>,
-    announced: Option<Time>,
 }
 
 #[derive(Debug, Default)]
@@ -201,12 +200,11 @@ struct Evaluation {
     last_look: Option<bool>,
 }
 
-/// Smoothed durations from which the grace window follows, in seconds.
+/// Smoothed seconds that parts of a round take.
 #[derive(Debug, Default)]
 struct Pace {
     quorum: f64,
     merge: f64,
-    sync: f64,
 }
 
 /// Payloads that may lie here unmerged; more than sites times fragments ever need.
@@ -340,9 +338,12 @@ impl Coordinator {
         if here.len() < needed {
             return Waiting::Quorum { here: here.len(), needed };
         }
-        let until = round.quorum_since.unwrap_or(now).after(self.grace(&live));
-        let missing = live.into_iter().filter(|site| !here.contains(site)).collect();
-        Waiting::Grace { until, missing }
+        let end = round.quorum_since.unwrap_or(now).after(self.grace(&live));
+        let missing = live.into_iter().filter(|site| !here.contains(site));
+        let expected = missing.filter_map(|site| Some((self.expected(&site, index)?, site)));
+        let awaited = expected.filter(|((at, given_up), _)| *at <= end && *given_up > now);
+        let (missing, times): (Vec<SiteId>, Vec<Time>) = awaited.map(|((_, given_up), site)| (site, given_up)).unzip();
+        Waiting::Grace { until: times.into_iter().max().unwrap_or(now), missing }
     }
 
     /// The latest status of each site and whether it is living, for the operator.
@@ -398,7 +399,6 @@ impl Coordinator {
         let leaving = status.leaving;
         self.register(site, &status, orders);
         self.note_evaluation(site, &status, orders);
-        self.note_sync(now, &status);
         self.view(now, site, status);
         if leaving {
             self.give_back(site, "the site left", orders);
@@ -594,18 +594,6 @@ impl Coordinator {
         }
     }
 
-    /// Learns how long a commit takes to reach the first site that has it.
-    fn note_sync(&mut self, now: Time, status: &Status) {
-        for (index, held) in status.fragments.iter().enumerate().take(self.rounds.len()) {
-            let current = self.book.fragments[index].version;
-            if held.is_some_and(|(version, _)| version == current)
-                && let Some(announced) = self.rounds[index].announced.take()
-            {
-                self.pace.sync = plan::smooth(self.pace.sync, now.seconds_since(announced), 0.2);
-            }
-        }
-    }
-
     // ---- rounds ----
 
     /// Does whatever time or the latest event has made possible.
@@ -692,7 +680,7 @@ impl Coordinator {
         let Some(merge) = self.rounds.get_mut(index).and_then(|round| round.merging.take()) else { return };
         let round = &mut self.rounds[index];
         let took = round.closed.map_or(0.0, |closed| now.seconds_since(closed));
-        (round.first, round.quorum_since, round.announced) = (None, None, Some(now));
+        (round.first, round.quorum_since) = (None, None);
         self.pace.merge = plan::smooth(self.pace.merge, took, 0.2);
         let round = &mut self.rounds[index];
         let payloads: Vec<Digest> = merge.contributions.iter().map(|accepted| accepted.payload).collect();

@@ -211,8 +211,10 @@ struct Fragment {
     taken: Option<Taken>,
     /// Refused contributions whose work is being given up.
     rebasing: u32,
-    /// When the contribution was taken that the next settled version holds.
-    sent: Option<Time>,
+    /// When, and after how many steps, the contribution was taken that the next settled version holds.
+    sent: Option<(Time, u64)>,
+    /// Smoothed steps from a contribution to the commit that holds it.
+    turn: f64,
 }
 
 /// What a contribution that is being encoded stands for.
@@ -264,6 +266,8 @@ enum Upload {
 const REPORT_SECONDS: f64 = 0.5;
 /// Rounds for which a site would like to hold leases.
 const ROUNDS_IN_HAND: u64 = 3;
+/// Weight of the newest value in the smoothed steps that a contribution is under way.
+const TURN_SHARE: f64 = 0.2;
 
 impl Site {
     /// A site that knows nothing of the run yet.
@@ -388,7 +392,7 @@ impl Site {
         self.phase = standing.phase;
         (self.steps_per_round, self.up) = (standing.steps.max(1), standing.up);
         for fragment in &mut self.fragments {
-            fragment.due = fragment.due.min(fragment.since.0 + u64::from(self.steps_per_round));
+            fragment.due = fragment.due.min(self.vitals.steps + u64::from(self.steps_per_round));
         }
         self.progress = standing.progress;
         orders.push(SiteOrder::Progress(standing.progress));
@@ -602,9 +606,31 @@ impl Site {
         fragment.held = Some((version, digest));
         if version >= fragment.needs
             && fragment.needs > 0
-            && let Some(sent) = fragment.sent.take()
+            && let Some((sent, steps)) = fragment.sent.take()
         {
             self.vitals.round_seconds = plan::smooth(self.vitals.round_seconds, now.seconds_since(sent), 0.2);
+            self.align(id.index(), now_at.0 - steps);
+        }
+    }
+
+    /// Sets when the fragment is due next, `turn` steps after its last contribution. A commit reaches all sites at about
+    /// the same time, so whoever counts from it is in step with the others, and nobody misses a round for having
+    /// begun at another moment.
+    fn align(&mut self, index: usize, turn: u64) {
+        let (round, steps) = (u64::from(self.steps_per_round), self.vitals.steps);
+        let spacing = round / self.fragments.len() as u64;
+        let before = index.checked_sub(1).map(|before| self.fragments[before].due);
+        let fragment = &mut self.fragments[index];
+        fragment.turn = plan::smooth(fragment.turn, turn.min(round) as f64, TURN_SHARE);
+        fragment.due = steps + round.saturating_sub(fragment.turn.round() as u64);
+        // Fragments that have come to be due together part again, a step a round.
+        if let Some(before) = before.filter(|_| spacing > 1) {
+            let behind = (fragment.due + round - before % round) % round;
+            if behind + 1 < spacing {
+                fragment.due += 1;
+            } else if behind > spacing + 1 {
+                fragment.due -= 1;
+            }
         }
     }
 
@@ -657,7 +683,7 @@ impl Site {
             tokens: tokens - fragment.since.1,
             ranges: std::mem::take(&mut self.trained),
         });
-        (fragment.since, fragment.sent) = ((steps, tokens), Some(now));
+        (fragment.since, fragment.sent) = ((steps, tokens), Some((now, steps)));
         // Keep the stagger unless the fragment has fallen behind by a whole round.
         fragment.due = if fragment.due + round > steps { fragment.due + round } else { steps + round };
     }
@@ -667,11 +693,26 @@ impl Site {
     fn is_due(&self, index: usize) -> bool {
         let fragment = &self.fragments[index];
         let steps = self.vitals.steps - fragment.since.0;
-        let settled = fragment.held.is_some_and(|(version, _)| version >= fragment.needs)
-            && !self.outstanding.values().any(|o| o.receipt.fragment.index() == index);
         let time = self.vitals.steps >= fragment.due || self.phase == Phase::Closing;
         let still = fragment.taken.is_none() && !fragment.applying && fragment.rebasing == 0;
-        steps > 0 && settled && time && still
+        steps > 0 && self.is_settled(index) && time && still
+    }
+
+    /// Whether the fragment's last contribution is decided on and what came of it is here.
+    fn is_settled(&self, index: usize) -> bool {
+        let fragment = &self.fragments[index];
+        fragment.held.is_some_and(|(version, _)| version >= fragment.needs)
+            && !self.outstanding.values().any(|o| o.receipt.fragment.index() == index)
+    }
+
+    /// Steps to the next contribution of each fragment, as far as that is known.
+    fn due(&self) -> Vec<Option<u32>> {
+        let steps = |fragment: &Fragment| match fragment.taken {
+            Some(_) => 0, // It is being encoded.
+            None => fragment.due.saturating_sub(self.vitals.steps).min(u64::from(u32::MAX)) as u32,
+        };
+        let fragments = self.fragments.iter().enumerate();
+        fragments.map(|(index, fragment)| self.is_settled(index).then(|| steps(fragment))).collect()
     }
 
     fn may_train(&self) -> bool {
@@ -698,6 +739,7 @@ impl Site {
             dataset: self.settings.dataset,
             samples: self.settings.samples,
             fragments: self.held().collect(),
+            due: self.due(),
             outstanding: self.outstanding.values().map(|outstanding| outstanding.receipt.clone()).collect(),
             leases_seen: self.leases_seen,
             unspent: self.unspent,

@@ -6,15 +6,36 @@ use super::{Coordinator, Forecast, View};
 use crate::codec::Codec;
 use crate::plan::{self, Load};
 use crate::round::Setting;
-use crate::site::SiteId;
+use crate::site::{SiteId, Time};
+
+/// Share of a usual round for which those who are there wait for those who are about to come.
+const GRACE_SHARE: f64 = 0.5;
+/// Steps by which a site may be later than it said.
+const STEPS_SLACK: f64 = 1.0;
+/// Times that its way may take longer than its link promises.
+const WAY_SLACK: f64 = 2.0;
 
 impl Coordinator {
-    /// Seconds a round stays open after its quorum: nobody misses anything within half a round.
+    /// Seconds a round may stay open after its quorum.
     pub(super) fn grace(&self, live: &[SiteId]) -> f64 {
-        let mut steps: Vec<f64> = live.iter().filter_map(|site| self.round_seconds(site)).collect();
-        steps.sort_by(f64::total_cmp);
-        let round = steps.get(steps.len() / 2).copied().unwrap_or(0.0);
-        plan::grace_seconds(round / 2.0, self.pace.quorum, self.pace.sync)
+        let mut rounds: Vec<f64> = live.iter().filter_map(|site| self.round_seconds(site)).collect();
+        rounds.sort_by(f64::total_cmp);
+        GRACE_SHARE * rounds.get(rounds.len() / 2).copied().unwrap_or(0.0)
+    }
+
+    /// When the contribution of `site` to the open round of a fragment should be here, if it is known to be coming, and
+    /// when it is given up: the site's own count of steps tells, and then it has to be sent.
+    pub(super) fn expected(&self, site: &SiteId, index: usize) -> Option<(Time, Time)> {
+        let view = self.views.get(site)?;
+        let is_sent = self.rounds[index].pending.keys().any(|(owner, _)| owner == site);
+        let steps = if is_sent { 0 } else { view.status.due.get(index).copied().flatten()? };
+        let link = &view.status.vitals.link;
+        let (sending, _) = plan::way_seconds(link, &self.load());
+        let way = sending / self.lens.len().max(1) as f64 + link.rtt;
+        let seconds = f64::from(steps) * view.step_seconds() + way;
+        // It takes what it has just been told between two steps, and reports now and then.
+        let slack = STEPS_SLACK * view.step_seconds() + WAY_SLACK * way + view.interval.min(1.0);
+        Some((view.heard.after(seconds), view.heard.after(seconds + slack)))
     }
 
     /// Seconds that `site` takes for the steps between two contributions of a fragment.
