@@ -71,6 +71,9 @@ pub enum Packing {
 pub struct AdamW {
     /// η at the schedule's top.
     pub learning_rate: f32,
+    /// What multiplies it for embeddings, and for a head that shares their weights: a model that starts from nothing
+    /// learns how often each token comes by moving them, and they are far from wide (muP, arXiv 2203.03466, table 8).
+    pub embedding_rate: f32,
     /// β₁, decay of the mean gradient.
     pub beta1: f32,
     /// β₂, decay of the mean squared gradient.
@@ -91,6 +94,7 @@ impl Default for AdamW {
     fn default() -> Self {
         Self {
             learning_rate: 2e-3,
+            embedding_rate: 1.0,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
@@ -117,6 +121,7 @@ impl AdamW {
             "training.optimizer",
             &[
                 ("learning_rate", self.learning_rate, 0.0..f32::INFINITY),
+                ("embedding_rate", self.embedding_rate, 0.0..f32::INFINITY),
                 ("beta1", self.beta1, 0.0..1.0),
                 ("beta2", self.beta2, 0.0..1.0),
                 ("eps", self.eps, f32::MIN_POSITIVE..1.0),

@@ -5,8 +5,10 @@
 //! ```text
 //! g ← g · min(1, clip / ‖g‖)
 //! m ← β₁ m + (1−β₁) g        v ← β₂ v + (1−β₂) g²
-//! θ ← θ (1 − η λ) − η (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + ε)
+//! θ ← θ (1 − η λ) − η r (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + ε)
 //! ```
+//!
+//! where r is 1 for all but embeddings.
 //!
 //! With Muon's settings, the layers' matrices move by their [orthogonalized](muon) momentum instead.
 
@@ -63,15 +65,15 @@ impl Moments {
         let by_muon = |tensor: &Tensor| settings.muon.is_some() && tensor.kind == TensorKind::Matrix;
         let (matrices, others): (Vec<_>, Vec<_>) = pieces.partition(|(tensor, ..)| by_muon(tensor));
         let tiles = others.into_iter().flat_map(|(tensor, weights, mean, square, gradient)| {
-            let keep = adamw.keep(tensor.kind);
+            let pace = adamw.pace(tensor.kind);
             let tiles =
                 izip!(weights.chunks_mut(TILE), gradient.chunks(TILE), mean.chunks_mut(TILE), square.chunks_mut(TILE));
-            tiles.map(move |tile| (keep, tile))
+            tiles.map(move |tile| (pace, tile))
         });
-        pool.each(tiles, |(keep, (w, g, m, v))| {
+        pool.each(tiles, |(pace, (w, g, m, v))| {
             simd(
                 #[inline(always)]
-                || adamw.apply(keep, w, g, m, v),
+                || adamw.apply(pace, w, g, m, v),
             );
         });
         if let Some(muon) = settings.muon {
@@ -174,22 +176,43 @@ impl<'a> Update<'a> {
         }
     }
 
-    /// What decay leaves of a weight.
-    fn keep(&self, kind: TensorKind) -> f32 {
-        if kind == TensorKind::Vector { 1.0 } else { 1.0 - self.rate * self.settings.weight_decay }
+    /// How fast the weights of such a tensor move.
+    fn pace(&self, kind: TensorKind) -> Pace {
+        let decayed = 1.0 - self.rate * self.settings.weight_decay;
+        match kind {
+            TensorKind::Embedding => Pace { keep: decayed, rate: self.corrected_rate * self.settings.embedding_rate },
+            TensorKind::Matrix => Pace { keep: decayed, rate: self.corrected_rate },
+            TensorKind::Vector => Pace { keep: 1.0, rate: self.corrected_rate },
+        }
     }
 
     #[inline(always)]
-    fn apply(&self, keep: f32, weights: &mut [f32], gradient: &[f32], mean: &mut [f32], square: &mut [f32]) {
+    fn apply(
+        &self,
+        Pace { keep, rate }: Pace,
+        weights: &mut [f32],
+        gradient: &[f32],
+        mean: &mut [f32],
+        square: &mut [f32],
+    ) {
         let &AdamW { beta1, beta2, eps, .. } = self.settings;
         let moments = mean.iter_mut().zip(square);
         for ((w, g), (m, v)) in weights.iter_mut().zip(gradient).zip(moments) {
             let g = g * self.clip;
             *m = beta1 * *m + (1.0 - beta1) * g;
             *v = beta2 * *v + (1.0 - beta2) * (g * g);
-            *w = *w * keep - self.corrected_rate * *m / (v.sqrt() / self.root_correction + eps);
+            *w = *w * keep - rate * *m / (v.sqrt() / self.root_correction + eps);
         }
     }
+}
+
+/// How fast the weights of a tensor move.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// What decay leaves of a weight.
+    keep: f32,
+    /// η r / (1−β₁ᵗ).
+    rate: f32,
 }
 
 /// Σ g² of each tensor, in the order of `places`.

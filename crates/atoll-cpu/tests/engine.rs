@@ -8,10 +8,11 @@ use atoll_core::engine::conformance::check;
 use atoll_core::engine::weights;
 use atoll_core::engine::{Batch, Engine, EngineError, Feed};
 use atoll_core::manifest::{FragmentId, Manifest};
-use atoll_core::model::ModelConfig;
+use atoll_core::model::{ModelConfig, TensorKind};
 use atoll_core::rng::Rng;
 use atoll_core::training::{AdamW, Muon};
 use atoll_cpu::{CpuEngine, NoFeed, Options, Precision};
+use itertools::izip;
 
 use common::{ListFeed, RandomFeed, engine, lively_weights, options, random_batch, tiny};
 
@@ -228,6 +229,24 @@ fn a_repeating_pattern_is_learned() {
     engine.train(100).unwrap();
     let last = engine.train(1).unwrap().loss;
     assert!((first - (61f64).ln()).abs() < 0.1 && last < 0.2, "{first} → {last}");
+}
+
+#[test]
+fn only_embeddings_move_at_their_own_rate() {
+    let model = tiny();
+    let first = model.initial_weights(1);
+    let moved = |embedding_rate: f32| -> Vec<Vec<f32>> {
+        let optimizer = AdamW { embedding_rate, weight_decay: 0.0, ..AdamW::default() };
+        let mut engine = engine(Options { optimizer, ..options(&model) }, &first, Box::new(Pattern));
+        engine.train(1).unwrap();
+        let trained = engine.manifest().clone().scatter(&weights(&mut engine).unwrap());
+        izip!(&trained, &first).map(|(a, b)| izip!(a, b).map(|(a, b)| a - b).collect()).collect()
+    };
+    for (tensor, once, thrice) in izip!(model.tensors(), moved(1.0), moved(3.0)) {
+        let factor = if tensor.kind == TensorKind::Embedding { 3.0 } else { 1.0 };
+        let apart = izip!(once, thrice).map(|(once, thrice)| (thrice - factor * once).abs()).fold(0.0, f32::max);
+        assert!(apart < 1e-7, "{}: {apart}", tensor.name);
+    }
 }
 
 #[test]

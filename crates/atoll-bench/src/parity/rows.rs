@@ -54,7 +54,7 @@ pub(super) fn training() -> Training {
         context: 128,
         rows: 8,
         // As `atoll new --preset nano` has it, but for a warm-up that fits runs of some hundred steps.
-        optimizer: AdamW { learning_rate: 3e-3, warmup_steps: 20, ..AdamW::default() },
+        optimizer: AdamW { learning_rate: 3e-3, embedding_rate: 8.0, warmup_steps: 20, ..AdamW::default() },
         ..Training::default()
     }
 }
@@ -92,6 +92,10 @@ const TRAINING: &[Knob] = &[
     ("muon", |r| r.training.muon = Some(Muon { learning_rate: 3e-3, ..Muon::default() })),
     ("lr-half", |r| r.training.optimizer.learning_rate *= 0.5),
     ("lr-double", |r| r.training.optimizer.learning_rate *= 2.0),
+    ("embedding-1", |r| r.training.optimizer.embedding_rate = 1.0),
+    ("embedding-4", |r| r.training.optimizer.embedding_rate = 4.0),
+    ("embedding-16", |r| r.training.optimizer.embedding_rate = 16.0),
+    ("beta2-99", |r| r.training.optimizer.beta2 = 0.99),
     ("rows-2", |r| r.training.rows = 2),
     ("rows-4", |r| r.training.rows = 4),
     ("rows-16", |r| r.training.rows = 16),
