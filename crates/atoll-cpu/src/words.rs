@@ -99,6 +99,7 @@ pub(crate) fn pair(low: f32, high: f32) -> u32 {
 }
 
 /// The two numbers of a word.
+#[cfg(test)]
 #[inline(always)]
 pub(crate) fn halves(word: u32) -> [f32; 2] {
     [f32::from_bits(word << 16), f32::from_bits(word & 0xFFFF_0000)]
