@@ -96,6 +96,7 @@ const TRAINING: &[Knob] = &[
     ("embedding-4", |r| r.training.optimizer.embedding_rate = 4.0),
     ("embedding-16", |r| r.training.optimizer.embedding_rate = 16.0),
     ("beta2-99", |r| r.training.optimizer.beta2 = 0.99),
+    ("beta2-999", |r| r.training.optimizer.beta2 = 0.999),
     ("rows-2", |r| r.training.rows = 2),
     ("rows-4", |r| r.training.rows = 4),
     ("rows-16", |r| r.training.rows = 16),
@@ -124,6 +125,11 @@ const OURS: &[Knob] = &[
     ("ignore", |r| r.sync.absent = Absent::Ignore),
     ("whole", |r| r.sync.fragments = 1),
     ("inner-double", |r| r.training.optimizer.learning_rate *= 2.0),
+    ("inner-beta2-99", |r| r.training.optimizer.beta2 = 0.99),
+    ("inner-beta2-999", |r| r.training.optimizer.beta2 = 0.999),
+    ("inner-embedding-16", |r| r.training.optimizer.embedding_rate = 16.0),
+    ("step-2", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 2.0, momentum: 0.0 }),
+    ("step-1.5", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 1.5, momentum: 0.0 }),
 ];
 
 /// The rows of a whole table.
