@@ -65,6 +65,12 @@ pub enum CodecError {
     /// The first byte names no codec.
     #[error("codec {0} is unknown")]
     UnknownCodec(u8),
+    /// The payload is for no fragment of this model.
+    #[error("the payload is for {found} values, and no fragment has so many")]
+    Foreign {
+        /// What it says.
+        found: usize,
+    },
     /// The payload is not for this fragment.
     #[error("the payload is for {found} values, expected {expected}")]
     Count {
@@ -287,6 +293,17 @@ impl<'a> Payload<'a> {
         Ok(sound)
     }
 
+    /// Looks at a payload for a fragment of any of these lengths.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check), or if there is no such fragment.
+    pub fn check_any(payload: &'a [u8], counts: &[usize], team: &dyn Team) -> Result<Self, CodecError> {
+        let too_short = CodecError::Length { found: payload.len(), expected: HEADER };
+        let (header, _) = payload.split_first_chunk::<HEADER>().ok_or(too_short)?;
+        let found = count_in(header);
+        if counts.contains(&found) { Self::check(payload, found, team) } else { Err(CodecError::Foreign { found }) }
+    }
+
     /// Looks at header and length only, where the blocks are known to be sound: an encoder made them, or they were
     /// checked before.
     ///
@@ -294,7 +311,7 @@ impl<'a> Payload<'a> {
     /// If header or length do not fit.
     pub fn parse(payload: &'a [u8], count: usize) -> Result<Self, CodecError> {
         let too_short = CodecError::Length { found: payload.len(), expected: HEADER };
-        let Some((header, rest)) = payload.split_at_checked(HEADER) else { return Err(too_short) };
+        let Some((header, rest)) = payload.split_first_chunk::<HEADER>() else { return Err(too_short) };
         let codec = match header[0] {
             1 => Codec::F32,
             2 => Codec::Bf16,
@@ -310,7 +327,7 @@ impl<'a> Payload<'a> {
         {
             return Err(CodecError::Malformed { index: 0 });
         }
-        let found = u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize;
+        let found = count_in(header);
         if found != count {
             return Err(CodecError::Count { found, expected: count });
         }
@@ -323,6 +340,11 @@ impl<'a> Payload<'a> {
     /// Its codec.
     pub fn codec(&self) -> Codec {
         self.codec
+    }
+
+    /// Weights that it is for.
+    pub fn count(&self) -> usize {
+        self.count
     }
 
     fn pieces(&self) -> impl Iterator<Item = (usize, &'a [u8])> + use<'a> {
@@ -392,6 +414,11 @@ impl<'a> Payload<'a> {
         self.visit(0..self.count, |_, value| square += f64::from(value) * f64::from(value));
         square.sqrt()
     }
+}
+
+/// Weights that a payload with this header is for.
+fn count_in(header: &[u8; HEADER]) -> usize {
+    u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize
 }
 
 /// Has a team do `work` on each piece; the first piece's error counts.

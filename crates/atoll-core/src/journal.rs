@@ -24,8 +24,10 @@ pub const TAIL: usize = 64;
 /// Leases of a session that are remembered; a site confirms each before it gets the next.
 const LEASES: usize = 8;
 
-/// How many settled contributions of a session are remembered; a site never has this many under way.
+/// How many settled contributions of a session are remembered at least, and for each fragment; a site never has this
+/// many under way.
 const SETTLED: usize = 256;
+const SETTLED_PER_FRAGMENT: usize = 4;
 
 /// One fact of the run, in the order in which facts became true.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -86,6 +88,8 @@ pub enum Entry {
         site: SiteId,
         /// The contribution's number.
         number: u64,
+        /// The fragment that it names.
+        fragment: FragmentId,
         /// Its samples, as far as the site held them.
         ranges: Ranges,
         /// Why, for people.
@@ -195,6 +199,17 @@ pub enum Settled {
     Refused(String),
 }
 
+/// A settled contribution.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Past {
+    /// The fragment that it named.
+    pub fragment: FragmentId,
+    /// The samples that it named and its site held.
+    pub samples: u64,
+    /// How it ended.
+    pub settled: Settled,
+}
+
 /// The state of one fragment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FragmentBook {
@@ -239,12 +254,27 @@ pub struct Member {
     pub dataset: Option<DatasetId>,
     /// The latest leases of the session by number.
     pub leases: BTreeMap<u64, Ranges>,
-    /// Settled contributions of the session.
-    pub settled: BTreeMap<u64, Settled>,
+    /// The latest settled contributions of the session by number.
+    pub settled: BTreeMap<u64, Past>,
+    /// Whether there were earlier ones, and the samples that these named.
+    pub forgotten: Option<u64>,
     /// Contributions in the model, over all sessions.
     pub contributions: u64,
     /// Tokens in the model, over all sessions.
     pub tokens: u64,
+}
+
+impl Member {
+    /// What became of a contribution of the session, if it is settled.
+    pub fn outcome(&self, number: u64) -> Option<Settled> {
+        let is_forgotten = self.forgotten.is_some() && self.settled.keys().next().is_some_and(|&first| number < first);
+        match self.settled.get(&number) {
+            Some(past) => Some(past.settled.clone()),
+            // Whatever it was, the site starts over from the global model, which holds it or not.
+            None if is_forgotten => Some(Settled::Refused("it was settled too long ago to be remembered".to_string())),
+            None => None,
+        }
+    }
 }
 
 /// The sum of all entries: the coordinator's lasting state.
@@ -333,6 +363,7 @@ impl Book {
                 (member.session, member.open, member.dataset) = (*session, true, Some(*dataset));
                 member.leases.clear();
                 member.settled.clear();
+                member.forgotten = None;
             }
             Entry::Leased { site, number, ranges } => {
                 let dataset = self.dataset(site)?;
@@ -347,10 +378,11 @@ impl Book {
                 self.release_all(site)?;
                 self.member(site)?.open = false;
             }
-            Entry::Refused { site, number, ranges, why } => {
+            Entry::Refused { site, number, fragment, ranges, why } => {
                 let dataset = self.dataset(site)?;
                 self.ledger.release(site, dataset, ranges)?;
-                self.settle(site, *number, Settled::Refused(why.clone()))?;
+                let (fragment, samples, settled) = (*fragment, ranges.len(), Settled::Refused(why.clone()));
+                self.settle(site, *number, Past { fragment, samples, settled })?;
             }
             Entry::Committed(commit) => self.commit(commit)?,
             Entry::Evaluated(evaluated) => {
@@ -385,6 +417,7 @@ impl Book {
             dataset: None,
             leases: BTreeMap::new(),
             settled: BTreeMap::new(),
+            forgotten: None,
             contributions: 0,
             tokens: 0,
         });
@@ -396,15 +429,16 @@ impl Book {
         let Some(fragment) = self.fragments.get(commit.fragment.index()) else {
             return out_of_order(format!("there is no {}", commit.fragment));
         };
-        if commit.version != fragment.version + 1 {
+        if Some(commit.version) != fragment.version.checked_add(1) {
             return out_of_order(format!("{} is at version {}", commit.fragment, fragment.version));
         }
         self.check_contributions(commit)?;
         for accepted in &commit.contributions {
             let dataset = self.dataset(&accepted.site)?;
             self.ledger.consume(&accepted.site, dataset, &accepted.ranges)?;
-            self.settle(&accepted.site, accepted.number, Settled::Committed(commit.version))?;
-            let tokens = accepted.ranges.len() * self.context;
+            let (samples, settled) = (accepted.ranges.len(), Settled::Committed(commit.version));
+            self.settle(&accepted.site, accepted.number, Past { fragment: commit.fragment, samples, settled })?;
+            let tokens = samples * self.context;
             self.tokens += tokens;
             let member = self.member(&accepted.site)?;
             member.contributions += 1;
@@ -430,6 +464,12 @@ impl Book {
 
     /// Finds everything that could go wrong before anything is booked: a commit is booked whole or not at all.
     fn check_contributions(&self, commit: &Commit) -> Result<(), BookError> {
+        let mut samples = commit.contributions.iter().map(|accepted| accepted.ranges.len());
+        let samples = samples.try_fold(0u64, u64::checked_add);
+        let tokens = samples.and_then(|samples| samples.checked_mul(self.context));
+        if tokens.and_then(|tokens| tokens.checked_add(self.tokens)).is_none() {
+            return out_of_order("there are more tokens in the model than can be counted");
+        }
         for (index, accepted) in commit.contributions.iter().enumerate() {
             let Some(member) = self.sites.get(&accepted.site) else {
                 return out_of_order(format!("{} was never admitted", accepted.site));
@@ -451,13 +491,16 @@ impl Book {
         Ok(())
     }
 
-    fn settle(&mut self, site: &SiteId, number: u64, settled: Settled) -> Result<(), BookError> {
+    fn settle(&mut self, site: &SiteId, number: u64, past: Past) -> Result<(), BookError> {
+        let most = SETTLED.max(SETTLED_PER_FRAGMENT * self.fragments.len());
         let member = self.member(site)?;
-        if member.settled.insert(number, settled).is_some() {
+        if member.settled.insert(number, past).is_some() {
             return out_of_order(format!("contribution {number} of {site} was settled before"));
         }
-        while member.settled.len() > SETTLED {
-            member.settled.pop_first();
+        while member.settled.len() > most
+            && let Some((_, past)) = member.settled.pop_first()
+        {
+            member.forgotten = Some(member.forgotten.unwrap_or(0).saturating_add(past.samples));
         }
         Ok(())
     }
@@ -502,8 +545,9 @@ impl Chain {
     /// Never: entries hold nothing that JSON cannot say.
     pub fn write(&mut self, entry: &Entry) -> String {
         let json = serde_json::to_string(entry).expect("entries are plain data");
+        let line = self.seal(&json);
         self.advance(&json);
-        format!("{} {json}", &self.0.to_string()[..16])
+        line
     }
 
     /// Reads the next line.
@@ -520,6 +564,12 @@ impl Chain {
         let entry = serde_json::from_str(json).map_err(|error| LineError::Entry(error.to_string()))?;
         *self = next;
         Ok(entry)
+    }
+
+    /// The line that says `json` after all lines so far, entry or not.
+    pub(crate) fn seal(mut self, json: &str) -> String {
+        self.advance(json);
+        format!("{} {json}", &self.0.to_string()[..16])
     }
 
     fn advance(&mut self, json: &str) {

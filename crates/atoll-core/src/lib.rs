@@ -18,12 +18,14 @@
 //! | [`journal`] | entries, and the book that is their sum |
 //! | [`wire`] | frames |
 //!
-//! Beside them: [`hash`] (content addresses), [`site`] (names, time), [`rng`], [`simd`] and [`team`] (speed).
+//! Beside them: [`hash`] (content addresses), [`site`] (names, time), [`rng`], [`simd`] and [`team`] (speed), and
+//! [`fuzz`] (what must hold for any bytes from outside).
 
 pub mod codec;
 pub mod data;
 pub mod delta;
 pub mod engine;
+pub mod fuzz;
 pub mod hash;
 pub mod journal;
 pub mod manifest;

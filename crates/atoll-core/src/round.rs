@@ -13,7 +13,7 @@
 mod coordinator;
 mod site;
 
-pub use coordinator::{Coordinator, Event, Forecast, Merge, Merged, Order, Refusal, Waiting};
+pub use coordinator::{Coordinator, Event, Forecast, Merge, Merged, Order, Refusal, Seen, Waiting};
 pub use site::{Measured, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
 
 use serde::{Deserialize, Serialize};
@@ -243,7 +243,10 @@ impl Vitals {
     pub fn are_sane(&self) -> bool {
         let seconds =
             [self.busy_seconds, self.wall_seconds, self.exposed_seconds, self.hidden_seconds, self.round_seconds];
+        let counts =
+            [self.steps, self.tokens, self.payload_bytes.0, self.payload_bytes.1, self.digest_mismatches];
         let sane = seconds.iter().all(|seconds| (0.0..=1e10).contains(seconds)) && self.link.is_sane();
+        let sane = sane && counts.iter().all(|&count| count < 1 << 53);
         // A step of a month is a mistake; a loss may be anything that is a number.
         sane && (0.0..3e6).contains(&self.step_seconds) && self.loss.is_finite() && self.agreement.abs() <= 1.0
     }

@@ -19,7 +19,7 @@ use atoll_core::journal::{Book, Chain, Entry};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Global, StepError};
-use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase};
+use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase, Status};
 use atoll_core::site::{SiteId, Time};
 use atoll_core::wire::{Frame, Welcome};
 use tokio::net::TcpListener;
@@ -299,7 +299,7 @@ impl Heart {
                 if before.is_some() { self.handle(Event::Gone(site)) } else { Ok(()) }
             }
             Input::Heard { site, status } => {
-                self.watch.heard(&site, &status);
+                self.hear(&site, &status);
                 self.handle(Event::Heard(site, status))
             }
             Input::Gone { site, link } => {
@@ -311,11 +311,23 @@ impl Heart {
                 self.note(serde_json::json!({"event": "gone", "site": site}));
                 self.handle(Event::Gone(site))
             }
-            Input::Arrived(payload, norm) => self.handle(Event::Arrived(payload, norm)),
+            Input::Arrived(site, payload, seen) => self.handle(Event::Arrived(site, payload, seen)),
             Input::Useless(site, payload, why) => {
                 tracing::warn!("a payload of {site} is useless: {why}");
                 self.handle(Event::Useless(site, payload, why))
             }
+        }
+    }
+
+    /// Notes what a site says of itself, unless it is nonsense: the machine does not listen to that either.
+    fn hear(&mut self, site: &SiteId, status: &Status) {
+        let is_sane = status.vitals.are_sane();
+        if is_sane {
+            self.watch.heard(site, status);
+        }
+        if self.watch.is_new_nonsense(site, !is_sane) {
+            tracing::warn!("{site} says of itself what cannot be; nobody waits for it until that changes");
+            self.note(serde_json::json!({"event": "nonsense", "site": site}));
         }
     }
 
@@ -413,9 +425,13 @@ impl Heart {
                 self.shelf.committed(commit.fragment.index(), commit.digest);
                 self.watch.committed(self.clock.now(), commit);
             }
-            Entry::Refused { site, why, .. } => {
-                tracing::warn!("a contribution of {site} was refused: {why}");
-                self.note(serde_json::json!({"event": "refused", "site": site, "why": why}));
+            Entry::Refused { site, number, fragment, ranges, why } => {
+                tracing::warn!("contribution {number} of {site}, to {fragment}, was refused: {why}");
+                self.watch.refused(site, why);
+                self.note(serde_json::json!({
+                    "event": "refused", "site": site, "number": number, "fragment": fragment, "why": why,
+                    "samples_returned": ranges.len(),
+                }));
             }
             Entry::Returned { site, why } => {
                 tracing::info!("{site}: {why}");

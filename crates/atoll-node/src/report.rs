@@ -117,6 +117,12 @@ pub struct SiteReport {
     pub bytes_control: u64,
     /// Contributions in the model.
     pub contributions: u64,
+    /// Contributions that were refused.
+    #[serde(default)]
+    pub refused: u64,
+    /// Why the latest of these was.
+    #[serde(default)]
+    pub refusal: String,
     /// Times that its copy of the model had another digest than announced.
     pub digest_mismatches: u64,
     /// Its latest training loss.

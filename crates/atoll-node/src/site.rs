@@ -521,7 +521,10 @@ impl Trainer {
                 let weights = self.read(fragment)?;
                 self.desk.put(Job::Contribute(fragment, weights, codec))?;
             }
-            SiteOrder::Rebase(fragment) => self.desk.put(Job::Rebase(fragment))?,
+            SiteOrder::Rebase(fragment, why) => {
+                tracing::warn!("a contribution to {fragment} was refused: {why}; its samples go back, training goes on");
+                self.desk.put(Job::Rebase(fragment))?;
+            }
             SiteOrder::Commit(notice) => {
                 let payload = self.fetched.remove(&notice.delta).unwrap_or_default();
                 self.desk.put(Job::Commit(notice, payload))?;

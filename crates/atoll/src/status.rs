@@ -40,6 +40,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             "  {:16} {:8} {:22} {:>9.0} tok/s  {:>8} steps  {:>10} tokens in the model",
             site.name, site.state, site.device, site.tokens_per_second, site.steps, site.tokens
         );
+        if site.refused > 0 {
+            println!("  {:16} {} contributions refused, the latest: {}", "", site.refused, site.refusal);
+        }
     }
     if arguments.rounds {
         print_rounds(&report);

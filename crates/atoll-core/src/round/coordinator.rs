@@ -3,14 +3,14 @@
 //! contribution that comes too late is simply early for the next round.
 
 mod pace;
+mod receipts;
 mod weights;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::codec::Codec;
-use crate::data::{DatasetId, Ranges};
+use crate::codec::{Codec, Payload};
 use crate::hash::Digest;
-use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Settled};
+use crate::journal::{Accepted, Book, Commit, Entry, Evaluated};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe};
 use crate::plan::{self, Link, Load};
@@ -24,8 +24,8 @@ pub enum Event {
     Heard(SiteId, Box<Status>),
     /// The last connection of a site ended.
     Gone(SiteId),
-    /// All bytes of a payload are here, and they decode to something of this length.
-    Arrived(Digest, f64),
+    /// All bytes of a site's payload are here, and this is what they are.
+    Arrived(SiteId, Digest, Seen),
     /// A site's payload is here in full and is useless.
     Useless(SiteId, Digest, String),
     /// A merge that was ordered is done.
@@ -34,6 +34,21 @@ pub enum Event {
     Unmergeable(FragmentId, Digest, String),
     /// Time has passed.
     Tick,
+}
+
+/// What the coordinator saw in a payload, whatever its site says of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Seen {
+    /// Weights that it is for.
+    pub weights: usize,
+    /// Euclidean length of what it says.
+    pub norm: f64,
+}
+
+impl From<Payload<'_>> for Seen {
+    fn from(payload: Payload<'_>) -> Self {
+        Self { weights: payload.count(), norm: payload.norm() }
+    }
 }
 
 /// What to do about it, in this order. Entries must be durable before anything after them is done.
@@ -152,8 +167,11 @@ pub struct Coordinator {
     lens: Vec<usize>,
     views: BTreeMap<SiteId, View>,
     rounds: Vec<Round>,
-    /// Payloads that are here and decode, with their lengths.
-    arrived: BTreeMap<Digest, f64>,
+    /// Payloads that are here and decode.
+    arrived: BTreeMap<Digest, Seen>,
+    /// Payloads that came before the contributions they belong to, by site and oldest first; with the reason those that
+    /// are useless.
+    early: BTreeMap<SiteId, VecDeque<(Digest, Option<String>)>>,
     phase: Phase,
     /// Seconds during which at least one site was training.
     seconds: f64,
@@ -207,12 +225,6 @@ struct Pace {
     merge: f64,
 }
 
-/// Payloads that may lie here unmerged; more than sites times fragments ever need.
-const ARRIVED_MAX: usize = 1 << 16;
-/// A contribution this many times as long as the longest so far is no training.
-const NORM_TIMES_MAX: f64 = 100.0;
-/// … and neither is one whose weights would move by this much on average, whatever came before.
-const MOVE_MAX: f64 = 1e3;
 /// A site is sent commits unasked as long as it has not more than this many of a fragment before it.
 const PUSHED_AHEAD: u64 = 2;
 /// Commits of a fragment that one standing speaks of.
@@ -240,6 +252,7 @@ impl Coordinator {
             views: BTreeMap::new(),
             rounds,
             arrived: BTreeMap::new(),
+            early: BTreeMap::new(),
             phase,
             seconds,
             advanced: None,
@@ -291,20 +304,10 @@ impl Coordinator {
                     (view.connected, view.pushed) = (false, Vec::new());
                 }
             }
-            Event::Arrived(payload, norm) => {
-                if self.arrived.len() < ARRIVED_MAX {
-                    self.arrived.insert(payload, norm);
-                }
-                self.refuse_absurd(payload, norm, &mut orders);
-            }
-            Event::Useless(site, payload, why) => self.refuse_payload(Some(&site), payload, &why, &mut orders),
+            Event::Arrived(site, payload, seen) => self.arrive(&site, payload, seen, &mut orders),
+            Event::Useless(site, payload, why) => self.arrive_useless(&site, payload, why, &mut orders),
             Event::Merged(merged) => self.commit(now, &merged, &mut orders),
-            Event::Unmergeable(fragment, payload, why) => {
-                if let Some(round) = self.rounds.get_mut(fragment.index()) {
-                    round.merging = None;
-                }
-                self.refuse_payload(None, payload, &why, &mut orders);
-            }
+            Event::Unmergeable(fragment, payload, why) => self.give_up_merge(fragment, payload, &why, &mut orders),
             Event::Tick => {}
         }
         self.advance(now, &mut orders);
@@ -429,129 +432,6 @@ impl Coordinator {
         (view.heard, view.connected, view.status) = (now, true, status);
     }
 
-    /// Takes new receipts into their rounds, or turns them down.
-    fn register(&mut self, site: &SiteId, status: &Status, orders: &mut Vec<Order>) {
-        for receipt in &status.outstanding {
-            let settled = self.book.sites.get(site).is_some_and(|member| member.settled.contains_key(&receipt.number));
-            let key = (site.clone(), receipt.number);
-            let known = settled || self.rounds.iter().any(|round| round.pending.contains_key(&key));
-            if known {
-                continue;
-            }
-            match self.objection(site, status.dataset, receipt) {
-                Some(why) => self.refuse(site, receipt, &why, orders),
-                None => {
-                    self.rounds[receipt.fragment.index()].pending.insert(key, receipt.clone());
-                    if let Some(norm) = self.arrived.get(&receipt.payload).copied() {
-                        self.refuse_absurd(receipt.payload, norm, orders);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Why a receipt cannot be right, if it cannot.
-    fn objection(&self, site: &SiteId, dataset: DatasetId, receipt: &Receipt) -> Option<String> {
-        let Some(fragment) = self.book.fragments.get(receipt.fragment.index()) else {
-            return Some(format!("there is no {}", receipt.fragment));
-        };
-        if receipt.base > fragment.version {
-            return Some(format!("{} has no version {} yet", receipt.fragment, receipt.base));
-        }
-        if !receipt.norm.is_finite() {
-            return Some("its length is not finite".to_string());
-        }
-        if receipt.steps == 0 || receipt.tokens == 0 {
-            return Some("it holds no training".to_string());
-        }
-        let claimed = self.rounds.iter().flat_map(|round| &round.pending);
-        let claimed_twice = |((other, _), earlier): (&(SiteId, u64), &Receipt)| {
-            other == site && earlier.ranges.intersects(&receipt.ranges)
-        };
-        if !self.book.ledger.held(site, dataset).contains(&receipt.ranges) || claimed.into_iter().any(claimed_twice) {
-            return Some("it speaks of samples that are not leased to this site".to_string());
-        }
-        None
-    }
-
-    fn refuse(&mut self, site: &SiteId, receipt: &Receipt, why: &str, orders: &mut Vec<Order>) {
-        let mut ranges = Ranges::new();
-        let held = self.book.held(site);
-        let claimed = self.claimed(site);
-        for (start, end) in receipt.ranges.spans() {
-            if held.contains_span(start, end) && !claimed.intersects(&Ranges::span(start, end)) {
-                ranges.insert_span(start, end);
-            }
-        }
-        let entry = Entry::Refused { site: site.clone(), number: receipt.number, ranges, why: why.to_string() };
-        self.record(entry, orders);
-        self.forget(receipt.payload, orders);
-    }
-
-    /// Lets go of a payload unless another pending contribution was encoded to the same bytes.
-    fn forget(&mut self, payload: Digest, orders: &mut Vec<Order>) {
-        let mut pending = self.rounds.iter().flat_map(|round| round.pending.values());
-        if !pending.any(|receipt| receipt.payload == payload) {
-            self.arrived.remove(&payload);
-            orders.push(Order::Forget(payload));
-        }
-    }
-
-    /// Samples that pending contributions of `site` speak of.
-    fn claimed(&self, site: &SiteId) -> Ranges {
-        let mut claimed = Ranges::new();
-        for ((owner, _), receipt) in self.rounds.iter().flat_map(|round| &round.pending) {
-            if owner == site {
-                claimed.insert(&receipt.ranges);
-            }
-        }
-        claimed
-    }
-
-    /// Turns down the pending contributions with that payload, of one site or of all; what is being
-    /// merged is beyond recall.
-    fn refuse_payload(&mut self, site: Option<&SiteId>, payload: Digest, why: &str, orders: &mut Vec<Order>) {
-        for index in 0..self.rounds.len() {
-            let round = &self.rounds[index];
-            let merging = |key: &(SiteId, u64)| round.merging.as_ref().is_some_and(|merge| merge.holds(key));
-            let found = round.pending.iter().filter(|(key, receipt)| {
-                receipt.payload == payload && site.is_none_or(|site| *site == key.0) && !merging(key)
-            });
-            let keys: Vec<(SiteId, u64)> = found.map(|(key, _)| key.clone()).collect();
-            for key in keys {
-                if let Some(receipt) = self.rounds[index].pending.remove(&key) {
-                    self.refuse(&key.0, &receipt, why, orders);
-                }
-            }
-        }
-    }
-
-    /// Turns down a payload whose length cannot come from training.
-    fn refuse_absurd(&mut self, payload: Digest, norm: f64, orders: &mut Vec<Order>) {
-        let of_payload = |round: &&Round| round.pending.values().any(|receipt| receipt.payload == payload);
-        let Some(index) = self.rounds.iter().position(|round| of_payload(&round)) else { return };
-        let longest = self.book.fragments[index].longest;
-        let most = MOVE_MAX * (self.lens.get(index).copied().unwrap_or(0) as f64).sqrt();
-        let most = if longest > 0.0 { most.min(NORM_TIMES_MAX * longest) } else { most };
-        if !norm.is_finite() || norm > most {
-            let why = format!("its length is {norm:.3e}, and {most:.3e} is the most that training can explain");
-            self.refuse_payload(None, payload, &why, orders);
-        }
-    }
-
-    fn drop_pending(&mut self, site: &SiteId, orders: &mut Vec<Order>) {
-        let mut dropped = Vec::new();
-        for round in &mut self.rounds {
-            round.pending.retain(|(owner, _), receipt| {
-                if owner == site {
-                    dropped.push(receipt.payload);
-                }
-                owner != site
-            });
-        }
-        dropped.into_iter().for_each(|payload| self.forget(payload, orders));
-    }
-
     /// Whether a contribution of `site` is in an outer step that is being computed.
     fn is_merging(&self, site: &SiteId) -> bool {
         let merges = self.rounds.iter().filter_map(|round| round.merging.as_ref());
@@ -651,8 +531,8 @@ impl Coordinator {
         let pending = self.rounds[index].pending.iter();
         let mut contributions: Vec<Accepted> = pending
             .filter_map(|((site, number), receipt)| {
-                let norm = *self.arrived.get(&receipt.payload)?;
-                Some(weights::accept(site, *number, receipt, norm, version))
+                let seen = self.arrived.get(&receipt.payload)?;
+                Some(weights::accept(site, *number, receipt, seen.norm, version))
             })
             .collect();
         let share = match self.sync.absent {
@@ -827,8 +707,8 @@ impl Coordinator {
             held.is_some_and(|(held, _)| version > held)
         };
         let outcome = |receipt: &Receipt| {
-            let settled: Option<&Settled> = member.and_then(|member| member.settled.get(&receipt.number));
-            settled.map(|settled| (receipt.number, settled.clone()))
+            let settled = member.filter(|_| !self.is_pending(site, receipt.number))?.outcome(receipt.number);
+            settled.map(|settled| (receipt.number, settled))
         };
         let is_wanted = |receipt: &&Receipt| outcome(receipt).is_none() && !self.arrived.contains_key(&receipt.payload);
         let evaluate = self.evaluation.asked.as_ref().filter(|(asked, _)| asked == site).map(|(_, request)| *request);
@@ -886,5 +766,5 @@ impl View {
 }
 
 fn evaluated_is_sane(evaluated: &Evaluated) -> bool {
-    evaluated.nats.is_finite() && evaluated.tokens > 0 && evaluated.bytes > 0
+    evaluated.nats.is_finite() && evaluated.nats >= 0.0 && evaluated.tokens > 0 && evaluated.bytes > 0
 }

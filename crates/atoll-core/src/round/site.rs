@@ -83,8 +83,8 @@ pub enum SiteOrder {
     DropLeases,
     /// Encode what was learnt on a fragment up to this moment; answer with [`SiteEvent::Contributed`].
     Contribute(FragmentId, Codec),
-    /// Give up a refused contribution's work; answer with [`SiteEvent::Rebased`].
-    Rebase(FragmentId),
+    /// Give up a contribution's work, refused for this reason; answer with [`SiteEvent::Rebased`].
+    Rebase(FragmentId, String),
     /// Apply a fetched commit; answer with [`SiteEvent::Applied`].
     Commit(Notice),
     /// Start a fragment over from fetched weights; answer with [`SiteEvent::Applied`].
@@ -443,10 +443,10 @@ impl Site {
             }
             match settled {
                 Settled::Committed(version) => self.fragments[fragment.index()].needs = *version,
-                Settled::Refused(_) => {
+                Settled::Refused(why) => {
                     let fragment = &mut self.fragments[fragment.index()];
                     (fragment.rebasing, fragment.sent) = (fragment.rebasing + 1, None);
-                    orders.push(SiteOrder::Rebase(outstanding.receipt.fragment));
+                    orders.push(SiteOrder::Rebase(outstanding.receipt.fragment, why.clone()));
                 }
             }
             self.news = true;

@@ -9,7 +9,7 @@ use anyhow::{Result, anyhow, bail};
 use atoll_core::codec::{Codec, Payload};
 use atoll_core::data::Ranges;
 use atoll_core::hash::Digest;
-use atoll_core::round::Status;
+use atoll_core::round::{Seen, Status};
 use atoll_core::site::SiteId;
 use atoll_core::wire::{Frame, Hello, PROTOCOL, Purpose, Welcome};
 use tokio::net::{TcpListener, TcpStream};
@@ -37,8 +37,9 @@ pub(super) enum Input {
         site: SiteId,
         link: u64,
     },
-    /// A payload and the length of what it says.
-    Arrived(Digest, f64),
+    /// A payload of this site is kept.
+    Arrived(SiteId, Digest, Seen),
+    /// What a site sent under that name is no payload, for this reason.
     Useless(SiteId, Digest, String),
 }
 
@@ -224,58 +225,86 @@ async fn take_in(
     offset: u64,
     bytes: &[u8],
 ) -> Result<Option<Frame>> {
-    let largest = house.fragment_lens.iter().map(|&len| Codec::F32.payload_len(len) as u64).max().unwrap_or(0);
-    let end = offset.saturating_add(bytes.len() as u64);
-    if total > largest || end > total {
-        bail!("{site} sends {total} bytes for a payload of at most {largest}");
-    }
-    let whole = {
-        let mut arriving = lock(&house.arriving);
-        let mine = arriving.entry(site.clone()).or_default();
-        // Two payloads per fragment are more than a site ever has under way.
-        if !mine.contains_key(&digest) && mine.len() >= 2 * house.fragment_lens.len() + 2 {
-            return Ok(Some(Frame::Missing(digest)));
+    let whole = match add(house, site, digest, total, offset, bytes) {
+        Ok(Added::Part) => return Ok(None),
+        Ok(Added::NoRoom) => return Ok(Some(Frame::Missing(digest))),
+        Ok(Added::Whole(buffer)) => buffer,
+        Err(why) => {
+            house.inputs.send(Input::Useless(site.clone(), digest, why.clone())).await.map_err(|_| closed())?;
+            bail!("{site} sends what can be no payload: {why}");
         }
-        let assembly =
-            mine.entry(digest).or_insert_with(|| Assembly { buffer: vec![0; total as usize], here: Ranges::new() });
-        if assembly.buffer.len() as u64 != total {
-            bail!("{site} changed the length of a payload");
-        }
-        assembly.buffer[offset as usize..end as usize].copy_from_slice(bytes);
-        assembly.here.insert_span(offset, end);
-        if assembly.here.contains_span(0, total) { mine.remove(&digest) } else { None }
     };
-    let Some(assembly) = whole else { return Ok(None) };
     let (store, lens) = (house.store.clone(), house.fragment_lens.clone());
-    let kept = tokio::task::spawn_blocking(move || keep(&store, &lens, digest, &assembly.buffer)).await?;
+    let kept = tokio::task::spawn_blocking(move || keep(&store, &lens, digest, &whole)).await?;
     let input = match kept? {
-        Ok(norm) => Input::Arrived(digest, norm),
+        Ok(seen) => Input::Arrived(site.clone(), digest, seen),
         Err(why) => Input::Useless(site.clone(), digest, why),
     };
     house.inputs.send(input).await.map_err(|_| closed())?;
     Ok(Some(Frame::Have(digest)))
 }
 
-/// Keeps a payload on disk and measures it, or says why it is useless.
-fn keep(store: &Store, lens: &[usize], digest: Digest, payload: &[u8]) -> Result<Result<f64, String>> {
-    let norm = match look_at(lens, digest, payload) {
-        Ok(norm) => norm,
+/// What became of some bytes of a payload.
+enum Added {
+    /// There are more to come.
+    Part,
+    /// The site has too many payloads under way.
+    NoRoom,
+    /// All are here.
+    Whole(Vec<u8>),
+}
+
+/// Adds bytes to a payload, or says why there can be no such bytes.
+fn add(
+    house: &House,
+    site: &SiteId,
+    digest: Digest,
+    total: u64,
+    offset: u64,
+    bytes: &[u8],
+) -> Result<Added, String> {
+    let largest = house.fragment_lens.iter().map(|&len| Codec::F32.payload_len(len) as u64).max().unwrap_or(0);
+    let end = offset.saturating_add(bytes.len() as u64);
+    if total > largest {
+        return Err(format!("it has {total} bytes, and no payload of this model has more than {largest}"));
+    }
+    if end > total {
+        return Err(format!("it has bytes up to {end} and is said to have {total}"));
+    }
+    let mut arriving = lock(&house.arriving);
+    let mine = arriving.entry(site.clone()).or_default();
+    // Two payloads per fragment are more than a site ever has under way.
+    if !mine.contains_key(&digest) && mine.len() >= 2 * house.fragment_lens.len() + 2 {
+        return Ok(Added::NoRoom);
+    }
+    let assembly =
+        mine.entry(digest).or_insert_with(|| Assembly { buffer: vec![0; total as usize], here: Ranges::new() });
+    let announced = assembly.buffer.len() as u64;
+    if announced != total {
+        mine.remove(&digest);
+        return Err(format!("it was said to have {announced} bytes, and then {total}"));
+    }
+    assembly.buffer[offset as usize..end as usize].copy_from_slice(bytes);
+    assembly.here.insert_span(offset, end);
+    let whole = assembly.here.contains_span(0, total);
+    let whole = if whole { mine.remove(&digest) } else { None };
+    Ok(whole.map_or(Added::Part, |assembly| Added::Whole(assembly.buffer)))
+}
+
+/// Keeps a payload on disk and looks at it, or says why it is useless.
+fn keep(store: &Store, lens: &[usize], digest: Digest, payload: &[u8]) -> Result<Result<Seen, String>> {
+    let seen = match look_at(lens, digest, payload) {
+        Ok(seen) => seen,
         Err(why) => return Ok(Err(why)),
     };
     store.put(digest, payload)?;
-    Ok(Ok(norm))
+    Ok(Ok(seen))
 }
 
-/// The length of what a payload says, or why it says nothing.
-fn look_at(lens: &[usize], digest: Digest, payload: &[u8]) -> Result<f64, String> {
+/// What a payload is, or why it is none.
+fn look_at(lens: &[usize], digest: Digest, payload: &[u8]) -> Result<Seen, String> {
     if Digest::of(payload) != digest {
         return Err("its bytes are not those that its name promises".to_string());
     }
-    let Some(count) = payload.get(1..5).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize) else {
-        return Err("it is too short to be a payload".to_string());
-    };
-    if !lens.contains(&count) {
-        return Err(format!("no fragment has {count} weights"));
-    }
-    Payload::check(payload, count, &Crew).map(|sound| sound.norm()).map_err(|error| error.to_string())
+    Payload::check_any(payload, lens, &Crew).map(Seen::from).map_err(|error| error.to_string())
 }

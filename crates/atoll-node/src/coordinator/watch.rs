@@ -48,7 +48,12 @@ struct Peer {
     control_before: u64,
     steps_before: u64,
     session: u64,
+    /// Whether the latest that it said of itself cannot be.
+    nonsense: bool,
 }
+
+/// Letters of a name that a site gives its engine or device.
+const NAME_MAX: usize = 60;
 
 impl Watch {
     /// Goes on from what an earlier coordinator told.
@@ -77,13 +82,25 @@ impl Watch {
         let peer = self.peers.entry(site.clone()).or_default();
         peer.traffic.push((hello.purpose, traffic));
         if !hello.engine.is_empty() {
-            (peer.seen.engine, peer.seen.device) = (hello.engine.clone(), hello.device.clone());
+            (peer.seen.engine, peer.seen.device) = (shown(&hello.engine), shown(&hello.device));
         }
     }
 
     /// A status came.
     pub(super) fn heard(&mut self, site: &SiteId, status: &Status) {
         self.peers.entry(site.clone()).or_default().hear(status);
+    }
+
+    /// Notes whether what a site says of itself is nonsense; tells whether it has just become so.
+    pub(super) fn is_new_nonsense(&mut self, site: &SiteId, nonsense: bool) -> bool {
+        let peer = self.peers.entry(site.clone()).or_default();
+        !std::mem::replace(&mut peer.nonsense, nonsense) && nonsense
+    }
+
+    /// A contribution was refused.
+    pub(super) fn refused(&mut self, site: &SiteId, why: &str) {
+        let seen = &mut self.peers.entry(site.clone()).or_default().seen;
+        (seen.refused, seen.refusal) = (seen.refused + 1, why.to_string());
     }
 
     /// An outer step was computed.
@@ -242,6 +259,11 @@ impl Peer {
         let steps = self.steps_before + self.seen.steps;
         SiteReport { steps, bytes_sent: sent, bytes_received: received, bytes_control: control, ..self.seen.clone() }
     }
+}
+
+/// A name from outside, as a terminal can show it.
+fn shown(name: &str) -> String {
+    name.chars().filter(|letter| !letter.is_control()).take(NAME_MAX).collect()
 }
 
 fn wait_text(waiting: &Waiting, now: Time) -> String {

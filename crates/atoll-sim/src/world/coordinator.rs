@@ -7,12 +7,12 @@ use atoll_core::codec::Payload;
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Book, Chain, Entry};
 use atoll_core::outer::Global;
-use atoll_core::round::{Coordinator, Event, Merge, Merged, Order};
+use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Seen};
 use atoll_core::site::SiteId;
 use atoll_core::team::Alone;
 
 use super::happening::{Bytes, Happening};
-use super::witness::check;
+use super::witness::{SPOILT, check};
 use super::{COORDINATOR_TICK_SECONDS, Store, World};
 
 /// What outlives the coordinator's process.
@@ -171,12 +171,12 @@ impl World<'_> {
         check(Digest::of(bytes) == digest, || "a payload arrived under a wrong name".into())?;
         self.disk.payloads.insert(digest, bytes.clone());
         self.send(index, 0.0, &Happening::Acknowledged(index, connection, digest, true));
-        let norm = codec_norm(bytes);
-        self.tell_coordinator(Event::Arrived(digest, norm))?;
+        let site = self.sites[index].residence.name.clone();
+        let seen = Payload::check_any(bytes, &self.lens(), &Alone).map(Seen::from).map_err(|error| error.to_string());
+        self.tell_coordinator(Event::Arrived(site.clone(), digest, seen?))?;
         // Now and then a payload turns out to be useless, perhaps when it is being merged already.
         if self.chance.chance(self.description.hardships.loss / 10.0) {
-            let site = self.sites[index].residence.name.clone();
-            self.tell_coordinator(Event::Useless(site, digest, "the simulator says so".into()))?;
+            self.tell_coordinator(Event::Useless(site, digest, SPOILT.into()))?;
         }
         Ok(())
     }
@@ -202,12 +202,6 @@ impl World<'_> {
     fn index_of(&self, site: &SiteId) -> Result<usize, String> {
         self.sites.iter().position(|island| &island.residence.name == site).ok_or_else(|| format!("who is {site}?"))
     }
-}
-
-/// Length of what a payload says; a gate would have refused one that says nothing.
-fn codec_norm(bytes: &[u8]) -> f64 {
-    let count = bytes.get(1..5).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize);
-    Payload::check(bytes, count, &Alone).map_or(f64::NAN, |payload| payload.norm())
 }
 
 impl Disk {

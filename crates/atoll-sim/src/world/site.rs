@@ -206,7 +206,7 @@ impl World<'_> {
                 let work = process.contribute(fragment, codec)?;
                 self.put_on_the_desk(index, work)?;
             }
-            SiteOrder::Rebase(fragment) => {
+            SiteOrder::Rebase(fragment, _) => {
                 let change = Some(process.local.rebase(fragment));
                 self.put_on_the_desk(
                     index,

@@ -11,6 +11,9 @@ use atoll_core::site::SiteId;
 
 use super::site::Island;
 
+/// Why payloads are refused that the world itself has spoilt.
+pub(super) const SPOILT: &str = "the simulator says so";
+
 #[derive(Default)]
 pub(super) struct Witness {
     /// Digest of each version of each fragment, as first seen.
@@ -67,9 +70,15 @@ impl Witness {
 
     /// Checks a commit against what really happened.
     pub(super) fn see_entry(&mut self, entry: &Entry, sites: &[Island]) -> Result<(), String> {
-        let Entry::Committed(commit) = entry else { return Ok(()) };
-        self.see_copy(commit.fragment, commit.version, commit.digest)?;
-        self.see_commit(commit, sites)
+        match entry {
+            Entry::Committed(commit) => {
+                self.see_copy(commit.fragment, commit.version, commit.digest)?;
+                self.see_commit(commit, sites)
+            }
+            // All sites are honest here.
+            Entry::Refused { why, .. } => check(why == SPOILT, || format!("an honest contribution was refused: {why}")),
+            _ => Ok(()),
+        }
     }
 
     fn see_commit(&mut self, commit: &Commit, sites: &[Island]) -> Result<(), String> {
