@@ -1,5 +1,9 @@
 """You drive: a training loop of one's own with three lines added."""
 
+import signal
+import subprocess
+import sys
+
 import atoll
 import pytest
 import torch
@@ -72,3 +76,47 @@ def test_leaving_is_told_and_the_same_call_comes_back(lab):
         site.after_step(tokens=1)
     assert atoll.join(ticket, atoll.TorchEngine(model, optimizer), **lab.options("mine"))
     assert coordinator.wait() == 0 and native.wait() == 0
+
+
+ENDS = """
+import sys, atoll
+ticket, data, folder = sys.argv[1:]
+site = atoll.Site(ticket, atoll.Llama, data=data, dir=folder)
+for _, tokens in zip(range(5), site.batches()):
+    site.after_step(tokens=tokens[:, 1:].numel())
+    print("stepped", flush=True)
+"""
+
+JOINS = """
+import sys, atoll
+ticket, data, folder = sys.argv[1:]
+class Talking(atoll.TorchEngine):
+    def step(self, batch):
+        print("stepped", flush=True)
+        return super().step(batch)
+print("finished", atoll.join(ticket, Talking(atoll.Llama), data=data, dir=folder))
+"""
+
+
+def process(lab, code):
+    command = [sys.executable, "-c", code, lab.ticket("mine"), str(lab.text), str(lab.folder / "mine")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_script_that_just_ends_has_left(lab):
+    lab = lab(10_000_000)
+    lab.coordinate()
+    script = process(lab, ENDS)
+    said, _ = script.communicate(timeout=60)
+    assert script.returncode == 0 and said == "stepped\n" * 5
+    lab.until("the site to be away", lambda: lab.status()["sites"][0]["state"] == "away")
+
+
+def test_control_c_leaves_after_the_step(lab):
+    lab = lab(10_000_000)
+    lab.coordinate()
+    script = process(lab, JOINS)
+    assert script.stdout.readline() == "stepped\n"
+    script.send_signal(signal.SIGINT)
+    said, _ = script.communicate(timeout=60)
+    assert script.returncode == 0 and said.endswith("finished False\n")

@@ -1,10 +1,10 @@
 //! What a Python engine is told of the run, as JSON: the model, the training and the layout.
 
 use atoll_core::manifest::Manifest;
-use atoll_core::model::ModelConfig;
+use atoll_core::model::{ModelConfig, Tensor};
 use atoll_core::training::Training;
 use pyo3::prelude::*;
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::fault::AtollError;
 
@@ -33,19 +33,29 @@ impl Run {
         Ok(Self { rows: training.rows, model, training, manifest })
     }
 
-    /// `{model, training, rows, tensors: [{name, shape, kind}], fragments: [[tensor, ...], ...]}`.
+    /// The description: see [`Said`].
     pub(crate) fn to_json(&self) -> String {
-        let tensors_of = |fragment| self.manifest.places(fragment).map(|place| place.tensor).collect::<Vec<_>>();
-        let fragments: Vec<Value> = self.manifest.fragments().map(|fragment| json!(tensors_of(fragment))).collect();
-        json!({
-            "model": self.model,
-            "training": self.training,
-            "rows": self.rows,
-            "tensors": self.manifest.tensors(),
-            "fragments": fragments,
-        })
-        .to_string()
+        let tensors_of = |fragment| self.manifest.places(fragment).map(|place| place.tensor).collect();
+        let said = Said {
+            model: &self.model,
+            training: &self.training,
+            rows: self.rows,
+            tensors: self.manifest.tensors(),
+            fragments: self.manifest.fragments().map(tensors_of).collect(),
+        };
+        serde_json::to_string(&said).expect("a run is plain data")
     }
+}
+
+/// What Python reads. Numbers are written as the operator wrote them: 1e-5, not the nearest f32 in f64.
+#[derive(Serialize)]
+struct Said<'a> {
+    model: &'a ModelConfig,
+    training: &'a Training,
+    rows: usize,
+    tensors: &'a [Tensor],
+    /// For each fragment its tensors, as indices.
+    fragments: Vec<Vec<usize>>,
 }
 
 /// The description of a run that is not going on anywhere, from JSON of model and training.
