@@ -30,12 +30,13 @@ fn dependencies() -> BTreeMap<String, Vec<String>> {
 
 #[test]
 fn floors_hold() {
-    let floors: [(&str, &[&str]); 6] = [
+    let floors: [(&str, &[&str]); 7] = [
         ("atoll-core", &[]),
         ("atoll-node", &["atoll-core"]),
         ("atoll-cpu", &["atoll-core"]),
         ("atoll-sim", &["atoll-core"]),
         ("atoll", &["atoll-core", "atoll-node", "atoll-cpu"]),
+        ("atoll-python", &["atoll-core", "atoll-node", "atoll-cpu"]),
         ("atoll-bench", &["atoll-core", "atoll-node", "atoll-cpu", "atoll-sim"]),
     ];
     let found = dependencies();

@@ -1,0 +1,193 @@
+"""A site of a run inside this process.
+
+    a thread of the core: network, codecs, rounds ──asks──▶ Baton ──▶ engine
+                                                     │
+                     train: only the thread that owns the Site takes steps; it is handed the baton
+
+The core asks for one inner step at a time. Whoever owns the `Site` takes it, on his own thread, and hands the baton
+back; in between the core copies weights out and adds what others have learnt.
+"""
+
+import atexit
+import logging
+import queue
+import threading
+from pathlib import Path
+
+from ._atoll import AtollError, Starved, Stop, run_site, site_of
+
+log = logging.getLogger("atoll")
+
+
+def join(ticket, engine, *, data=None, dir=None, rows=None, streams=4):
+    """Joins a run and trains with `engine` until the run is finished; True unless the site left it before.
+
+    ticket    what `atoll ticket` printed, or a file that holds it.
+    data      text to train on: a file, a folder, or what `atoll ingest` made.
+    dir       the site's own folder, for its key and its tokens; without it, `atoll-SITE`.
+    rows      samples per micro-batch, if not the run's.
+    streams   data connections to the coordinator.
+
+    Ctrl-C leaves the run after the present step; the same call comes back to it.
+    """
+    with Site(ticket, engine=engine, data=data, dir=dir, rows=rows, streams=streams) as site:
+        try:
+            while site.training:
+                site.hand_back(step(site, engine))
+        except KeyboardInterrupt:
+            log.warning("leaving the run")
+    return site.finished
+
+
+def step(site, engine):
+    """One step's tokens and loss; an error leaves the run."""
+    try:
+        return engine.train(1)
+    except Exception as error:
+        return site.fail(error)
+
+
+class Site:
+    """You drive: a site that counts your own steps.
+
+        with atoll.Site(ticket, model, optimizer, data="texts/") as site:
+            for tokens in site.batches():               # (B, T+1), leased: each sample is used exactly once
+                loss = ...                              # your forward, backward and optimizer.step()
+                site.after_step(tokens=tokens[:, 1:].numel(), loss=loss)
+
+    With `own_batches=True` you take your batches from elsewhere and step `while site.training`. A step then uses up
+    as many leases as it would have samples, so shares and learning-rate schedules are right, but the ledger cannot know which
+    text it was: that no sample is trained on twice is then yours to see to. `data` is still what the held-out loss
+    is measured on.
+    """
+
+    def __init__(self, ticket, model=None, optimizer=None, *, engine=None, own_batches=False, data=None, dir=None,
+                 rows=None, streams=4, forward=None):
+        if engine is None:
+            from .engine import TorchEngine
+
+            engine = TorchEngine(model, optimizer, forward=forward)
+        ticket = text_of(ticket)
+        self.engine, self.own_batches = engine, own_batches
+        self.finished, self.error = False, None
+        self.baton, self.stop = Baton(engine), Stop()
+        options = dict(
+            dir=Path(dir) if dir is not None else Path(f"atoll-{site_of(ticket)}"),
+            data=None if data is None else Path(data),
+            rows=rows,
+            threads=getattr(engine, "threads", 1),
+            streams=streams,
+            device=engine.describe() if hasattr(engine, "describe") else type(engine).__name__,
+        )
+        self.thread = threading.Thread(target=self._live, args=(ticket, options), name="atoll site", daemon=True)
+        self.thread.start()
+        atexit.register(self.leave)  # Before the interpreter ends.
+        self.training = False
+        self._await_baton()
+
+    @property
+    def model(self):
+        return self.engine.model
+
+    @property
+    def optimizer(self):
+        return self.engine.optimizer
+
+    def batches(self):
+        """The tokens of one step after the other, (B, T+1) tensors in the host's memory, until the run is finished."""
+        while self.training:
+            yield self.engine.next_batch().tokens
+
+    def after_step(self, tokens, loss=0.0):
+        """Says that a step was taken on so many tokens; takes in what others have learnt. False when the run is over.
+
+        `loss`, the mean per token, is for the operator to see.
+        """
+        if not self.training:
+            raise AtollError("this site is not in its run any more\nhint: step only while site.training")
+        if self.own_batches:
+            self.engine.next_batch()
+        self.hand_back((int(tokens), float(loss)))
+        return self.training
+
+    def hand_back(self, progress):
+        """Ends a step; waits until the next may begin, or the run is over."""
+        self.training = False
+        self.baton.back.put(progress)
+        self._await_baton()
+
+    def fail(self, error):
+        """Leaves the run because of an error, and raises it as the run's."""
+        self.training = False
+        self.baton.back.put(error)
+        self.thread.join()
+        raise (self.error or error) from error
+
+    def leave(self):
+        """Leaves the run, if it is not finished; what was not contributed goes back."""
+        self.training = False
+        self.stop.set()
+        self.baton.close()
+        self.thread.join()
+        atexit.unregister(self.leave)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, Exception) and self.training:
+            self.baton.back.put(error)
+        self.leave()
+
+    def _await_baton(self):
+        self.training = self.baton.asked.get() is not None
+        if not self.training:
+            self.thread.join()
+            if self.error is not None:
+                raise self.error
+
+    def _live(self, ticket, options):
+        try:
+            self.finished = run_site(ticket, self.baton, self.stop, log.info, **options)
+        except BaseException as error:  # It is raised where the site's owner waits.
+            self.error = error
+        finally:
+            self.baton.asked.put(None)
+
+
+class Baton:
+    """The engine that the core sees. It passes everything on but `train`, which it asks the site's owner for."""
+
+    def __init__(self, engine):
+        self.asked, self.back, self.closed = queue.SimpleQueue(), queue.SimpleQueue(), False
+        for method in ("open", "staging", "read", "write", "add", "evaluate"):
+            setattr(self, method, getattr(engine, method))
+
+    def close(self):
+        """Nobody will take a step any more."""
+        self.closed = True
+        self.back.put(Starved("the site leaves"))
+
+    def train(self, steps):
+        tokens, nats = 0, 0.0
+        for _ in range(steps):
+            if self.closed:
+                raise Starved("the site leaves")
+            self.asked.put(1)
+            answer = self.back.get()
+            if isinstance(answer, Exception):
+                raise answer
+            tokens, nats = tokens + answer[0], nats + answer[0] * answer[1]
+        return tokens, nats / max(tokens, 1)
+
+
+def text_of(ticket):
+    """The ticket's text, which may be in a file."""
+    if str(ticket).startswith("atoll1."):
+        return str(ticket)
+    try:
+        return Path(ticket).read_text()
+    except OSError as error:
+        raise AtollError(f"{ticket} is neither a ticket nor a file with one: {error.strerror}\n"
+                         "hint: copy the whole line that `atoll ticket` printed; it starts with atoll1.") from None
+

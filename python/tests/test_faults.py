@@ -1,0 +1,73 @@
+"""What goes wrong in an engine is one clear sentence; the site leaves, its leases return, the others go on."""
+
+import atoll
+import pytest
+import torch
+
+
+def test_an_exception_in_training_leaves_the_run_and_the_others_finish_it(lab):
+    lab = lab(60_000)
+    coordinator, native = lab.coordinate(), lab.join("native")
+
+    class Breaking(atoll.TorchEngine):
+        def step(self, batch):
+            if self.steps == 20:
+                raise ValueError("the loader has no such shard\nwith details")
+            return super().step(batch)
+
+    with pytest.raises(atoll.AtollError) as left:
+        atoll.join(lab.ticket("torch"), Breaking(atoll.Llama), **lab.options("torch"))
+    said = str(left.value)
+    assert "training stopped; " in said and "the run goes on without this site" in said
+    assert said.endswith("the engine's train() raised ValueError: the loader has no such shard")
+    assert isinstance(left.value.__cause__, ValueError)
+    assert coordinator.wait() == 0 and native.wait() == 0
+    report = lab.report()
+    assert report["state"] == "finished"
+    torch_site = next(site for site in report["sites"] if site["name"] == "torch")
+    assert torch_site["state"] == "away", torch_site
+
+
+def test_no_memory_is_a_sentence_of_the_run(lab):
+    lab = lab(60_000)
+    lab.coordinate()
+
+    class Full(atoll.TorchEngine):
+        def backward(self, batch, scale):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB (GPU 0; 79 GiB total capacity)")
+
+    with pytest.raises(atoll.AtollError, match="cpu is out of memory for a step of 4 rows of 32 tokens\nhint: "):
+        atoll.join(lab.ticket("torch"), Full(atoll.Llama), **lab.options("torch"))
+
+
+def test_a_model_that_is_not_the_runs_never_joins(lab):
+    lab = lab(60_000)
+    lab.coordinate()
+    wrong = lambda shape: atoll.Llama(shape | {"intermediate_size": 48})
+    with pytest.raises(atoll.AtollError, match="mlp.gate_proj.weight has the shape .48, 32., expected .64, 32."):
+        atoll.join(lab.ticket("torch"), atoll.TorchEngine(wrong), **lab.options("torch"))
+
+
+def test_tokens_of_another_tokenizer_are_refused(lab):
+    lab = lab(60_000)
+    lab.write_text(lab.folder / "few", 6)
+    lab.atoll("new", lab.folder / "run2", "--data", lab.folder / "few", "--vocab", 280, "--preset", "nano", "--tokens", 1000)
+    lab.atoll("ingest", lab.text, "--run", lab.folder / "run2", "--out", lab.folder / "tokens")
+    lab.coordinate()
+    with pytest.raises(atoll.AtollError, match="tokenizer"):
+        atoll.join(lab.ticket("torch"), atoll.TorchEngine(atoll.Llama), data=lab.folder / "tokens", dir=lab.folder / "t")
+
+
+def test_a_ticket_that_is_none_is_said_to_be_none(tmp_path):
+    with pytest.raises(atoll.AtollError, match="neither a ticket nor a file with one"):
+        atoll.join(tmp_path / "absent", atoll.TorchEngine(atoll.Llama))
+    with pytest.raises(atoll.AtollError, match="cut short\nhint: copy the whole line"):
+        atoll.join("atoll1.abc", atoll.TorchEngine(atoll.Llama))
+
+
+def test_own_batches_that_end_are_said_to_end(lab):
+    lab = lab(60_000)
+    lab.coordinate()
+    few = [torch.randint(0, 300, (4, 33)) for _ in range(3)]
+    with pytest.raises(atoll.AtollError, match="your batches have come to an end before the run"):
+        atoll.join(lab.ticket("torch"), atoll.TorchEngine(atoll.Llama, batches=few), **lab.options("torch"))
