@@ -243,8 +243,7 @@ impl Vitals {
     pub fn are_sane(&self) -> bool {
         let seconds =
             [self.busy_seconds, self.wall_seconds, self.exposed_seconds, self.hidden_seconds, self.round_seconds];
-        let counts =
-            [self.steps, self.tokens, self.payload_bytes.0, self.payload_bytes.1, self.digest_mismatches];
+        let counts = [self.steps, self.tokens, self.payload_bytes.0, self.payload_bytes.1, self.digest_mismatches];
         let sane = seconds.iter().all(|seconds| (0.0..=1e10).contains(seconds)) && self.link.is_sane();
         let sane = sane && counts.iter().all(|&count| count < 1 << 53);
         // A step of a month is a mistake; a loss may be anything that is a number.

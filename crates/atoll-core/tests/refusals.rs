@@ -402,22 +402,25 @@ fn payloads_that_nobody_claims_do_not_pile_up() {
 /// A status of a site that has joined, with these receipts.
 fn status(desk: &Desk, number: u64, outstanding: Vec<Receipt>) -> Event {
     let fragments = desk.machine.book().fragments.iter().map(|book| Some((book.version, book.digest)));
-    Event::Heard(site("a"), Box::new(Status {
-        session: 1,
-        number,
-        dataset: DatasetId(Digest::of(b"a")),
-        samples: 1000,
-        fragments: fragments.collect(),
-        due: vec![None; 2],
-        outstanding,
-        leases_seen: number.min(1),
-        unspent: 0,
-        wants: 100,
-        evaluation: None,
-        drained: false,
-        leaving: false,
-        vitals: Default::default(),
-    }))
+    Event::Heard(
+        site("a"),
+        Box::new(Status {
+            session: 1,
+            number,
+            dataset: DatasetId(Digest::of(b"a")),
+            samples: 1000,
+            fragments: fragments.collect(),
+            due: vec![None; 2],
+            outstanding,
+            leases_seen: number.min(1),
+            unspent: 0,
+            wants: 100,
+            evaluation: None,
+            drained: false,
+            leaving: false,
+            vitals: Default::default(),
+        }),
+    )
 }
 
 fn receipt(number: u64, fragment: u16, payload: &[u8], ranges: Ranges) -> Receipt {

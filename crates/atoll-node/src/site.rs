@@ -522,7 +522,9 @@ impl Trainer {
                 self.desk.put(Job::Contribute(fragment, weights, codec))?;
             }
             SiteOrder::Rebase(fragment, why) => {
-                tracing::warn!("a contribution to {fragment} was refused: {why}; its samples go back, training goes on");
+                tracing::warn!(
+                    "a contribution to {fragment} was refused: {why}; its samples go back, training goes on"
+                );
                 self.desk.put(Job::Rebase(fragment))?;
             }
             SiteOrder::Commit(notice) => {

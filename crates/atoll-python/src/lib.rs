@@ -6,6 +6,7 @@
 //! ```
 //!
 //! The package `atoll` in `python/` says when the loop runs and what trains; here is what it cannot say itself.
+#![allow(clippy::needless_pass_by_value, reason = "arguments from Python come by value")]
 
 mod batches;
 mod engine;

@@ -17,7 +17,7 @@ use crate::round::{
 };
 use crate::site::{SiteId, Time};
 use crate::team::Alone;
-use crate::wire::{Frame, HEADER, Hello, Purpose, WireError, Welcome};
+use crate::wire::{Frame, HEADER, Hello, Purpose, Welcome, WireError};
 
 // ---- payloads ----
 
@@ -325,8 +325,7 @@ pub(super) fn journals() -> Vec<Vec<u8>> {
         norm: 1.0,
         ranges: Ranges::span(0, 4),
     };
-    let recipe =
-        Recipe { merge: Averaging::Radial, rule: OuterRule::default(), codec: Codec::Sparse(224), share: 1.0 };
+    let recipe = Recipe { merge: Averaging::Radial, rule: OuterRule::default(), codec: Codec::Sparse(224), share: 1.0 };
     let commit = Commit {
         fragment: FragmentId(1),
         version: 1,

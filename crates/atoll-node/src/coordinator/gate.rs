@@ -255,14 +255,7 @@ enum Added {
 }
 
 /// Adds bytes to a payload, or says why there can be no such bytes.
-fn add(
-    house: &House,
-    site: &SiteId,
-    digest: Digest,
-    total: u64,
-    offset: u64,
-    bytes: &[u8],
-) -> Result<Added, String> {
+fn add(house: &House, site: &SiteId, digest: Digest, total: u64, offset: u64, bytes: &[u8]) -> Result<Added, String> {
     let largest = house.fragment_lens.iter().map(|&len| Codec::F32.payload_len(len) as u64).max().unwrap_or(0);
     let end = offset.saturating_add(bytes.len() as u64);
     if total > largest {
