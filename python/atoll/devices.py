@@ -77,7 +77,8 @@ def look(device, maker):
 
 
 def absent(name, maker, why):
-    return AtollError(f"the device '{name}' ({maker.name}) cannot be used here: {why}\nhint: it needs {maker.needs}")
+    version = f"; {maker.plugin} must be the version that belongs to torch {torch.__version__}" if maker.plugin else ""
+    return AtollError(f"the device '{name}' ({maker.name}) cannot be used here: {why}\nhint: it needs {maker.needs}{version}")
 
 
 def first_line(error):

@@ -52,7 +52,8 @@ def test_a_plugin_that_breaks_is_a_sentence(monkeypatch, tmp_path):
     assert refusal("npu:0") == (
         "the device 'npu' (Huawei Ascend) cannot be used here: torch_npu cannot be loaded: "
         "libascendcl.so: cannot open shared object file\n"
-        "hint: it needs the CANN toolkit (source its set_env.sh) and the Ascend driver"
+        "hint: it needs the CANN toolkit (source its set_env.sh) and the Ascend driver; "
+        f"torch_npu must be the version that belongs to torch {torch.__version__}"
     )
 
 
