@@ -74,6 +74,8 @@ pub struct AdamW {
     /// What multiplies it for embeddings, and for a head that shares their weights: a model that starts from nothing
     /// learns how often each token comes by moving them, and they are far from wide (muP, arXiv 2203.03466, table 8).
     pub embedding_rate: f32,
+    /// Share of the root mean square of an embedding's √v that is added to each √v.
+    pub embedding_floor: f32,
     /// β₁, decay of the mean gradient.
     pub beta1: f32,
     /// β₂, decay of the mean squared gradient.
@@ -95,6 +97,7 @@ impl Default for AdamW {
         Self {
             learning_rate: 2e-3,
             embedding_rate: 1.0,
+            embedding_floor: 0.0,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
@@ -122,6 +125,7 @@ impl AdamW {
             &[
                 ("learning_rate", self.learning_rate, 0.0..f32::INFINITY),
                 ("embedding_rate", self.embedding_rate, 0.0..f32::INFINITY),
+                ("embedding_floor", self.embedding_floor, 0.0..f32::INFINITY),
                 ("beta1", self.beta1, 0.0..1.0),
                 ("beta2", self.beta2, 0.0..1.0),
                 ("eps", self.eps, f32::MIN_POSITIVE..1.0),

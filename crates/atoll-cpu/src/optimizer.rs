@@ -55,17 +55,19 @@ impl Moments {
         let schedule = settings.optimizer.schedule(self.steps, progress);
         self.steps += 1;
         let adamw = Update::new(settings.optimizer, schedule, clip, self.steps);
+        let floors = self.floors(pool, settings.optimizer.embedding_floor, tensors);
         let pieces = izip!(
             tensors.0,
             split(weights, tensors.1),
             split(&mut self.mean, tensors.1),
             split(&mut self.square, tensors.1),
             tensors.1.iter().map(|place| &gradient[place.clone()]),
+            floors,
         );
         let by_muon = |tensor: &Tensor| settings.muon.is_some() && tensor.kind == TensorKind::Matrix;
         let (matrices, others): (Vec<_>, Vec<_>) = pieces.partition(|(tensor, ..)| by_muon(tensor));
-        let tiles = others.into_iter().flat_map(|(tensor, weights, mean, square, gradient)| {
-            let pace = adamw.pace(tensor.kind);
+        let tiles = others.into_iter().flat_map(|(tensor, weights, mean, square, gradient, floor)| {
+            let pace = adamw.pace(tensor.kind, floor);
             let tiles =
                 izip!(weights.chunks_mut(TILE), gradient.chunks(TILE), mean.chunks_mut(TILE), square.chunks_mut(TILE));
             tiles.map(move |tile| (pace, tile))
@@ -79,12 +81,30 @@ impl Moments {
         if let Some(muon) = settings.muon {
             self.scratch.resize_with(pool.threads(), Default::default);
             let rate = muon.learning_rate * schedule;
-            pool.each_with(&mut self.scratch, matrices.into_iter(), |scratch, (tensor, w, m, _, g)| {
+            pool.each_with(&mut self.scratch, matrices.into_iter(), |scratch, (tensor, w, m, _, g, _)| {
                 let matrix = Matrix { rows: tensor.shape[0], columns: tensor.shape[1], weights: w, momentum: m };
                 matrix.step(muon, settings.precision, rate, clip, g, scratch);
             });
         }
     }
+
+    /// What √v is at least raised by in each tensor: `share` of its root mean square in an embedding, nothing elsewhere.
+    fn floors(&self, pool: &Pool, share: f32, (tensors, places): (&[Tensor], &[Range<usize>])) -> Vec<f32> {
+        let floor = |(tensor, place): (&Tensor, &Range<usize>)| match tensor.kind {
+            TensorKind::Embedding if share > 0.0 => share * root_mean(pool, &self.square[place.clone()]),
+            _ => 0.0,
+        };
+        tensors.iter().zip(places).map(floor).collect()
+    }
+}
+
+/// √ of the mean of `squares`.
+fn root_mean(pool: &Pool, squares: &[f32]) -> f32 {
+    let mut parts = vec![0.0; squares.len().div_ceil(TILE)];
+    pool.each(squares.chunks(TILE).zip(&mut parts), |(tile, part)| {
+        *part = tile.iter().map(|&square| f64::from(square)).sum();
+    });
+    (parts.iter().sum::<f64>() / squares.len().max(1) as f64).sqrt() as f32
 }
 
 /// How weights move.
@@ -176,26 +196,27 @@ impl<'a> Update<'a> {
         }
     }
 
-    /// How fast the weights of such a tensor move.
-    fn pace(&self, kind: TensorKind) -> Pace {
+    /// How fast the weights of such a tensor move whose √v has that floor.
+    fn pace(&self, kind: TensorKind, floor: f32) -> Pace {
         let decayed = 1.0 - self.rate * self.settings.weight_decay;
+        let eps = self.settings.eps + floor / self.root_correction;
         match kind {
-            TensorKind::Embedding => Pace { keep: decayed, rate: self.corrected_rate * self.settings.embedding_rate },
-            TensorKind::Matrix => Pace { keep: decayed, rate: self.corrected_rate },
-            TensorKind::Vector => Pace { keep: 1.0, rate: self.corrected_rate },
+            TensorKind::Embedding => Pace { keep: decayed, rate: self.corrected_rate * self.settings.embedding_rate, eps },
+            TensorKind::Matrix => Pace { keep: decayed, rate: self.corrected_rate, eps },
+            TensorKind::Vector => Pace { keep: 1.0, rate: self.corrected_rate, eps },
         }
     }
 
     #[inline(always)]
     fn apply(
         &self,
-        Pace { keep, rate }: Pace,
+        Pace { keep, rate, eps }: Pace,
         weights: &mut [f32],
         gradient: &[f32],
         mean: &mut [f32],
         square: &mut [f32],
     ) {
-        let &AdamW { beta1, beta2, eps, .. } = self.settings;
+        let &AdamW { beta1, beta2, .. } = self.settings;
         let moments = mean.iter_mut().zip(square);
         for ((w, g), (m, v)) in weights.iter_mut().zip(gradient).zip(moments) {
             let g = g * self.clip;
@@ -213,6 +234,8 @@ struct Pace {
     keep: f32,
     /// η r / (1−β₁ᵗ).
     rate: f32,
+    /// ε with the tensor's floor.
+    eps: f32,
 }
 
 /// Σ g² of each tensor, in the order of `places`.
