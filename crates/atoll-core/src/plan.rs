@@ -1,6 +1,9 @@
-//! Arithmetic of pace: how many steps a site should take, and what a link can carry.
+//! Arithmetic of pace: how many steps a site should take, what a link can carry, and how much of a change a payload
+//! should say at once.
 
 use serde::{Deserialize, Serialize};
+
+use crate::codec::Codec;
 
 /// What a site's link to the coordinator does, as measured; 0 where nothing is known yet.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -59,6 +62,21 @@ pub fn hiding_seconds(link: &Link, load: &Load) -> f64 {
     (up.max(down) / LINK_SHARE).max(turn_seconds(link, load) / TURN_SHARE)
 }
 
+/// The codecs of a way up and a way down.
+pub type Codecs = (Codec, Codec);
+
+/// What a link may carry, richest first: each says of a change at once several times more than the next.
+pub const LADDER: [Codecs; 3] =
+    [(Codec::Bf16, Codec::Bf16), (Codec::E3m0, Codec::E3m0), (Codec::Sparse(96), Codec::Sparse(224))];
+
+/// The richest of the `ladder` whose load hides behind `seconds` of computing on that link; the last where none does,
+/// or where nothing is known of the link.
+pub fn richest_hidden(ladder: &[Codecs], link: &Link, seconds: f64, load: impl Fn(Codecs) -> Load) -> Codecs {
+    let is_known = link.up > 0.0 && link.down > 0.0;
+    let hides = |&codecs: &Codecs| is_known && hiding_seconds(link, &load(codecs)) <= seconds;
+    ladder.iter().copied().find(hides).unwrap_or_else(|| ladder[ladder.len() - 1])
+}
+
 /// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them.
 pub fn steps_to_hide(needed: f64, step_seconds: f64) -> u32 {
     if step_seconds <= 0.0 || needed <= 0.0 {
@@ -107,5 +125,21 @@ mod tests {
         assert_eq!(steps_to_hide(hiding_seconds(&Link { up: 1e9, down: 1e9, rtt: 0.05 }, &load), 0.03), STEPS);
         assert_eq!(steps_to_hide(hiding_seconds(&Link { up: 1.0, down: 1.0, rtt: 0.05 }, &load), 0.03), STEPS * 16);
         assert_eq!(steps_to_hide(hiding_seconds(&Link::default(), &load), 0.03), STEPS);
+    }
+
+    /// 30.8 M weights behind 32 steps of 0.1 s: bf16 would take 4.9 s at 100 Mbit/s, E3M0 takes 1.3.
+    #[test]
+    fn a_payload_is_as_rich_as_hides_behind_computing() {
+        const WEIGHTS: usize = 30_800_000;
+        let load = |(up, down): Codecs| {
+            let bytes = |codec: Codec| codec.payload_len(WEIGHTS) as u64;
+            Load { up: bytes(up), down: bytes(down), fragments: 4 }
+        };
+        let at = |megabits: f64| {
+            let link = Link { up: megabits * 1.25e5, down: megabits * 1.25e5, rtt: 0.05 };
+            richest_hidden(&LADDER, &link, 3.2, load)
+        };
+        assert_eq!([1000.0, 100.0, 10.0, 0.1].map(at), [LADDER[0], LADDER[1], LADDER[2], LADDER[2]]);
+        assert_eq!(richest_hidden(&LADDER, &Link::default(), 3.2, load), LADDER[2], "nothing is known yet");
     }
 }

@@ -16,7 +16,11 @@ mod site;
 pub use coordinator::{Coordinator, Event, Forecast, Merge, Merged, Order, Refusal, Seen, Waiting};
 pub use site::{Measured, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::{self, IntoDeserializer, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::codec::Codec;
 use crate::data::{DatasetId, Ranges};
@@ -28,28 +32,53 @@ use crate::outer::{Averaging, OuterRule};
 use crate::plan;
 
 /// A setting that follows from what is measured unless the operator chooses: `"auto"` or a value.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Setting<T> {
     /// Found out while the run goes on.
     #[default]
-    #[serde(with = "auto")]
     Auto,
     /// Chosen.
     Is(T),
 }
 
-/// The word `auto`.
-mod auto {
-    use serde::{Deserialize, Deserializer, Serializer, de};
+/// The word for [`Setting::Auto`].
+const AUTO: &str = "auto";
 
-    pub(super) fn serialize<S: Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str("auto")
+impl<T: Serialize> Serialize for Setting<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Setting::Auto => serializer.serialize_str(AUTO),
+            Setting::Is(value) => value.serialize(serializer),
+        }
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Setting<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(SettingVisitor(PhantomData))
+    }
+}
+
+/// Leaves all but the word to the value, whose errors say what it may be.
+struct SettingVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for SettingVisitor<T> {
+    type Value = Setting<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{AUTO}\" or a value")
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
-        let word = String::deserialize(deserializer)?;
-        if word == "auto" { Ok(()) } else { Err(de::Error::custom("neither \"auto\" nor a value")) }
+    fn visit_str<E: de::Error>(self, word: &str) -> Result<Self::Value, E> {
+        if word == AUTO { Ok(Setting::Auto) } else { T::deserialize(word.into_deserializer()).map(Setting::Is) }
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<Self::Value, E> {
+        T::deserialize(number.into_deserializer()).map(Setting::Is)
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
+        T::deserialize(number.into_deserializer()).map(Setting::Is)
     }
 }
 
@@ -76,10 +105,10 @@ pub struct Sync {
     pub steps: Setting<u32>,
     /// Sites that must contribute before a round may close; 0 means more than half of the living.
     pub quorum: usize,
-    /// Codec of the way up.
-    pub up: Codec,
-    /// Codec of the way down.
-    pub down: Codec,
+    /// Codec of the way up. `auto`: for each site the richest whose bytes hide behind computing on its link.
+    pub up: Setting<Codec>,
+    /// Codec of the way down. `auto`: what the thinnest link can carry.
+    pub down: Setting<Codec>,
     /// How contributions are merged.
     pub merge: Averaging,
     /// Outer optimizer.
@@ -100,8 +129,8 @@ impl Default for Sync {
             fragments: 4,
             steps: Setting::Auto,
             quorum: 0,
-            up: Codec::Sparse(96),
-            down: Codec::Sparse(224),
+            up: Setting::Is(Codec::Sparse(96)),
+            down: Setting::Is(Codec::Sparse(224)),
             merge: Averaging::default(),
             outer: OuterRule::default(),
             follow: Follow::default(),

@@ -66,7 +66,8 @@ impl Desk {
             ticket: Digest::of(name.as_bytes()),
         }));
         journal.iter().for_each(|entry| book.apply(entry).unwrap());
-        let sync = Sync { fragments: 2, steps: Setting::Is(4), up: Codec::F32, down: Codec::F32, ..Sync::default() };
+        let exact = Setting::Is(Codec::F32);
+        let sync = Sync { fragments: 2, steps: Setting::Is(4), up: exact, down: exact, ..Sync::default() };
         let goal = Goal { tokens: Some(GOAL), minutes: None };
         let machine = Coordinator::new(sync, goal, book, vec![64, 7]);
         let (payloads, deltas, told) = Default::default();

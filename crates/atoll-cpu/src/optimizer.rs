@@ -201,7 +201,9 @@ impl<'a> Update<'a> {
         let decayed = 1.0 - self.rate * self.settings.weight_decay;
         let eps = self.settings.eps + floor / self.root_correction;
         match kind {
-            TensorKind::Embedding => Pace { keep: decayed, rate: self.corrected_rate * self.settings.embedding_rate, eps },
+            TensorKind::Embedding => {
+                Pace { keep: decayed, rate: self.corrected_rate * self.settings.embedding_rate, eps }
+            }
             TensorKind::Matrix => Pace { keep: decayed, rate: self.corrected_rate, eps },
             TensorKind::Vector => Pace { keep: 1.0, rate: self.corrected_rate, eps },
         }

@@ -1,6 +1,7 @@
 //! What a world is like, before anything happens in it.
 
 use atoll_core::data::DatasetId;
+use atoll_core::plan;
 use atoll_core::rng::Rng;
 use atoll_core::round::{Goal, Sync};
 use atoll_core::site::SiteId;
@@ -64,6 +65,12 @@ impl Link {
     pub fn of(megabits: f64, round_trip_seconds: f64) -> Self {
         let rate = megabits * 1e6 / 8.0;
         Self { up: rate, down: rate, delay: round_trip_seconds / 2.0 }
+    }
+
+    /// What a site would find out about it; no measurement says "infinite".
+    pub fn as_measured(&self) -> plan::Link {
+        const GREATEST: f64 = 1e12;
+        plan::Link { up: self.up.min(GREATEST), down: self.down.min(GREATEST), rtt: 2.0 * self.delay }
     }
 }
 

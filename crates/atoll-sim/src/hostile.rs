@@ -58,8 +58,8 @@ fn draw_sync(chance: &mut Rng) -> Sync {
     Sync {
         fragments: 1 + chance.below(4) as usize,
         steps: Setting::Is(1 + chance.below(12) as u32),
-        up: pick(chance, &codecs),
-        down: pick(chance, &codecs),
+        up: Setting::Is(pick(chance, &codecs)),
+        down: Setting::Is(pick(chance, &codecs)),
         outer: pick(chance, &rules),
         follow: pick(chance, &[Follow::Auto, Follow::Carry, Follow::Overwrite]),
         absent: pick(chance, &[Absent::Reserve, Absent::Ignore]),

@@ -1,5 +1,6 @@
 //! Calm worlds of toys behind real links.
 
+use atoll_core::codec::Codec;
 use atoll_core::data::DatasetId;
 use atoll_core::hash::Digest;
 use atoll_core::rng::Rng;
@@ -89,4 +90,42 @@ fn sites_in_step_miss_no_round() {
         let (late, commits) = (outcome.sites.iter().map(|site| site.late).sum::<u64>(), outcome.commits);
         assert!(commits > 20 && late * 20 < commits * 4, "{late} late contributions in {commits} commits");
     }
+}
+
+/// Two sites, one behind a link of so many bytes per second; where they may choose, each writes as its link allows.
+fn thin_beside_fat(bytes_per_second: f64, codec: Setting<Codec>) -> Outcome {
+    let residence = |name: &str, rate| Residence {
+        name: name.parse().expect("a good name"),
+        dataset: DatasetId(Digest::default()),
+        samples: 100_000,
+        samples_per_step: toy::ROWS as u64,
+        step_seconds: 0.1,
+        link: Link { up: rate, down: rate, delay: 0.01 },
+    };
+    let description = Description {
+        chance: Rng::new(1),
+        sync: Sync { up: codec, down: codec, evaluate_seconds: 1e6, ..Sync::default() },
+        goal: Goal { tokens: Some(40_000), minutes: None },
+        context: toy::CONTEXT as u64,
+        sites: vec![residence("fat", 1e6), residence("thin", bytes_per_second)],
+        hardships: Hardships { delay: 0.0, ..Hardships::NONE },
+        seconds_max: 3_000.0,
+        keeps_payloads: false,
+    };
+    let mut toys = Toys::new(&description, vec![Nature::default(); 2]);
+    run(description, &mut toys).expect("a calm world")
+}
+
+#[test]
+fn each_site_writes_as_richly_as_its_link_allows() {
+    let sent = |bytes_per_second, codec| {
+        let outcome = thin_beside_fat(bytes_per_second, codec);
+        [0, 1].map(|index| outcome.sites[index].bytes_up / outcome.sites[index].contributions)
+    };
+    let sparse = sent(1e6, Setting::Is(Codec::Sparse(96)));
+    let [fat, also_fat] = sent(1e6, Setting::Auto);
+    assert_eq!(fat, also_fat);
+    assert!(fat > 2 * sparse[0], "{fat} bytes a contribution, {} if sparse", sparse[0]);
+    let [fat, thin] = sent(80.0, Setting::Auto);
+    assert!(fat > 2 * thin, "{fat} and {thin} bytes a contribution");
 }

@@ -8,12 +8,12 @@ mod weights;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::codec::{Codec, Payload};
+use crate::codec::Payload;
 use crate::hash::Digest;
 use crate::journal::{Accepted, Book, Commit, Entry, Evaluated};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe};
-use crate::plan::{self, Link, Load};
+use crate::plan::{self, Codecs, Link, Load};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
 
@@ -97,13 +97,15 @@ pub struct Merged {
     pub measures: Measures,
 }
 
-/// The arithmetic behind a site's number of steps, in seconds for one round of all fragments.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+/// The arithmetic behind a site's number of steps and its codecs, in seconds for one round of all fragments.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Forecast {
     /// Inner steps between two contributions of a fragment.
     pub steps: u32,
     /// Seconds that these take.
     pub computing: f64,
+    /// How weights are written on the way up and down.
+    pub codecs: Codecs,
     /// What is moved meanwhile.
     pub load: Load,
     /// Over what.
@@ -540,19 +542,11 @@ impl Coordinator {
             Absent::Reserve => self.reserve(index, &mut contributions),
         };
         let Sync { merge, outer: rule, .. } = self.sync;
-        let codec = self.codec(self.sync.down);
+        let codec = self.down();
         let recipe = Recipe { merge, rule, codec, share };
         let merge = Merge { fragment, version, contributions, recipe };
         self.rounds[index].merging = Some(merge.clone());
         merge
-    }
-
-    /// The codec to use now. The last round of a run has no later one to deliver what it leaves out.
-    fn codec(&self, wished: Codec) -> Codec {
-        match (self.phase, wished) {
-            (Phase::Closing, Codec::Sparse(_)) => Codec::E3m0,
-            _ => wished,
-        }
     }
 
     fn commit(&mut self, now: Time, merged: &Merged, orders: &mut Vec<Order>) {
@@ -720,7 +714,7 @@ impl Coordinator {
             phase: self.phase,
             progress: self.progress() as f32,
             steps: self.steps_for(site),
-            up: self.codec(self.sync.up),
+            up: self.up(site),
             pushed: self.views.get(site).map_or_else(Vec::new, |view| view.pushed.clone()),
             fragments: fragments.iter().map(|fragment| (fragment.version, fragment.digest)).collect(),
             notices: fragments

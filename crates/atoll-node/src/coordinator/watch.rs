@@ -163,8 +163,7 @@ impl Watch {
                 (true, Some(false)) => "silent",
             }
             .to_string();
-            let forecast = machine.forecast(site);
-            if forecast.steps > 0 {
+            if let Some(forecast) = machine.forecast(site) {
                 (seen.steps_per_round, seen.round_seconds_expected) = (forecast.steps, forecast.turn);
                 seen.pace = forecast.to_string();
             }

@@ -9,7 +9,7 @@ use atoll_core::engine::{Engine, EngineError};
 use atoll_core::hash::Digest;
 use atoll_core::journal::Evaluated;
 use atoll_core::manifest::FragmentId;
-use atoll_core::round::{Event, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop, Sync};
+use atoll_core::round::{Event, Measured, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop, Sync};
 use atoll_core::site::Time;
 use atoll_core::team::Alone;
 
@@ -132,7 +132,9 @@ impl World<'_> {
         let site = &mut self.sites[index];
         site.connection += 1;
         (site.up_free, site.down_free) = (self.now, self.now);
-        self.tell_site(index, SiteEvent::Connected)
+        let measured = Measured { link: site.residence.link.as_measured(), ..Measured::default() };
+        self.tell_site(index, SiteEvent::Connected)?;
+        self.tell_site(index, SiteEvent::Measured(measured))
     }
 
     pub(super) fn disconnect(&mut self, index: usize) -> Result<(), String> {

@@ -1,11 +1,12 @@
-//! How fast everybody goes: inner steps of each site, the grace window, and the arithmetic behind both.
+//! How fast everybody goes: inner steps of each site, the codecs that its link can carry, the grace window, and the
+//! arithmetic behind them.
 
 use std::fmt;
 
 use super::{Coordinator, Forecast, View};
 use crate::codec::Codec;
-use crate::plan::{self, Load};
-use crate::round::Setting;
+use crate::plan::{self, Codecs, Load};
+use crate::round::{Phase, Setting};
 use crate::site::{SiteId, Time};
 
 /// Share of a usual round for which those who are there wait for those who are about to come.
@@ -30,7 +31,7 @@ impl Coordinator {
         let is_sent = self.rounds[index].pending.keys().any(|(owner, _)| owner == site);
         let steps = if is_sent { 0 } else { view.status.due.get(index).copied().flatten()? };
         let link = &view.status.vitals.link;
-        let (sending, _) = plan::way_seconds(link, &self.load());
+        let (sending, _) = plan::way_seconds(link, &self.load(site));
         let way = sending / self.lens.len().max(1) as f64 + link.rtt;
         let seconds = f64::from(steps) * view.step_seconds() + way;
         // It takes what it has just been told between two steps, and reports now and then.
@@ -61,41 +62,106 @@ impl Coordinator {
         match self.sync.steps {
             Setting::Is(steps) => steps,
             Setting::Auto => {
-                let load = self.load();
-                let links = self.views.values().filter(|view| view.connected).map(|view| &view.status.vitals.link);
-                let needed = links.map(|link| plan::hiding_seconds(link, &load)).fold(0.0, f64::max);
-                plan::steps_to_hide(needed, fastest)
+                let down = self.wished_down();
+                let needed = self.connected().map(|view| {
+                    let (up, _) = self.carried_by(view);
+                    plan::hiding_seconds(&view.status.vitals.link, &self.load_of((up, down)))
+                });
+                plan::steps_to_hide(needed.fold(0.0, f64::max), fastest)
             }
         }
     }
 
-    /// What a site moves while every fragment is synchronized once.
-    fn load(&self) -> Load {
-        let bytes = |codec: Codec| self.lens.iter().map(|&len| codec.payload_len(len) as u64).sum();
-        Load { up: bytes(self.sync.up), down: bytes(self.sync.down), fragments: self.lens.len() }
+    /// The codec in which `site` is to contribute now.
+    pub(super) fn up(&self, site: &SiteId) -> Codec {
+        self.last_of_all(self.wished_up(site))
     }
 
-    /// The arithmetic behind a site's number of steps.
-    pub fn forecast(&self, site: &SiteId) -> Forecast {
-        let Some(view) = self.views.get(site) else { return Forecast::default() };
-        let (steps, load, link) = (self.steps_for(site), self.load(), view.status.vitals.link);
+    /// The codec in which commits are broadcast now.
+    pub(super) fn down(&self) -> Codec {
+        self.last_of_all(self.wished_down())
+    }
+
+    /// The last round of a run has no later one to deliver what it leaves out.
+    fn last_of_all(&self, wished: Codec) -> Codec {
+        match (self.phase, wished) {
+            (Phase::Closing, Codec::Sparse(_)) => Codec::E3m0,
+            _ => wished,
+        }
+    }
+
+    fn wished_up(&self, site: &SiteId) -> Codec {
+        let (poorest, _) = self.ladder()[self.ladder().len() - 1];
+        self.views.get(site).map_or(poorest, |view| self.carried_by(view).0)
+    }
+
+    /// All sites get the same bytes, so the thinnest link decides.
+    fn wished_down(&self) -> Codec {
+        let carried = self.connected().map(|view| self.carried_by(view));
+        let ladder = self.ladder();
+        let rung = carried.filter_map(|codecs| ladder.iter().position(|rung| *rung == codecs)).max();
+        ladder[rung.unwrap_or(ladder.len() - 1)].1
+    }
+
+    /// The richest codecs that hide behind a round's computing on a site's link.
+    fn carried_by(&self, view: &View) -> Codecs {
+        let steps = match self.sync.steps {
+            Setting::Is(steps) => steps,
+            Setting::Auto => plan::STEPS,
+        };
+        let seconds = f64::from(steps) * self.fastest();
+        plan::richest_hidden(&self.ladder(), &view.status.vitals.link, seconds, |codecs| self.load_of(codecs))
+    }
+
+    /// What there is to choose from.
+    fn ladder(&self) -> Vec<Codecs> {
+        let chosen = |setting: Setting<Codec>, rung: Codec| match setting {
+            Setting::Is(codec) => codec,
+            Setting::Auto => rung,
+        };
+        let mut ladder: Vec<Codecs> =
+            plan::LADDER.iter().map(|&(up, down)| (chosen(self.sync.up, up), chosen(self.sync.down, down))).collect();
+        ladder.dedup();
+        ladder
+    }
+
+    fn connected(&self) -> impl Iterator<Item = &View> {
+        self.views.values().filter(|view| view.connected)
+    }
+
+    /// What a site moves while every fragment is synchronized once.
+    fn load(&self, site: &SiteId) -> Load {
+        self.load_of((self.wished_up(site), self.wished_down()))
+    }
+
+    fn load_of(&self, (up, down): Codecs) -> Load {
+        let bytes = |codec: Codec| self.lens.iter().map(|&len| codec.payload_len(len) as u64).sum();
+        Load { up: bytes(up), down: bytes(down), fragments: self.lens.len() }
+    }
+
+    /// The arithmetic behind a site's number of steps and its codecs, if it has ever been heard of.
+    pub fn forecast(&self, site: &SiteId) -> Option<Forecast> {
+        let view = self.views.get(site)?;
+        let codecs = (self.wished_up(site), self.wished_down());
+        let (steps, load, link) = (self.steps_for(site), self.load_of(codecs), view.status.vitals.link);
         let (sending, receiving) = plan::way_seconds(&link, &load);
         let turn = plan::turn_seconds(&link, &load) + self.pace.quorum + self.pace.merge;
-        Forecast { steps, computing: f64::from(steps) * view.step_seconds(), load, link, sending, receiving, turn }
+        let computing = f64::from(steps) * view.step_seconds();
+        Some(Forecast { steps, computing, codecs, load, link, sending, receiving, turn })
     }
 }
 
 impl fmt::Display for Forecast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Forecast { steps, computing, load, link, sending, receiving, .. } = self;
+        let Forecast { steps, computing, codecs: (up, down), load, link, sending, receiving, .. } = self;
         write!(f, "{steps} steps take {computing:.2} s")?;
         if link.up <= 0.0 || link.down <= 0.0 {
             return write!(f, "; the link is not measured yet");
         }
         let mbit = |rate: f64| rate * 8e-6;
         let (kb_up, kb_down) = (load.up as f64 / 1e3, load.down as f64 / 1e3);
-        write!(f, "; beside them {kb_up:.0} kB go up in {sending:.2} s at {:.0} Mbit/s", mbit(link.up))?;
-        write!(f, " and {kb_down:.0} kB come down in {receiving:.2} s at {:.0} Mbit/s", mbit(link.down))?;
+        write!(f, "; beside them {kb_up:.0} kB of {up} go up in {sending:.2} s at {:.0} Mbit/s", mbit(link.up))?;
+        write!(f, " and {kb_down:.0} kB of {down} come down in {receiving:.2} s at {:.0} Mbit/s", mbit(link.down))?;
         let share = sending.max(*receiving) / computing.max(1e-9);
         write!(f, ": the link is busy {:.0} % of the time", 100.0 * share)
     }
