@@ -1,7 +1,7 @@
 """The run's own inner optimizers, with its schedule: what every engine of the run uses unless a site brings its own.
 
-AdamW moves everything, or, beside Muon, what is no matrix of a layer. Embeddings have a rate of their own, gains do
-not decay. The schedule warms up over this engine's steps and falls along a cosine over the whole run.
+AdamW moves everything, or, beside Muon, what is no matrix of a layer. Embeddings have a rate and a floor of their own,
+gains do not decay. The schedule warms up over this engine's steps and falls along a cosine over the whole run.
 """
 
 import math
@@ -21,7 +21,7 @@ class RunOptimizer:
         muon = training["muon"]
         matrices = [parameter for tensor, parameter in tensors if muon and tensor.kind == "matrix"]
         others = [(tensor, parameter) for tensor, parameter in tensors if not (muon and tensor.kind == "matrix")]
-        self.parts = [adamw(self.settings, others)]
+        self.parts = adamw(self.settings, others)
         if matrices:
             self.parts.append(Muon(matrices, muon))
         self.rates = [[group["lr"] for group in part.param_groups] for part in self.parts]
@@ -49,18 +49,48 @@ def schedule(settings, steps, progress):
 
 
 def adamw(settings, tensors):
+    """The optimizers of `tensors`: PyTorch's own, and one for embeddings with a floor, which PyTorch's cannot have."""
     rate, pace, decay = settings["learning_rate"], settings["embedding_rate"], settings["weight_decay"]
     if pace <= 0 and any(tensor.kind == "embedding" for tensor, _ in tensors):
         raise AtollError("training.optimizer.embedding_rate = 0 freezes the embeddings, which this engine cannot\nhint: set it above 0")
     of = lambda *kinds: [parameter for tensor, parameter in tensors if tensor.kind in kinds]
-    groups = [
+    # PyTorch multiplies decay by the group's rate, the run by the common one.
+    embeddings = dict(params=of("embedding"), lr=rate * pace, weight_decay=decay / pace)
+    others = [
         dict(params=of("matrix"), lr=rate, weight_decay=decay),
-        # PyTorch multiplies decay by the group's rate, the run by the common one.
-        dict(params=of("embedding"), lr=rate * pace, weight_decay=decay / pace),
         dict(params=of("vector"), lr=rate, weight_decay=0.0),
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=(settings["beta1"], settings["beta2"]), eps=settings["eps"])
+    moments = dict(betas=(settings["beta1"], settings["beta2"]), eps=settings["eps"])
+    filled = lambda groups: [group for group in groups if group["params"]]
+    if settings["embedding_floor"] <= 0:
+        return [torch.optim.AdamW(filled([*others, embeddings]), **moments)]
+    parts = [torch.optim.AdamW(filled(others), **moments)] if filled(others) else []
+    return parts + [FlooredAdamW(filled([embeddings]), settings["embedding_floor"], **moments)]
+
+
+class FlooredAdamW(torch.optim.Optimizer):
+    """AdamW whose every √v̂ is raised by `floor` times the root of the tensor's mean v̂."""
+
+    def __init__(self, parameters, floor, betas, eps):
+        super().__init__(parameters, dict(floor=floor, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.move(parameter, group, self.state[parameter])
+
+    def move(self, parameter, group, state):
+        if not state:
+            state.update(steps=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+        (beta1, beta2), mean, square = group["betas"], state["mean"], state["square"]
+        state["steps"] += 1
+        mean.mul_(beta1).add_(parameter.grad, alpha=1 - beta1)
+        square.mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+        correction = 1 - beta2 ** state["steps"]
+        floor = group["floor"] * (square.mean() / correction).sqrt() + group["eps"]
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.sub_(mean / ((square / correction).sqrt() + floor), alpha=group["lr"] / (1 - beta1 ** state["steps"]))
 
 
 class Muon(torch.optim.Optimizer):

@@ -68,10 +68,11 @@ def test_training_is_that_of_hugging_face(golden):
         assert abs(projection - golden.numbers["final_projections"][tensor.name]) < 2e-5, tensor.name
 
 
-@pytest.mark.parametrize("embedding_rate", [1.0, 8.0])
-def test_losses_agree_with_the_native_engine_to_a_millionth(golden, embedding_rate):
+@pytest.mark.parametrize("embedding_rate, embedding_floor", [(1.0, 0.0), (8.0, 0.0), (64.0, 1.0)])
+def test_losses_agree_with_the_native_engine_to_a_millionth(golden, embedding_rate, embedding_floor):
     training = json.loads(golden.training)
     training["optimizer"]["embedding_rate"] = embedding_rate
+    training["optimizer"]["embedding_floor"] = embedding_floor
     golden.numbers["optimizer"] = training["optimizer"]
     torch_engine = engine_of(golden)
     native = atoll.NativeEngine(golden.model, golden.training, golden.FRAGMENTS, atoll.Batches.of(golden.batches()))

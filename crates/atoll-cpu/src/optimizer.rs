@@ -5,10 +5,11 @@
 //! ```text
 //! g ← g · min(1, clip / ‖g‖)
 //! m ← β₁ m + (1−β₁) g        v ← β₂ v + (1−β₂) g²
-//! θ ← θ (1 − η λ) − η r (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + ε)
+//! m̂ = m / (1−β₁ᵗ)            v̂ = v / (1−β₂ᵗ)
+//! θ ← θ (1 − η λ) − η r m̂ / (√v̂ + φ √mean(v̂) + ε)
 //! ```
 //!
-//! where r is 1 for all but embeddings.
+//! where r is 1 and φ is 0 for all but embeddings. The mean is over the tensor.
 //!
 //! With Muon's settings, the layers' matrices move by their [orthogonalized](muon) momentum instead.
 
@@ -26,6 +27,9 @@ use crate::words::Precision;
 
 /// Elements per task.
 const TILE: usize = 1 << 14;
+
+/// Tensors, and where each lies among all weights.
+type Tensors<'a> = (&'a [Tensor], &'a [Range<usize>]);
 
 /// The moments, as flat as the weights.
 pub(crate) struct Moments {
@@ -48,14 +52,14 @@ impl Moments {
         pool: &Pool,
         settings: Settings<'_>,
         (progress, clip): (f32, f32),
-        tensors: (&[Tensor], &[Range<usize>]),
+        tensors: Tensors<'_>,
         weights: &mut [f32],
         gradient: &[f32],
     ) {
         let schedule = settings.optimizer.schedule(self.steps, progress);
         self.steps += 1;
         let adamw = Update::new(settings.optimizer, schedule, clip, self.steps);
-        let floors = self.floors(pool, settings.optimizer.embedding_floor, tensors);
+        let floors = adamw.floors(pool, tensors, &self.square, gradient);
         let pieces = izip!(
             tensors.0,
             split(weights, tensors.1),
@@ -87,24 +91,6 @@ impl Moments {
             });
         }
     }
-
-    /// What √v is at least raised by in each tensor: `share` of its root mean square in an embedding, nothing elsewhere.
-    fn floors(&self, pool: &Pool, share: f32, (tensors, places): (&[Tensor], &[Range<usize>])) -> Vec<f32> {
-        let floor = |(tensor, place): (&Tensor, &Range<usize>)| match tensor.kind {
-            TensorKind::Embedding if share > 0.0 => share * root_mean(pool, &self.square[place.clone()]),
-            _ => 0.0,
-        };
-        tensors.iter().zip(places).map(floor).collect()
-    }
-}
-
-/// √ of the mean of `squares`.
-fn root_mean(pool: &Pool, squares: &[f32]) -> f32 {
-    let mut parts = vec![0.0; squares.len().div_ceil(TILE)];
-    pool.each(squares.chunks(TILE).zip(&mut parts), |(tile, part)| {
-        *part = tile.iter().map(|&square| f64::from(square)).sum();
-    });
-    (parts.iter().sum::<f64>() / squares.len().max(1) as f64).sqrt() as f32
 }
 
 /// How weights move.
@@ -196,6 +182,32 @@ impl<'a> Update<'a> {
         }
     }
 
+    /// φ √mean(v) of each tensor, with the v that this step will have: what is added to each √v.
+    fn floors(&self, pool: &Pool, (tensors, places): Tensors<'_>, square: &[f32], gradient: &[f32]) -> Vec<f32> {
+        let share = self.settings.embedding_floor;
+        let floor = |(tensor, place): (&Tensor, &Range<usize>)| match tensor.kind {
+            TensorKind::Embedding if share > 0.0 => {
+                share * self.mean_square(pool, &square[place.clone()], &gradient[place.clone()]).sqrt() as f32
+            }
+            _ => 0.0,
+        };
+        tensors.iter().zip(places).map(floor).collect()
+    }
+
+    /// Mean of what v will be.
+    fn mean_square(&self, pool: &Pool, square: &[f32], gradient: &[f32]) -> f64 {
+        let mut parts = vec![0.0; square.len().div_ceil(TILE)];
+        let beta2 = f64::from(self.settings.beta2);
+        let fresh = (1.0 - beta2) * f64::from(self.clip).powi(2);
+        pool.each(izip!(square.chunks(TILE), gradient.chunks(TILE), &mut parts), |(v, g, part)| {
+            *part = simd(
+                #[inline(always)]
+                || beta2 * sum(v) + fresh * sum_of_squares(g),
+            );
+        });
+        parts.iter().sum::<f64>() / square.len().max(1) as f64
+    }
+
     /// How fast the weights of such a tensor move whose √v has that floor.
     fn pace(&self, kind: TensorKind, floor: f32) -> Pace {
         let decayed = 1.0 - self.rate * self.settings.weight_decay;
@@ -254,17 +266,27 @@ pub(crate) fn squares(pool: &Pool, gradient: &[f32], places: &[Range<usize>]) ->
     places.iter().map(|place| parts.by_ref().take(tiles(place).len()).sum()).collect()
 }
 
-/// In `f64`, so that no finite gradient overflows.
+#[inline(always)]
+fn sum(values: &[f32]) -> f64 {
+    sum_of(values, |x| x)
+}
+
 #[inline(always)]
 fn sum_of_squares(values: &[f32]) -> f64 {
+    sum_of(values, |x| x * x)
+}
+
+/// In `f64`, so that no finite gradient overflows.
+#[inline(always)]
+fn sum_of(values: &[f32], of: impl Fn(f64) -> f64) -> f64 {
     let (chunks, rest) = values.as_chunks::<8>();
     let mut sums = [0.0f64; 8];
     for chunk in chunks {
         for (sum, &x) in sums.iter_mut().zip(chunk) {
-            *sum += f64::from(x) * f64::from(x);
+            *sum += of(f64::from(x));
         }
     }
-    sums.iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
+    sums.iter().sum::<f64>() + rest.iter().map(|&x| of(f64::from(x))).sum::<f64>()
 }
 
 /// What the gradient of that norm is multiplied with; the small number is PyTorch's.
@@ -275,6 +297,44 @@ pub(crate) fn clip_factor(clip_norm: f32, norm: f64) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The formula above, in `f64`.
+    #[test]
+    fn a_floor_keeps_rare_rows_from_leaping() {
+        const STEPS: u64 = 3;
+        let settings = AdamW {
+            embedding_floor: 1.0,
+            embedding_rate: 4.0,
+            warmup_steps: 1,
+            final_share: 1.0,
+            weight_decay: 0.0,
+            ..AdamW::default()
+        };
+        let tensors = [Tensor::new("embedding", &[2, 2], TensorKind::Embedding)];
+        let gradient = [1.0f32, -2.0, 1e-3, 0.0];
+        let mut weights = [0.0f32; 4];
+        let mut moments = Moments::new(weights.len());
+        let all = Settings { optimizer: &settings, muon: None, precision: Precision::F32 };
+        let (mut expected, mut mean, mut square) = ([0.0f64; 4], [0.0f64; 4], [0.0f64; 4]);
+        for step in 1..=STEPS {
+            moments.step(&Pool::new(1), all, (0.0, 1.0), (&tensors, &[0..4]), &mut weights, &gradient);
+            let (beta1, beta2) = (f64::from(settings.beta1), f64::from(settings.beta2));
+            let corrected = |value: f64, beta: f64| value / (1.0 - beta.powf(step as f64));
+            for (i, g) in gradient.iter().map(|&g| f64::from(g)).enumerate() {
+                mean[i] = beta1 * mean[i] + (1.0 - beta1) * g;
+                square[i] = beta2 * square[i] + (1.0 - beta2) * g * g;
+            }
+            let floor = (square.iter().map(|&v| corrected(v, beta2)).sum::<f64>() / 4.0).sqrt();
+            for i in 0..4 {
+                let pace = corrected(square[i], beta2).sqrt() + floor + f64::from(settings.eps);
+                expected[i] -= f64::from(settings.learning_rate) * 4.0 * corrected(mean[i], beta1) / pace;
+            }
+        }
+        for (weight, expected) in weights.iter().zip(expected) {
+            assert!((f64::from(*weight) - expected).abs() < 1e-6, "{weight} {expected}");
+        }
+        assert!(weights[2].abs() < weights[0].abs() / 100.0, "{weights:?}");
+    }
 
     #[test]
     fn clipping_shortens_only_what_is_long() {
