@@ -13,7 +13,7 @@ use half::bf16;
 use super::dense::saturate;
 
 /// Weights in a chunk.
-pub(super) const CHUNK: usize = 4096;
+pub(crate) const CHUNK: usize = 4096;
 const LEVELS: usize = 4;
 /// Mean, then border, so often.
 const LLOYD: usize = 3;

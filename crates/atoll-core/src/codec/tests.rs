@@ -1,6 +1,7 @@
 //! Laws of all codecs, and golden bytes.
 
 use super::*;
+use crate::team::Job;
 use proptest::prelude::*;
 
 const SPARSE: &str = "04100000000002804000000000c0c0032205";
