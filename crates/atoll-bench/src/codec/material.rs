@@ -154,8 +154,9 @@ impl Material {
 
     /// Merges all sites' contributions into the memory of the merge before, as a coordinator does.
     fn merge(&mut self, codec: Codec, team: &dyn Team) -> Result<()> {
-        let payload = |bytes| Ok(Weighted { weight: 1.0, stale: false, payload: Payload::parse(bytes, self.weights())? });
-        let contributions = self.payloads[&codec].iter().map(payload).collect::<Result<Vec<_>>>()?;
+        let payloads = self.payloads[&codec].iter().map(|bytes| Payload::parse(bytes, self.weights()));
+        let weighted = payloads.map(|payload| Ok(Weighted { weight: 1.0, stale: false, payload: payload? }));
+        let contributions = weighted.collect::<Result<Vec<_>>>()?;
         let memory = std::mem::take(&mut self.memory);
         let merged = merge(self.global.manifest(), FRAGMENT, Averaging::default(), &contributions, &[], memory, team);
         self.memory = merged.values;
