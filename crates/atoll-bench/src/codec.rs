@@ -76,12 +76,13 @@ impl Line {
             Work::Merge(codec) => (format!("merge{SITES} {codec}"), material.payload_bytes(codec)),
         };
         let gigabytes = worked_on(self.work) * weights / 1e9;
-        let moved = must_move(self.work, payload) * weights / 1e9;
+        let bytes = must_move(self.work, payload);
+        let moved = bytes * weights / 1e9;
         let rates = |seconds: &[f64]| {
             let seconds = median(seconds.to_vec());
             (gigabytes / seconds, moved / seconds)
         };
-        Measured { name, alone: rates(&self.alone), crew: rates(&self.crew) }
+        Measured { work: self.work, name, bytes, alone: rates(&self.alone), crew: rates(&self.crew) }
     }
 }
 
@@ -106,26 +107,51 @@ fn must_move(work: Work, payload: f64) -> f64 {
     }
 }
 
-/// GB/s of `f32`, and GB/s of what must be moved.
+/// What was measured of a work: GB/s of `f32`, and GB/s of what must be moved.
 struct Measured {
+    work: Work,
     name: String,
+    /// Bytes per weight that must be moved.
+    bytes: f64,
     alone: (f64, f64),
     crew: (f64, f64),
 }
 
+impl Measured {
+    /// Shares of what the memory allows: of one core, of all.
+    fn shares(&self, triad: &Self) -> (f64, f64) {
+        (self.alone.1 / triad.alone.1, self.crew.1 / triad.crew.1)
+    }
+}
+
 fn print(measured: &[Measured], cores: usize) {
     let Some(triad) = measured.first() else { return };
-    println!("                        GB/s of f32             share of what memory allows");
-    println!("                   one core   {cores:2} cores         one core   {cores:2} cores");
+    println!("                   bytes moved          GB/s of f32       share of the triad's");
+    println!("                    per weight   one core   {cores:2} cores      one core   {cores:2} cores");
     for line in measured {
+        let (alone, crew) = line.shares(triad);
         println!(
-            "{:18} {:8.2}   {:8.2}         {:8.3}   {:8.3}",
-            line.name,
-            line.alone.0,
-            line.crew.0,
-            line.alone.1 / triad.alone.1,
-            line.crew.1 / triad.crew.1
+            "{:18} {:11.3} {:10.2} {:10.2} {:13.2} {:10.2}",
+            line.name, line.bytes, line.alone.0, line.crew.0, alone, crew
         );
+    }
+    println!();
+    for line in measured {
+        let (alone, crew) = line.shares(triad);
+        match line.work {
+            Work::Merge(codec) if codec == material::UP => println!(
+                "a merge of {SITES} moves {:.2} GB/s of one core's {:.2}: {:.0} % ({:.0} % on all cores; wanted: {:.0} %)",
+                line.alone.1,
+                triad.alone.1,
+                100.0 * alone,
+                100.0 * crew,
+                100.0 * MERGE_SHARE
+            ),
+            Work::Encode(codec) if codec == material::UP => {
+                println!("a core encodes {:.2} GB/s sparsely (wanted: {SPARSE_ENCODE:.0})", line.alone.0);
+            }
+            _ => {}
+        }
     }
 }
 
@@ -136,8 +162,9 @@ fn figures(measured: &[Measured]) -> Figures {
         let name = line.name.replace([' ', ':'], "_");
         figures.insert(format!("{name}_gb_per_second"), line.alone.0);
         figures.insert(format!("{name}_all_cores_gb_per_second"), line.crew.0);
-        figures.insert(format!("{name}_bandwidth_share"), line.alone.1 / triad.alone.1);
-        figures.insert(format!("{name}_all_cores_bandwidth_share"), line.crew.1 / triad.crew.1);
+        let (alone, crew) = line.shares(triad);
+        figures.insert(format!("{name}_bandwidth_share"), alone);
+        figures.insert(format!("{name}_all_cores_bandwidth_share"), crew);
     }
     figures
 }

@@ -302,18 +302,25 @@ impl<'a> Payload<'a> {
     pub fn check(payload: &'a [u8], count: usize, team: &dyn Team) -> Result<Self, CodecError> {
         let sound = Self::parse(payload, count)?;
         let looks = share_out(sound.pieces(), team, |index, (len, body)| {
-            let mut total = 0;
-            sound.blocks(len, body).try_for_each(|(len, bytes)| {
-                let first = index * PIECE + total;
-                total += len;
-                sound.codec.each(bytes, len, |_, _| {}).ok_or(match sound.codec {
-                    Codec::Sparse(_) => CodecError::Malformed { index: first },
-                    _ => CodecError::NonFinite { index: first },
-                })
-            })
+            simd(
+                #[inline(always)]
+                || sound.first_unsound(len, body),
+            )
+            .map(|at| index * PIECE + at)
         });
-        looks.into_iter().collect::<Result<(), CodecError>>()?;
-        Ok(sound)
+        match looks.into_iter().flatten().next() {
+            None => Ok(sound),
+            Some(index) if sound.codec.is_sparse() => Err(CodecError::Malformed { index }),
+            Some(index) => Err(CodecError::NonFinite { index }),
+        }
+    }
+
+    /// Where in a piece the first block begins that says nothing sound.
+    #[inline(always)]
+    fn first_unsound(&self, len: usize, body: &[u8]) -> Option<usize> {
+        let mut blocks = self.blocks(len, body).enumerate();
+        let (number, _) = blocks.find(|(_, (len, bytes))| self.codec.each(bytes, *len, |_, _| {}).is_none())?;
+        Some(number * self.codec.block())
     }
 
     /// Looks at a payload for a fragment of any of these lengths.
@@ -376,14 +383,14 @@ impl<'a> Payload<'a> {
         lens.zip(self.body.chunks(self.codec.body_len(PIECE)))
     }
 
-    fn blocks(&self, len: usize, body: &'a [u8]) -> impl Iterator<Item = (usize, &'a [u8])> + use<'a> {
+    fn blocks<'b>(&self, len: usize, body: &'b [u8]) -> impl Iterator<Item = (usize, &'b [u8])> + use<'b> {
         let block = self.codec.block();
         let lens = (0..len).step_by(block).map(move |start| block.min(len - start));
         lens.zip(body.chunks(self.codec.block_bytes(block)))
     }
 
     /// Weights and bytes of chunk number `number`.
-    fn chunk(&self, number: usize) -> (usize, &'a [u8]) {
+    pub(crate) fn chunk(&self, number: usize) -> (usize, &'a [u8]) {
         let (first, bytes) = (number * CHUNK, self.codec.body_len(CHUNK));
         let body = &self.body[number * bytes..];
         (CHUNK.min(self.count - first), &body[..bytes.min(body.len())])
@@ -435,8 +442,18 @@ impl<'a> Payload<'a> {
         }
     }
 
+    /// Squared length of chunk number `number`, if it can be told without unpacking it.
+    pub(crate) fn chunk_square(&self, number: usize) -> Option<f64> {
+        let Codec::Sparse(keep) = self.codec else { return None };
+        let (len, bytes) = self.chunk(number);
+        sparse::square(Shape::new(keep, len), bytes)
+    }
+
     /// Euclidean length, summed in the order of positions.
     pub fn norm(&self) -> f64 {
+        if self.codec.is_sparse() {
+            return (0..self.count.div_ceil(CHUNK)).filter_map(|number| self.chunk_square(number)).sum::<f64>().sqrt();
+        }
         let mut square = 0.0;
         self.visit(0..self.count, |_, value| square += f64::from(value) * f64::from(value));
         square.sqrt()

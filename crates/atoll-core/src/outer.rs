@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use merge::{Averaging, Merged, Weighted, merge};
 
-use crate::codec::{Codec, CodecError, Payload};
+use crate::codec::{CHUNK, Codec, CodecError, Payload};
 use crate::delta::dot;
 use crate::hash::Digest;
 use crate::journal::{Accepted, Commit};
@@ -282,7 +282,7 @@ impl Global {
         let (momentum, memory) = (&self.momentum[fragment.index()], std::mem::take(&mut self.memory.0));
         let merged = merge(&self.manifest, fragment, recipe.merge, contributions, momentum, memory, team);
         let step = self.follow(fragment, &merged, recipe, team);
-        self.memory.0 = merged.values;
+        self.memory.0 = merged.into_memory();
         step
     }
 
@@ -325,16 +325,23 @@ impl Global {
     /// Moves a fragment's momentum, and ρ by what the momentum and the merged delta had in common.
     fn gather_speed(&mut self, index: usize, merged: &Merged, recipe: &Recipe, team: &dyn Team) {
         let momentum = &mut self.momentum[index];
-        momentum.resize(merged.values.len(), 0.0);
+        momentum.resize(merged.len(), 0.0);
         let (_, mu) = recipe.rule.coefficients(0.0);
-        let parts = momentum.chunks_mut(STRETCH).zip(merged.values.chunks(STRETCH));
-        let along = share_out(parts, team, |_, (momentum, merged)| {
-            let along = dot(merged, momentum);
-            let mu = mu as f32;
-            simd(
-                #[inline(always)]
-                || momentum.iter_mut().zip(merged).for_each(|(buffer, delta)| *buffer = mu * *buffer + delta),
-            );
+        let along = share_out(momentum.chunks_mut(STRETCH), team, |number, momentum| {
+            let mut values = [0.0; CHUNK];
+            let mut along = 0.0;
+            for (index, momentum) in momentum.chunks_mut(CHUNK).enumerate() {
+                let values = &mut values[..momentum.len()];
+                simd(
+                    #[inline(always)]
+                    || {
+                        merged.read(number * STRETCH + index * CHUNK, values);
+                        along += dot(values, momentum);
+                        let mu = mu as f32;
+                        momentum.iter_mut().zip(&*values).for_each(|(buffer, delta)| *buffer = mu * *buffer + delta);
+                    },
+                );
+            }
             along
         });
         let measured = measured_rho(along.iter().sum(), merged.norm, mu);
@@ -351,10 +358,12 @@ impl Global {
     ) -> Result<Vec<u8>, CodecError> {
         let (rate, mu) = recipe.rule.coefficients(self.rho[index]);
         let (rate, mu) = ((recipe.share * rate) as f32, mu as f32);
-        let (merged, momentum) = (&merged.values, &self.momentum[index]);
+        let momentum = &self.momentum[index];
         recipe.codec.encode_prepared(&mut self.residual[index], team, |start, wish| {
-            let end = start + wish.len();
-            for ((wish, delta), buffer) in wish.iter_mut().zip(&merged[start..end]).zip(&momentum[start..end]) {
+            let mut values = [0.0; CHUNK];
+            let values = &mut values[..wish.len()];
+            merged.read(start, values);
+            for ((wish, delta), buffer) in wish.iter_mut().zip(&*values).zip(&momentum[start..]) {
                 *wish -= rate * (delta + mu * buffer);
             }
         })

@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use atoll_core::codec::{Codec, Payload};
-use atoll_core::delta::norm;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Averaging, Global, Merged, OuterRule, Recipe, Weighted, merge};
@@ -86,9 +85,7 @@ impl Material {
             let payloads = (0..rounds).map(|_| self.encode(codec, &team)).collect::<Result<Vec<_>>>()?;
             self.payloads.insert(codec, payloads.into_iter().skip(rounds - SITES).collect());
         }
-        self.merge(UP, &team)?;
-        self.merged.values.clone_from(&self.memory);
-        self.merged.norm = norm(&self.memory);
+        self.merged = self.merged(UP, &team)?;
         Ok(())
     }
 
@@ -154,13 +151,17 @@ impl Material {
 
     /// Merges all sites' contributions into the memory of the merge before, as a coordinator does.
     fn merge(&mut self, codec: Codec, team: &dyn Team) -> Result<()> {
+        self.memory = self.merged(codec, team)?.into_memory();
+        Ok(())
+    }
+
+    fn merged(&mut self, codec: Codec, team: &dyn Team) -> Result<Merged> {
         let payloads = self.payloads[&codec].iter().map(|bytes| Payload::parse(bytes, self.weights()));
         let weighted = payloads.map(|payload| Ok(Weighted { weight: 1.0, stale: false, payload: payload? }));
         let contributions = weighted.collect::<Result<Vec<_>>>()?;
         let memory = std::mem::take(&mut self.memory);
-        let merged = merge(self.global.manifest(), FRAGMENT, Averaging::default(), &contributions, &[], memory, team);
-        self.memory = merged.values;
-        Ok(())
+        let manifest = self.global.manifest();
+        Ok(merge(manifest, FRAGMENT, Averaging::default(), &contributions, &[], memory, team))
     }
 
     /// The outer step after a merge.

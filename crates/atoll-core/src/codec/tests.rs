@@ -143,6 +143,16 @@ proptest! {
         }
     }
 
+    /// A sparse payload's length is told from its levels alone, and nothing is lost by it.
+    #[test]
+    fn the_length_of_a_sparse_payload_is_that_of_its_values(seed: u64, count in 1usize..9000, keep in 1u16..400) {
+        let payload = Codec::Sparse(keep).encode(&normal(seed, count)).unwrap();
+        let sound = Payload::check(&payload, count, &Alone).unwrap();
+        let mut square = 0.0;
+        sound.visit(0..count, |_, value| square += f64::from(value) * f64::from(value));
+        prop_assert_eq!(sound.norm(), square.sqrt());
+    }
+
     #[test]
     fn damaged_sparse_payloads_are_refused_or_decode_to_other_finite_values(seed: u64, at in 7usize..500, bit in 0u8..8) {
         let mut payload = Codec::Sparse(96).encode(&normal(seed, 9000)).unwrap();

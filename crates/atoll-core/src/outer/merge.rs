@@ -4,10 +4,10 @@
 //! for each tensor, of contributions v with weights w that sum up to 1, and the outer momentum b:
 //!   lengths    ‖v‖ and, of late ones, v·b        → what each is multiplied with: w/‖v‖, and less if it opposes b
 //!   add up     u = Σ share·v, ‖u‖ and v·u        → what the sum is multiplied with: (Σ w·‖v‖) / ‖u‖
-//!   scale      values = scale·u                  → its cosine to each v
+//!   scale      whoever reads a value gets scale·u, so that this takes no pass over the memory
 //! ```
 //!
-//! So contributions are read twice; they are never unpacked as a whole (see [`layout`]).
+//! So contributions are looked at twice; they are never unpacked as a whole (see [`layout`]).
 
 mod layout;
 
@@ -46,14 +46,51 @@ pub struct Weighted<'a> {
 /// A merged pseudo-gradient.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Merged {
-    /// Its values.
-    pub values: Vec<f32>,
+    /// u: its values before they are multiplied with the scale of their tensor.
+    sum: Vec<f32>,
+    /// Where each tensor ends, and its scale.
+    scales: Vec<(usize, f32)>,
     /// Its length.
     pub norm: f64,
     /// Cosine of each contribution to it, in the order given.
     pub cosines: Vec<f64>,
     /// For each contribution the greatest share of a tensor that the staleness correction took away or turned.
     pub corrections: Vec<f64>,
+}
+
+impl Merged {
+    /// Writes its values from position `start` on into `out`.
+    #[inline(always)]
+    pub(super) fn read(&self, start: usize, out: &mut [f32]) {
+        let first = self.scales.partition_point(|(end, _)| *end <= start);
+        let (mut from, end) = (start, start + out.len());
+        for &(tensor_end, scale) in &self.scales[first..] {
+            let to = tensor_end.min(end);
+            let (out, sum) = (&mut out[from - start..to - start], &self.sum[from..to]);
+            out.iter_mut().zip(sum).for_each(|(out, sum)| *out = scale * sum);
+            if to == end {
+                return;
+            }
+            from = to;
+        }
+    }
+
+    /// All its values.
+    pub fn values(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.sum.len()];
+        self.read(0, &mut values);
+        values
+    }
+
+    /// Weights that it is for.
+    pub(super) fn len(&self) -> usize {
+        self.sum.len()
+    }
+
+    /// Its memory, for the next merge.
+    pub fn into_memory(self) -> Vec<f32> {
+        self.sum
+    }
 }
 
 /// A late contribution whose cosine to the outer momentum is at least this is left alone.
@@ -73,16 +110,15 @@ pub fn merge(
     team: &dyn Team,
 ) -> Merged {
     let layout = Layout::new(manifest, fragment);
-    let mut values = memory;
-    values.resize(layout.len(), 0.0);
+    let mut sum = memory;
+    sum.resize(layout.len(), 0.0);
     let lengths = layout.lengths(contributions, momentum, team);
     let radial = |tensor: usize| averaging == Averaging::Radial && !layout.is_embedding(tensor);
     let parts: Vec<Vec<Part>> =
         lengths.iter().enumerate().map(|(tensor, sums)| parts(contributions, sums, radial(tensor))).collect();
-    let sums = layout.add_up(&mut values, contributions, &parts, momentum, team);
+    let sums = layout.add_up(&mut sum, contributions, &parts, momentum, team);
     let scale = |(tensor, parts): (usize, &Vec<Part>)| scale(parts, sums[tensor].other.sqrt(), radial(tensor));
     let scales: Vec<f64> = parts.iter().enumerate().map(scale).collect();
-    layout.scale(&mut values, &scales, team);
     let norm = scales.iter().zip(&sums).map(|(scale, sums)| scale * scale * sums.other).sum::<f64>().sqrt();
     let cosine = |index: usize| {
         let length = lengths.iter().map(|sums| sums.squares[index]).sum::<f64>().sqrt();
@@ -91,7 +127,9 @@ pub fn merge(
     };
     let correction = |index: usize| parts.iter().map(|parts| parts[index].corrected).fold(0.0, f64::max);
     let all = 0..contributions.len();
-    Merged { values, norm, cosines: all.clone().map(cosine).collect(), corrections: all.map(correction).collect() }
+    let (cosines, corrections) = (all.clone().map(cosine).collect(), all.map(correction).collect());
+    let scales = layout.ends().zip(scales.iter().map(|scale| *scale as f32)).collect();
+    Merged { sum, scales, norm, cosines, corrections }
 }
 
 /// A contribution's part in one tensor: `share` times it and `turn` times the momentum.

@@ -37,7 +37,7 @@ fn average(averaging: Averaging, payloads: &[Fresh]) -> Merged {
 }
 
 fn merged(payloads: &[Fresh]) -> Vec<f32> {
-    average(Averaging::Radial, payloads).values
+    average(Averaging::Radial, payloads).values()
 }
 
 fn recipe(rule: OuterRule, codec: Codec) -> Recipe {
@@ -60,6 +60,18 @@ fn one_contribution_merges_to_itself() {
 }
 
 #[test]
+fn a_merge_reads_alike_in_stretches() {
+    let parts = [random(1), random(2)];
+    let merged = average(Averaging::Radial, &parts.each_ref().map(|delta| fresh(1.0, delta)));
+    let values = merged.values();
+    for (start, len) in [(0, 96), (0, 32), (31, 2), (32, 64), (5, 80), (95, 1), (40, 0)] {
+        let mut stretch = vec![f32::NAN; len];
+        merged.read(start, &mut stretch);
+        assert_eq!(stretch, values[start..start + len], "{start} {len}");
+    }
+}
+
+#[test]
 fn matrices_keep_their_length_and_embeddings_are_averaged() {
     let parts = [random(1), random(2), random(3)];
     let merged = merged(&parts.each_ref().map(|delta| fresh(1.0, delta)));
@@ -75,7 +87,7 @@ fn matrices_keep_their_length_and_embeddings_are_averaged() {
 fn plain_averaging_is_the_weighted_mean() {
     let (a, b) = (random(1), random(2));
     let merged = average(Averaging::Plain, &[fresh(3.0, &a), fresh(1.0, &b)]);
-    for ((merged, a), b) in merged.values.iter().zip(&a).zip(&b) {
+    for ((merged, a), b) in merged.values().iter().zip(&a).zip(&b) {
         assert!((merged - (0.75 * a + 0.25 * b)).abs() < 1e-6);
     }
     assert!(merged.cosines[0] > merged.cosines[1] && merged.corrections == [0.0, 0.0]);
@@ -87,7 +99,7 @@ fn late_work_is_shrunk_turned_or_left_alone_by_where_it_points() {
     let late = |values: &[f32]| {
         let payloads = [fresh(1.0, values)];
         let late = weigh(&payloads, true);
-        merge(&manifest(), FragmentId(0), Averaging::Radial, &late, &momentum, Vec::new(), &Alone).values
+        merge(&manifest(), FragmentId(0), Averaging::Radial, &late, &momentum, Vec::new(), &Alone).values()
     };
     let (matrix, m) = (32..96, &momentum[32..]);
     let along = late(&momentum);

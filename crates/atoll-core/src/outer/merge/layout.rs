@@ -16,7 +16,6 @@ use crate::codec::{CHUNK, Unpacked, add_scaled};
 use crate::delta::dot;
 use crate::manifest::{FragmentId, Manifest};
 use crate::model::TensorKind;
-use crate::simd::simd;
 use crate::team::{Team, share_out};
 
 /// Weights of a stretch.
@@ -75,6 +74,12 @@ impl Layout {
         self.stretches.last().map_or(0, |stretch| stretch.range.end)
     }
 
+    /// Where each tensor ends.
+    pub(super) fn ends(&self) -> impl Iterator<Item = usize> + '_ {
+        let last = |tensors: &[Stretch]| tensors.last().map_or(0, |stretch| stretch.range.end);
+        self.stretches.chunk_by(|a, b| a.tensor == b.tensor).map(last)
+    }
+
     pub(super) fn is_embedding(&self, tensor: usize) -> bool {
         self.kinds[tensor] == TensorKind::Embedding
     }
@@ -88,9 +93,15 @@ impl Layout {
             let mut room = Unpacked::default();
             for (index, contribution) in contributions.iter().enumerate() {
                 for chunk in stretch.chunks() {
+                    let is_whole = chunk.inner.len() == contribution.payload.chunk(chunk.number).0;
+                    let known = if is_whole { contribution.payload.chunk_square(chunk.number) } else { None };
+                    if let (Some(square), None) = (known, momentum) {
+                        sums.squares[index] += square;
+                        continue;
+                    }
                     room.read(&contribution.payload, chunk.number);
                     let part = room.part(chunk.inner);
-                    sums.squares[index] += part.square();
+                    sums.squares[index] += known.unwrap_or_else(|| part.square());
                     sums.alongs[index] += momentum.map_or(0.0, |momentum| part.along(&momentum[chunk.outer]));
                 }
             }
@@ -133,17 +144,6 @@ impl Layout {
             sums
         });
         self.by_tensor(&sums, contributions.len())
-    }
-
-    /// Multiplies each tensor with its scale.
-    pub(super) fn scale(&self, values: &mut [f32], scales: &[f64], team: &dyn Team) {
-        share_out(self.stretches.iter().zip(self.cut(values)), team, |_, (stretch, values)| {
-            let scale = scales[stretch.tensor] as f32;
-            simd(
-                #[inline(always)]
-                || values.iter_mut().for_each(|value| *value *= scale),
-            );
-        });
     }
 
     /// Sums over stretches to sums over tensors.
