@@ -91,8 +91,12 @@ impl Row {
 
 fn busy_rows(extent: &Extent) -> Result<Vec<Row>> {
     println!("processor milliseconds of one round; medians of {} rounds\n", extent.rounds);
-    println!("        parameters   contri-      own   machine   payloads        step   together     passed   beyond own, ns");
-    println!("                     butions                                                                   each and weight");
+    println!(
+        "        parameters   contri-      own   machine   payloads        step   together     passed   beyond own, ns"
+    );
+    println!(
+        "                     butions                                                                   each and weight"
+    );
     let mut rows = Vec::new();
     for preset in extent.presets {
         let manifest = Model::layout(preset)?;
@@ -218,8 +222,7 @@ fn measure(rounds: usize, mut round: impl FnMut() -> Result<Cost>) -> Result<Cos
 }
 
 fn figures(busy: &[Row], idle: &[Row]) -> Figures {
-    let beyond: Vec<_> =
-        busy.iter().map(|row| (row.weights as f64, row.contributions as f64, row.beyond())).collect();
+    let beyond: Vec<_> = busy.iter().map(|row| (row.weights as f64, row.contributions as f64, row.beyond())).collect();
     let (size, contributions) = fit::exponents(&beyond);
     let own: Vec<_> = busy.iter().map(|row| (row.weights as f64, row.own)).collect();
     let own = fit::exponent(&own);

@@ -154,6 +154,14 @@ impl Codec {
         }
     }
 
+    /// How many of a chunk's `len` weights it speaks of.
+    fn values_of(self, len: usize) -> usize {
+        match self {
+            Codec::Sparse(keep) => Shape::new(keep, len).kept(),
+            Codec::F32 | Codec::Bf16 | Codec::E3m0 => len,
+        }
+    }
+
     fn body_len(self, count: usize) -> usize {
         let (blocks, rest) = (count / self.block(), count % self.block());
         blocks * self.block_bytes(self.block()) + if rest > 0 { self.block_bytes(rest) } else { 0 }

@@ -29,9 +29,11 @@ pub fn share_out<P: Send, R: Send>(
     let parts: Vec<P> = parts.into_iter().collect();
     let mut results: Vec<Option<R>> = parts.iter().map(|_| None).collect();
     let work = &work;
-    let jobs = parts.into_iter().enumerate().zip(&mut results).map(|((number, part), result)| {
-        Box::new(move || *result = Some(work(number, part))) as Job<'_>
-    });
+    let jobs = parts
+        .into_iter()
+        .enumerate()
+        .zip(&mut results)
+        .map(|((number, part), result)| Box::new(move || *result = Some(work(number, part))) as Job<'_>);
     team.all(jobs.collect());
     results.into_iter().map(|result| result.expect("a team does all of its jobs")).collect()
 }

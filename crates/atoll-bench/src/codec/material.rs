@@ -132,7 +132,8 @@ impl Material {
     fn encode(&mut self, codec: Codec, team: &dyn Team) -> Result<Vec<u8>> {
         self.turn += 1;
         let count = self.weights();
-        let (theta, from) = (window(&self.noise, self.turn, count), window(&self.noise, self.turn + WINDOWS / 2, count));
+        let (theta, from) =
+            (window(&self.noise, self.turn, count), window(&self.noise, self.turn + WINDOWS / 2, count));
         let residual = self.residuals.get_mut(&codec).context("every codec has a residual")?;
         let payload = codec.encode_prepared(residual, team, |start, wish| {
             let (theta, from) = (&theta[start..start + wish.len()], &from[start..start + wish.len()]);

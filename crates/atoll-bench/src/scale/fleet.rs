@@ -241,7 +241,11 @@ impl Fleet {
         let names: Vec<SiteId> = fleet.sites.keys().cloned().collect();
         for name in &names {
             let status = fleet.sites.get_mut(name).map(Islet::report);
-            fleet.handle(Event::Heard(name.clone(), Box::new(status.context("every site has a status")?)), model, &mut cost)?;
+            fleet.handle(
+                Event::Heard(name.clone(), Box::new(status.context("every site has a status")?)),
+                model,
+                &mut cost,
+            )?;
         }
         Ok(fleet)
     }

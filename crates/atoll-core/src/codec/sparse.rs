@@ -45,6 +45,11 @@ impl Shape {
         }
     }
 
+    /// Weights that are kept.
+    pub(super) fn kept(&self) -> usize {
+        self.kept
+    }
+
     /// Bytes of the chunk.
     pub(super) fn bytes(&self) -> usize {
         2 * LEVELS + self.codes + self.lows + self.highs

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{CHUNK, Payload};
+use super::Payload;
 use crate::delta::dot;
 use crate::simd::simd;
 
@@ -11,12 +11,11 @@ use crate::simd::simd;
 const LANES: usize = 8;
 
 /// Room for the values of one chunk of one payload.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Unpacked {
     values: Vec<f32>,
-    /// Where they belong in the chunk, ascending; meaningless if there is a value for every place.
+    /// Where they belong in the chunk, ascending; none if there is a value for every place.
     places: Vec<u16>,
-    len: usize,
     is_sparse: bool,
 }
 
@@ -29,45 +28,43 @@ pub(crate) enum Part<'a> {
     Sparse(&'a [f32], &'a [u16], u16),
 }
 
-impl Default for Unpacked {
-    fn default() -> Self {
-        Self { values: vec![0.0; CHUNK], places: vec![0; CHUNK], len: 0, is_sparse: false }
-    }
-}
-
 impl Unpacked {
     /// Takes in chunk number `number` of a checked payload.
     pub(crate) fn read(&mut self, payload: &Payload<'_>, number: usize) {
         let (len, bytes) = payload.chunk(number);
+        let most = payload.codec.values_of(len);
         self.is_sparse = payload.codec.is_sparse();
-        let Self { values, places, .. } = self;
-        let mut found = 0;
-        simd(
+        self.values.resize(most, 0.0);
+        self.places.resize(if self.is_sparse { most } else { 0 }, 0);
+        let Self { values, places, is_sparse } = self;
+        let found = simd(
             #[inline(always)]
             || {
-                if payload.codec.is_sparse() {
-                    let _ = payload.codec.each(bytes, len, |place, value| {
-                        (values[found], places[found]) = (value, place as u16);
-                        found += 1;
-                    });
-                } else {
-                    payload.codec.write(bytes, &mut values[..len]);
-                    found = len;
+                if !*is_sparse {
+                    payload.codec.write(bytes, values);
+                    return most;
                 }
+                let mut found = 0;
+                let _ = payload.codec.each(bytes, len, |place, value| {
+                    (values[found], places[found]) = (value, place as u16);
+                    found += 1;
+                });
+                found
             },
         );
-        self.len = found;
+        self.values.truncate(found);
+        self.places.truncate(found);
     }
 
     /// What it says of the weights at `range` in the chunk.
     pub(crate) fn part(&self, range: Range<usize>) -> Part<'_> {
-        if !self.is_sparse {
-            return Part::Dense(&self.values[range]);
+        let Self { values, places, is_sparse } = self;
+        if !is_sparse {
+            return Part::Dense(&values[range]);
         }
-        let places = &self.places[..self.len];
         let from = places.partition_point(|&place| usize::from(place) < range.start);
         let to = places.partition_point(|&place| usize::from(place) < range.end);
-        Part::Sparse(&self.values[from..to], &places[from..to], range.start as u16)
+        Part::Sparse(&values[from..to], &places[from..to], range.start as u16)
     }
 }
 
