@@ -180,7 +180,8 @@ impl Islet {
         let status = &mut self.status;
         status.fragments = standing.fragments.iter().copied().map(Some).collect();
         status.outstanding.retain(|receipt| standing.settled.iter().all(|(number, _)| *number != receipt.number));
-        for (number, ranges) in standing.leases.iter().filter(|(number, _)| *number > status.leases_seen) {
+        let seen = status.leases_seen;
+        for (number, ranges) in standing.leases.iter().filter(|(number, _)| *number > seen) {
             self.leases.insert(ranges);
             status.leases_seen = *number;
         }
