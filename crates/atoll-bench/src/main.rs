@@ -13,6 +13,7 @@ mod meter;
 mod parity;
 mod processes;
 mod roles;
+mod scale;
 mod scenario;
 mod sim;
 mod wan;
@@ -67,6 +68,8 @@ struct Arguments {
 enum Name {
     /// Codecs: gigabytes of weights per second, bits per weight.
     Codec,
+    /// What a round costs its coordinator: contributions, size of the model, idle sites.
+    Scale,
     /// The CPU engine beside PyTorch and llama.cpp: tokens per second, memory, share of the processor's peak.
     Engine,
     /// Sites that come and go with data of their own: how far the model ends from the mean of their data.
@@ -101,6 +104,7 @@ fn main() -> Result<()> {
     let began = Instant::now();
     let mut figures = match arguments.name {
         Name::Codec => codec::run(arguments.quick)?,
+        Name::Scale => scale::run(arguments.quick)?,
         Name::Engine => engine::run(&arguments)?,
         Name::Absent => absent::run(arguments.quick),
         Name::Parity => parity::run(&arguments)?,

@@ -28,6 +28,7 @@ mod dense;
 mod sparse;
 #[cfg(test)]
 mod tests;
+mod unpacked;
 
 use std::fmt;
 use std::str::FromStr;
@@ -36,9 +37,11 @@ use half::bf16;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::simd::simd;
-use crate::team::{Alone, Job, Team};
+use crate::team::{Alone, Team, share_out};
 use dense::{BLOCK, BLOCK_BYTES};
-use sparse::{CHUNK, Shape};
+pub(crate) use sparse::CHUNK;
+use sparse::Shape;
+pub(crate) use unpacked::{Unpacked, add_scaled};
 
 /// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -125,8 +128,12 @@ impl Codec {
         self != Codec::F32
     }
 
+    fn is_sparse(self) -> bool {
+        matches!(self, Codec::Sparse(_))
+    }
+
     fn header_len(self) -> usize {
-        if matches!(self, Codec::Sparse(_)) { HEADER + 2 } else { HEADER }
+        if self.is_sparse() { HEADER + 2 } else { HEADER }
     }
 
     /// Weights in a block, which can be written and read without the others.
@@ -144,6 +151,14 @@ impl Codec {
             Codec::Bf16 => 2 * len,
             Codec::E3m0 => BLOCK_BYTES,
             Codec::Sparse(keep) => Shape::new(keep, len).bytes(),
+        }
+    }
+
+    /// How many of a chunk's `len` weights it speaks of.
+    fn values_of(self, len: usize) -> usize {
+        match self {
+            Codec::Sparse(keep) => Shape::new(keep, len).kept(),
+            Codec::F32 | Codec::Bf16 | Codec::E3m0 => len,
         }
     }
 
@@ -202,13 +217,14 @@ impl Codec {
             header[HEADER..].copy_from_slice(&keep.to_le_bytes());
         }
         let pieces = wish.chunks_mut(PIECE).zip(body.chunks_mut(self.body_len(PIECE)));
-        share(pieces, team, |index, (wish, body)| {
+        let done = share_out(pieces, team, |index, (wish, body)| {
             simd(
                 #[inline(always)]
                 || self.encode_piece(wish, body, |at, block| prepare(index * PIECE + at, block)),
             )
             .map_err(|at| CodecError::NonFinite { index: index * PIECE + at })
-        })?;
+        });
+        done.into_iter().collect::<Result<(), CodecError>>()?;
         Ok(payload)
     }
 
@@ -239,6 +255,21 @@ impl Codec {
             self.each(out, wish.len(), |place, value| wish[place] -= value).ok_or(number * block)?;
         }
         Ok(())
+    }
+
+    /// Writes what whole blocks of a codec that leaves nothing out say.
+    #[inline(always)]
+    fn write(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Codec::E3m0 => {
+                for (bytes, out) in bytes.chunks(BLOCK_BYTES).zip(out.chunks_mut(BLOCK)) {
+                    dense::decode_e3m0(bytes).zip(out).for_each(|(value, out)| *out = value);
+                }
+            }
+            _ => {
+                let _ = self.each(bytes, out.len(), |place, value| out[place] = value);
+            }
+        }
     }
 
     /// Shows what a block of `len` weights says; `None` if it is malformed or not finite.
@@ -278,19 +309,26 @@ impl<'a> Payload<'a> {
     /// If the bytes are not such a payload or hold a value that is not finite.
     pub fn check(payload: &'a [u8], count: usize, team: &dyn Team) -> Result<Self, CodecError> {
         let sound = Self::parse(payload, count)?;
-        share(sound.pieces(), team, |index, piece| {
-            let mut total = 0;
-            let (len, body) = piece;
-            sound.blocks(len, body).try_for_each(|(len, bytes)| {
-                let first = index * PIECE + total;
-                total += len;
-                sound.codec.each(bytes, len, |_, _| {}).ok_or(match sound.codec {
-                    Codec::Sparse(_) => CodecError::Malformed { index: first },
-                    _ => CodecError::NonFinite { index: first },
-                })
-            })
-        })?;
-        Ok(sound)
+        let looks = share_out(sound.pieces(), team, |index, (len, body)| {
+            simd(
+                #[inline(always)]
+                || sound.first_unsound(len, body),
+            )
+            .map(|at| index * PIECE + at)
+        });
+        match looks.into_iter().flatten().next() {
+            None => Ok(sound),
+            Some(index) if sound.codec.is_sparse() => Err(CodecError::Malformed { index }),
+            Some(index) => Err(CodecError::NonFinite { index }),
+        }
+    }
+
+    /// Where in a piece the first block begins that says nothing sound.
+    #[inline(always)]
+    fn first_unsound(&self, len: usize, body: &[u8]) -> Option<usize> {
+        let mut blocks = self.blocks(len, body).enumerate();
+        let (number, _) = blocks.find(|(_, (len, bytes))| self.codec.each(bytes, *len, |_, _| {}).is_none())?;
+        Some(number * self.codec.block())
     }
 
     /// Looks at a payload for a fragment of any of these lengths.
@@ -353,18 +391,24 @@ impl<'a> Payload<'a> {
         lens.zip(self.body.chunks(self.codec.body_len(PIECE)))
     }
 
-    fn blocks(&self, len: usize, body: &'a [u8]) -> impl Iterator<Item = (usize, &'a [u8])> + use<'a> {
+    fn blocks<'b>(&self, len: usize, body: &'b [u8]) -> impl Iterator<Item = (usize, &'b [u8])> + use<'b> {
         let block = self.codec.block();
         let lens = (0..len).step_by(block).map(move |start| block.min(len - start));
         lens.zip(body.chunks(self.codec.block_bytes(block)))
+    }
+
+    /// Weights and bytes of chunk number `number`.
+    pub(crate) fn chunk(&self, number: usize) -> (usize, &'a [u8]) {
+        let (first, bytes) = (number * CHUNK, self.codec.body_len(CHUNK));
+        let body = &self.body[number * bytes..];
+        (CHUNK.min(self.count - first), &body[..bytes.min(body.len())])
     }
 
     /// Shows each value that the payload speaks of to `show` with the weight it belongs to.
     fn meet(&self, weights: &mut [f32], team: &dyn Team, show: impl Fn(&mut f32, f32) + Sync) {
         assert_eq!(weights.len(), self.count, "the payload was checked for this count");
         let pieces = self.pieces().zip(weights.chunks_mut(PIECE));
-        let show = &show;
-        let done: Result<(), ()> = share(pieces, team, |_, ((len, body), weights)| {
+        share_out(pieces, team, |_, ((len, body), weights)| {
             simd(
                 #[inline(always)]
                 || {
@@ -373,9 +417,7 @@ impl<'a> Payload<'a> {
                     }
                 },
             );
-            Ok(())
         });
-        debug_assert_eq!(done, Ok(()));
     }
 
     /// Adds it to `weights`: the one operation by which every copy of Θ moves.
@@ -408,8 +450,18 @@ impl<'a> Payload<'a> {
         }
     }
 
+    /// Squared length of chunk number `number`, if it can be told without unpacking it.
+    pub(crate) fn chunk_square(&self, number: usize) -> Option<f64> {
+        let Codec::Sparse(keep) = self.codec else { return None };
+        let (len, bytes) = self.chunk(number);
+        sparse::square(Shape::new(keep, len), bytes)
+    }
+
     /// Euclidean length, summed in the order of positions.
     pub fn norm(&self) -> f64 {
+        if self.codec.is_sparse() {
+            return (0..self.count.div_ceil(CHUNK)).filter_map(|number| self.chunk_square(number)).sum::<f64>().sqrt();
+        }
         let mut square = 0.0;
         self.visit(0..self.count, |_, value| square += f64::from(value) * f64::from(value));
         square.sqrt()
@@ -419,20 +471,6 @@ impl<'a> Payload<'a> {
 /// Weights that a payload with this header is for.
 fn count_in(header: &[u8; HEADER]) -> usize {
     u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize
-}
-
-/// Has a team do `work` on each piece; the first piece's error counts.
-fn share<P: Send, E: Send>(
-    pieces: impl Iterator<Item = P>,
-    team: &dyn Team,
-    work: impl Fn(usize, P) -> Result<(), E> + Sync,
-) -> Result<(), E> {
-    let pieces: Vec<P> = pieces.collect();
-    let mut results: Vec<Result<(), E>> = pieces.iter().map(|_| Ok(())).collect();
-    let work = &work;
-    let jobs = pieces.into_iter().enumerate().zip(&mut results);
-    team.all(jobs.map(|((index, piece), result)| Box::new(move || *result = work(index, piece)) as Job<'_>).collect());
-    results.into_iter().collect()
 }
 
 /// Reads a payload for a fragment of `count` weights.

@@ -218,7 +218,7 @@ impl Local {
         }
         sound.add_to(&mut copies.theta, team);
         copies.last = payload;
-        Ok((Digest::of_weights(&copies.theta), copies.rebase(self.follow)))
+        Ok((Digest::of_weights_by(&copies.theta, team), copies.rebase(self.follow)))
     }
 
     /// Gives up what was sent and refused, keeping what was learnt since: θ ← θ + (Θ − reference).

@@ -4,11 +4,17 @@
 use std::fmt;
 use std::str::FromStr;
 
+use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::team::{Team, share_out};
 
 /// A BLAKE3 hash: the name of some bytes. Shown and journaled as 64 hexadecimal digits, 32 bytes on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Digest(pub [u8; 32]);
+
+/// Bytes that a team's member hashes at a time. A power of two, so that they are a subtree of BLAKE3's tree.
+const SUBTREE: usize = 1 << 18;
 
 impl Digest {
     /// The name of `bytes`.
@@ -26,6 +32,21 @@ impl Digest {
         Self::of(&bytes)
     }
 
+    /// [`of_weights`](Self::of_weights), shared out.
+    pub fn of_weights_by(weights: &[f32], team: &dyn Team) -> Self {
+        if size_of_val(weights) <= SUBTREE || cfg!(target_endian = "big") {
+            return Self::of_weights(weights);
+        }
+        let subtrees = bytemuck::cast_slice(weights).chunks(SUBTREE);
+        let nodes = share_out(subtrees, team, |number, bytes| {
+            let mut hasher = blake3::Hasher::new();
+            hasher.set_input_offset((number * SUBTREE) as u64);
+            hasher.update(bytes).finalize_non_root()
+        });
+        let (left, right) = branches(&nodes);
+        Self(*merge_subtrees_root(&node(left), &node(right), Mode::Hash).as_bytes())
+    }
+
     /// One name for a list of names: how the fragments' digests make the model's.
     pub fn of_all<'a>(parts: impl IntoIterator<Item = &'a Digest>) -> Self {
         let mut hasher = blake3::Hasher::new();
@@ -39,6 +60,20 @@ impl Digest {
     pub fn short(&self) -> String {
         self.to_string()[..10].to_string()
     }
+}
+
+/// The node above `nodes`.
+fn node(nodes: &[ChainingValue]) -> ChainingValue {
+    if let [only] = nodes {
+        return *only;
+    }
+    let (left, right) = branches(nodes);
+    merge_subtrees_non_root(&node(left), &node(right), Mode::Hash)
+}
+
+/// Two or more nodes as BLAKE3 parts them: as many as possible to the left, but a power of two, and some to the right.
+fn branches(nodes: &[ChainingValue]) -> (&[ChainingValue], &[ChainingValue]) {
+    nodes.split_at(nodes.len().next_power_of_two() / 2)
 }
 
 impl fmt::Display for Digest {
@@ -93,12 +128,21 @@ impl<'de> Deserialize<'de> for Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::team::Alone;
 
     #[test]
     fn weights_are_addressed_by_their_little_endian_bytes() {
         let weights: Vec<f32> = (0..3000).map(|i| i as f32 * 0.5 - 7.0).collect();
         let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
         assert_eq!(Digest::of_weights(&weights), Digest::of(&bytes));
+    }
+
+    #[test]
+    fn a_team_finds_the_same_name() {
+        for len in [0, 1, SUBTREE / 4, SUBTREE / 4 + 1, SUBTREE / 2, 5 * SUBTREE / 4 + 77, 8 * SUBTREE / 4] {
+            let weights: Vec<f32> = (0..len).map(|i| i as f32 * 0.25 - 3.0).collect();
+            assert_eq!(Digest::of_weights_by(&weights, &Alone), Digest::of_weights(&weights), "{len}");
+        }
     }
 
     #[test]

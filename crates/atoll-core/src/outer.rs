@@ -15,15 +15,16 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use merge::{Averaging, Delta, Merged, Weighted, merge};
+pub use merge::{Averaging, Merged, Weighted, merge};
 
-use crate::codec::{Codec, CodecError, Payload};
-use crate::delta::{dot, norm};
+use crate::codec::{CHUNK, Codec, CodecError, Payload};
+use crate::delta::dot;
 use crate::hash::Digest;
 use crate::journal::{Accepted, Commit};
 use crate::manifest::{FragmentId, Manifest};
 use crate::plan;
-use crate::team::Team;
+use crate::simd::simd;
+use crate::team::{Team, share_out};
 
 /// How Θ follows the merged pseudo-gradient.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -100,6 +101,24 @@ pub struct Global {
     pub residual: Vec<Vec<f32>>,
     /// ρ, smoothed.
     pub rho: Vec<f64>,
+    memory: Memory,
+}
+
+/// Memory of one merge for the next: the system takes longer to hand out fresh memory than a merge of sparse
+/// contributions takes to fill it. What it holds means nothing.
+#[derive(Debug, Default)]
+struct Memory(Vec<f32>);
+
+impl Clone for Memory {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for Memory {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// The result of one outer step.
@@ -166,6 +185,8 @@ pub enum StepError {
 const RHO_SHARE: f64 = 0.1;
 /// Beyond this, consecutive deltas are the same and the model of ρ ends.
 const RHO_MAX: f64 = 0.95;
+/// Weights that a team's member takes at a time.
+const STRETCH: usize = 1 << 16;
 /// Lengths beyond this are no training; sums of such numbers might not be finite.
 const NORM_MAX: f64 = 1e30;
 
@@ -175,7 +196,7 @@ impl Global {
         let residual = theta.iter().map(|fragment| vec![0.0; fragment.len()]).collect();
         let momentum = vec![Vec::new(); theta.len()];
         let rho = vec![0.0; theta.len()];
-        Self { manifest, theta, momentum, residual, rho }
+        Self { manifest, theta, momentum, residual, rho, memory: Memory::default() }
     }
 
     /// The layout.
@@ -209,16 +230,16 @@ impl Global {
         let count = self.theta[fragment.index()].len();
         let bytes = |accepted: &Accepted| payload(accepted.payload).ok_or(StepError::Missing(accepted.payload));
         let payloads: Vec<Vec<u8>> = contributions.iter().map(bytes).collect::<Result<_, _>>()?;
-        let mut deltas = Vec::new();
+        let mut weighted = Vec::new();
         for (accepted, bytes) in contributions.iter().zip(&payloads) {
             // Every payload was checked when it came, and its address says that it is still the same.
             let sound = Payload::parse(bytes, count);
             let sound = sound.map_err(|source| StepError::Codec { payload: accepted.payload, source })?;
             let stale = accepted.base + 1 < version;
-            deltas.push(Weighted { weight: accepted.weight, stale, delta: Delta::new(sound, team) });
+            weighted.push(Weighted { weight: accepted.weight, stale, payload: sound });
         }
         let first = contributions.first().map_or(Digest::default(), |accepted| accepted.payload);
-        let step = self.step(fragment, &deltas, recipe, team);
+        let step = self.step(fragment, &weighted, recipe, team);
         let mut step = step.map_err(|source| StepError::Codec { payload: first, source })?;
         step.measures.bytes = payloads.iter().map(|bytes| bytes.len() as u64).collect();
         Ok(step)
@@ -247,76 +268,119 @@ impl Global {
         Ok(step)
     }
 
-    /// Merges `deltas` and moves `fragment`.
+    /// Merges `contributions` and moves `fragment`.
     ///
     /// # Errors
     /// If the merged delta is not finite; then nothing has changed.
     pub fn step(
         &mut self,
         fragment: FragmentId,
-        deltas: &[Weighted<'_>],
+        contributions: &[Weighted<'_>],
+        recipe: &Recipe,
+        team: &dyn Team,
+    ) -> Result<Step, CodecError> {
+        let (momentum, memory) = (&self.momentum[fragment.index()], std::mem::take(&mut self.memory.0));
+        let merged = merge(&self.manifest, fragment, recipe.merge, contributions, momentum, memory, team);
+        let step = self.follow(fragment, &merged, recipe, team);
+        self.memory.0 = merged.into_memory();
+        step
+    }
+
+    /// Moves `fragment` by what was merged.
+    ///
+    /// # Errors
+    /// If the merged delta is not finite; then nothing has changed.
+    pub fn follow(
+        &mut self,
+        fragment: FragmentId,
+        merged: &Merged,
         recipe: &Recipe,
         team: &dyn Team,
     ) -> Result<Step, CodecError> {
         let index = fragment.index();
-        let merged = merge(&self.manifest, fragment, recipe.merge, deltas, &self.momentum[index], team);
-        let length = norm(&merged.values);
-        if !length.is_finite() || length >= NORM_MAX {
+        if !merged.norm.is_finite() || merged.norm >= NORM_MAX {
             return Err(CodecError::NonFinite { index: 0 });
         }
-        let payload = self.advance(index, &merged.values, length, recipe, team)?;
-        Payload::parse(&payload, merged.values.len())?.add_to(&mut self.theta[index], team);
+        self.gather_speed(index, merged, recipe, team);
+        let payload = self.write_down(index, merged, recipe, team)?;
+        let theta = &mut self.theta[index];
+        Payload::parse(&payload, theta.len())?.add_to(theta, team);
         let (rate, mu) = recipe.rule.coefficients(self.rho[index]);
         Ok(Step {
             delta: Digest::of(&payload),
-            digest: Digest::of_weights(&self.theta[index]),
+            digest: Digest::of_weights_by(theta, team),
             payload,
             measures: Measures {
-                norm: length,
+                norm: merged.norm,
                 bytes: Vec::new(),
-                cosines: merged.cosines,
-                corrections: merged.corrections,
+                cosines: merged.cosines.clone(),
+                corrections: merged.corrections.clone(),
                 rho: self.rho[index],
                 effective_step: recipe.share * rate * lengthening(mu, self.rho[index]),
-                residual: norm(&self.residual[index]),
+                residual: length(&self.residual[index], team),
             },
         })
     }
 
-    /// Moves momentum and residual of a fragment, and writes down by how much Θ is to move.
-    fn advance(
-        &mut self,
-        index: usize,
-        merged: &[f32],
-        length: f64,
-        recipe: &Recipe,
-        team: &dyn Team,
-    ) -> Result<Vec<u8>, CodecError> {
+    /// Moves a fragment's momentum, and ρ by what the momentum and the merged delta had in common.
+    fn gather_speed(&mut self, index: usize, merged: &Merged, recipe: &Recipe, team: &dyn Team) {
         let momentum = &mut self.momentum[index];
         momentum.resize(merged.len(), 0.0);
         let (_, mu) = recipe.rule.coefficients(0.0);
-        self.rho[index] = plan::smooth(self.rho[index], measured_rho(momentum, merged, length, mu), RHO_SHARE);
+        let along = share_out(momentum.chunks_mut(STRETCH), team, |number, momentum| {
+            let mut values = [0.0; CHUNK];
+            let mut along = 0.0;
+            for (index, momentum) in momentum.chunks_mut(CHUNK).enumerate() {
+                let values = &mut values[..momentum.len()];
+                simd(
+                    #[inline(always)]
+                    || {
+                        merged.read(number * STRETCH + index * CHUNK, values);
+                        along += dot(values, momentum);
+                        let mu = mu as f32;
+                        momentum.iter_mut().zip(&*values).for_each(|(buffer, delta)| *buffer = mu * *buffer + delta);
+                    },
+                );
+            }
+            along
+        });
+        let measured = measured_rho(along.iter().sum(), merged.norm, mu);
+        self.rho[index] = plan::smooth(self.rho[index], measured, RHO_SHARE);
+    }
+
+    /// Writes down by how much Θ is to move; what the codec cannot say stays in the residual.
+    fn write_down(
+        &mut self,
+        index: usize,
+        merged: &Merged,
+        recipe: &Recipe,
+        team: &dyn Team,
+    ) -> Result<Vec<u8>, CodecError> {
         let (rate, mu) = recipe.rule.coefficients(self.rho[index]);
         let (rate, mu) = ((recipe.share * rate) as f32, mu as f32);
-        crate::simd::simd(
-            #[inline(always)]
-            || momentum.iter_mut().zip(merged).for_each(|(buffer, delta)| *buffer = mu * *buffer + delta),
-        );
-        let momentum = &*momentum;
+        let momentum = &self.momentum[index];
         recipe.codec.encode_prepared(&mut self.residual[index], team, |start, wish| {
-            let end = start + wish.len();
-            for ((wish, delta), buffer) in wish.iter_mut().zip(&merged[start..end]).zip(&momentum[start..end]) {
+            let mut values = [0.0; CHUNK];
+            let values = &mut values[..wish.len()];
+            merged.read(start, values);
+            for ((wish, delta), buffer) in wish.iter_mut().zip(&*values).zip(&momentum[start..]) {
                 *wish -= rate * (delta + mu * buffer);
             }
         })
     }
 }
 
-/// ρ from the buffer b before this delta: if cosines fall off as ρ, ρ², …, then r = Δ·b/‖Δ‖² is ρ/(1 − μρ).
-fn measured_rho(momentum: &[f32], merged: &[f32], length: f64, mu: f64) -> f64 {
+/// ρ from how far the merged delta goes along the buffer b before it: if cosines fall off as ρ, ρ², …, then
+/// r = Δ·b/‖Δ‖² is ρ/(1 − μρ).
+fn measured_rho(along: f64, length: f64, mu: f64) -> f64 {
     if length == 0.0 {
         return 0.0;
     }
-    let ratio = dot(merged, momentum) / (length * length);
+    let ratio = along / (length * length);
     (ratio / (1.0 + mu * ratio).max(1e-3)).clamp(0.0, RHO_MAX)
+}
+
+/// Euclidean length, by stretches that a team shares.
+fn length(values: &[f32], team: &dyn Team) -> f64 {
+    share_out(values.chunks(STRETCH), team, |_, stretch| dot(stretch, stretch)).iter().sum::<f64>().sqrt()
 }

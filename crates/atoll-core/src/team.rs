@@ -19,3 +19,21 @@ impl Team for Alone {
         jobs.into_iter().for_each(|job| job());
     }
 }
+
+/// Has a team do `work` on each of `parts`, which are numbered; the results stand in the order of the parts.
+pub fn share_out<P: Send, R: Send>(
+    parts: impl IntoIterator<Item = P>,
+    team: &dyn Team,
+    work: impl Fn(usize, P) -> R + Sync,
+) -> Vec<R> {
+    let parts: Vec<P> = parts.into_iter().collect();
+    let mut results: Vec<Option<R>> = parts.iter().map(|_| None).collect();
+    let work = &work;
+    let jobs = parts
+        .into_iter()
+        .enumerate()
+        .zip(&mut results)
+        .map(|((number, part), result)| Box::new(move || *result = Some(work(number, part))) as Job<'_>);
+    team.all(jobs.collect());
+    results.into_iter().map(|result| result.expect("a team does all of its jobs")).collect()
+}

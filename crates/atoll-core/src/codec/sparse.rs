@@ -13,7 +13,7 @@ use half::bf16;
 use super::dense::saturate;
 
 /// Weights in a chunk.
-pub(super) const CHUNK: usize = 4096;
+pub(crate) const CHUNK: usize = 4096;
 const LEVELS: usize = 4;
 /// Mean, then border, so often.
 const LLOYD: usize = 3;
@@ -43,6 +43,11 @@ impl Shape {
             highs: highs.div_ceil(8),
             codes: (2 * kept).div_ceil(8),
         }
+    }
+
+    /// Weights that are kept.
+    pub(super) fn kept(&self) -> usize {
+        self.kept
     }
 
     /// Bytes of the chunk.
@@ -89,11 +94,12 @@ fn put(bytes: &mut [u8], at: usize, number: usize) {
 /// Reads `bits` < 16 bits at bit `at`.
 #[inline(always)]
 fn get(bytes: &[u8], at: usize, bits: usize) -> usize {
-    let mut window = [0u8; 4];
-    for (byte, part) in window.iter_mut().zip(&bytes[at / 8..]) {
-        *byte = *part;
-    }
-    (u32::from_le_bytes(window) >> (at % 8)) as usize & ((1 << bits) - 1)
+    let rest = bytes.get(at / 8..).unwrap_or(&[]);
+    let window = match rest.first_chunk() {
+        Some(window) => u32::from_le_bytes(*window),
+        None => rest.iter().rev().fold(0, |window, &byte| window << 8 | u32::from(byte)),
+    };
+    (window >> (at % 8)) as usize & ((1 << bits) - 1)
 }
 
 /// Positions of the greatest magnitudes, ascending. A magnitude's bits as a number order like the magnitude, so the
@@ -193,12 +199,9 @@ fn border(values: &[f32], places: &[u16]) -> f32 {
 #[inline(always)]
 pub(super) fn visit(shape: Shape, bytes: &[u8], mut show: impl FnMut(usize, f32)) -> Option<()> {
     let (levels, rest) = bytes.split_at_checked(2 * LEVELS)?;
-    let (codes, rest) = rest.split_at_checked(shape.codes)?;
-    let (lows, highs) = rest.split_at_checked(shape.lows)?;
-    let mut table = [0f32; LEVELS];
-    for (level, bytes) in table.iter_mut().zip(levels.chunks_exact(2)) {
-        *level = bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
-    }
+    let (codes, lows_and_highs) = rest.split_at_checked(shape.codes)?;
+    let (_, highs) = lows_and_highs.split_at_checked(shape.lows)?;
+    let table = table(levels);
     let (mut rank, mut next) = (0, 0);
     for (number, word) in highs.chunks(8).enumerate() {
         let mut window = [0u8; 8];
@@ -210,7 +213,7 @@ pub(super) fn visit(shape: Shape, bytes: &[u8], mut show: impl FnMut(usize, f32)
             if rank == shape.kept {
                 return None;
             }
-            let place = (bit - rank) << shape.low_bits | get(lows, rank * shape.low_bits, shape.low_bits);
+            let place = (bit - rank) << shape.low_bits | get(lows_and_highs, rank * shape.low_bits, shape.low_bits);
             if place < next || place >= shape.len {
                 return None;
             }
@@ -220,4 +223,34 @@ pub(super) fn visit(shape: Shape, bytes: &[u8], mut show: impl FnMut(usize, f32)
     }
     let finite = table.iter().all(|level| level.is_finite());
     (rank == shape.kept && finite).then_some(())
+}
+
+/// Squared length of what a sound chunk says, from how often each level occurs. Levels have eight significant bits:
+/// such sums lose nothing, in whatever order, unless levels are some 2¹⁰ apart.
+pub(super) fn square(shape: Shape, bytes: &[u8]) -> Option<f64> {
+    const LOWER: u64 = 0x5555_5555_5555_5555;
+    let (levels, rest) = bytes.split_at_checked(2 * LEVELS)?;
+    let codes = rest.get(..shape.codes)?;
+    let mut counts = [0u32; LEVELS];
+    let mut left = shape.kept;
+    for bytes in codes.chunks(8) {
+        let here = left.min(32);
+        let word = bytes.iter().rev().fold(0u64, |word, &byte| word << 8 | u64::from(byte));
+        // What stands behind the last code means nothing.
+        let mask = LOWER & (u64::MAX >> (64 - 2 * here));
+        let (large, negative) = (word & mask, word >> 1 & mask);
+        counts[3] += (large & negative).count_ones();
+        counts[2] += (negative & !large).count_ones();
+        counts[1] += (large & !negative).count_ones();
+        counts[0] += (mask & !large & !negative).count_ones();
+        left -= here;
+    }
+    let squares = table(levels).map(|level| f64::from(level) * f64::from(level));
+    Some(squares.iter().zip(counts).map(|(square, count)| square * f64::from(count)).sum())
+}
+
+/// The levels as numbers.
+#[inline(always)]
+fn table(levels: &[u8]) -> [f32; LEVELS] {
+    std::array::from_fn(|code| bf16::from_le_bytes([levels[2 * code], levels[2 * code + 1]]).to_f32())
 }

@@ -1,6 +1,7 @@
 //! Laws of all codecs, and golden bytes.
 
 use super::*;
+use crate::team::Job;
 use proptest::prelude::*;
 
 const SPARSE: &str = "04100000000002804000000000c0c0032205";
@@ -140,6 +141,16 @@ proptest! {
             let (least, greatest) = (magnitudes(true).fold(f32::MAX, f32::min), magnitudes(false).fold(0.0, f32::max));
             prop_assert!(least >= greatest);
         }
+    }
+
+    /// A sparse payload's length is told from its levels alone, and nothing is lost by it.
+    #[test]
+    fn the_length_of_a_sparse_payload_is_that_of_its_values(seed: u64, count in 1usize..9000, keep in 1u16..400) {
+        let payload = Codec::Sparse(keep).encode(&normal(seed, count)).unwrap();
+        let sound = Payload::check(&payload, count, &Alone).unwrap();
+        let mut square = 0.0;
+        sound.visit(0..count, |_, value| square += f64::from(value) * f64::from(value));
+        prop_assert_eq!(sound.norm(), square.sqrt());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The merge and the outer step, on a fragment of an embedding and a matrix.
 
 use super::*;
+use crate::delta::norm;
 use crate::model::{Tensor, TensorKind};
 use crate::rng::Rng;
 use crate::team::Alone;
@@ -17,12 +18,26 @@ fn random(seed: u64) -> Vec<f32> {
     (0..96).map(|_| rng.normal() as f32).collect()
 }
 
-fn fresh(weight: f64, values: Vec<f32>) -> Weighted<'static> {
-    Weighted { weight, stale: false, delta: Delta::Dense(values) }
+/// A payload with its weight.
+type Fresh = (f64, Vec<u8>);
+
+fn fresh(weight: f64, values: &[f32]) -> Fresh {
+    (weight, Codec::F32.encode(values).unwrap())
 }
 
-fn merged(deltas: &[Weighted<'_>], momentum: &[f32]) -> Vec<f32> {
-    merge(&manifest(), FragmentId(0), Averaging::Radial, deltas, momentum, &Alone).values
+fn weigh(payloads: &[Fresh], stale: bool) -> Vec<Weighted<'_>> {
+    let payload = |bytes| Payload::parse(bytes, 96).unwrap();
+    payloads.iter().map(|(weight, bytes)| Weighted { weight: *weight, stale, payload: payload(bytes) }).collect()
+}
+
+fn average(averaging: Averaging, payloads: &[Fresh]) -> Merged {
+    // What is in the memory that is handed over means nothing.
+    let memory = vec![f32::NAN; 200];
+    merge(&manifest(), FragmentId(0), averaging, &weigh(payloads, false), &[], memory, &Alone)
+}
+
+fn merged(payloads: &[Fresh]) -> Vec<f32> {
+    average(Averaging::Radial, payloads).values()
 }
 
 fn recipe(rule: OuterRule, codec: Codec) -> Recipe {
@@ -33,17 +48,33 @@ fn still() -> Global {
     Global::new(manifest(), vec![vec![0.0; 96]])
 }
 
+fn step(global: &mut Global, delta: &[f32], recipe: &Recipe) -> Result<Step, CodecError> {
+    global.step(FragmentId(0), &weigh(&[fresh(1.0, delta)], false), recipe, &Alone)
+}
+
 #[test]
 fn one_contribution_merges_to_itself() {
     let delta = random(1);
-    let merged = merged(&[fresh(3.0, delta.clone())], &[]);
+    let merged = merged(&[fresh(3.0, &delta)]);
     assert!(merged.iter().zip(&delta).all(|(a, b)| (a - b).abs() < 1e-5));
+}
+
+#[test]
+fn a_merge_reads_alike_in_stretches() {
+    let parts = [random(1), random(2)];
+    let merged = average(Averaging::Radial, &parts.each_ref().map(|delta| fresh(1.0, delta)));
+    let values = merged.values();
+    for (start, len) in [(0, 96), (0, 32), (31, 2), (32, 64), (5, 80), (95, 1), (40, 0)] {
+        let mut stretch = vec![f32::NAN; len];
+        merged.read(start, &mut stretch);
+        assert_eq!(stretch, values[start..start + len], "{start} {len}");
+    }
 }
 
 #[test]
 fn matrices_keep_their_length_and_embeddings_are_averaged() {
     let parts = [random(1), random(2), random(3)];
-    let merged = merged(&parts.clone().map(|delta| fresh(1.0, delta)), &[]);
+    let merged = merged(&parts.each_ref().map(|delta| fresh(1.0, delta)));
     let length = parts.iter().map(|part| norm(&part[32..])).sum::<f64>() / 3.0;
     assert!((norm(&merged[32..]) - length).abs() < 1e-4);
     for (i, merged) in merged.iter().take(32).enumerate() {
@@ -55,9 +86,8 @@ fn matrices_keep_their_length_and_embeddings_are_averaged() {
 #[test]
 fn plain_averaging_is_the_weighted_mean() {
     let (a, b) = (random(1), random(2));
-    let parts = [fresh(3.0, a.clone()), fresh(1.0, b.clone())];
-    let merged = merge(&manifest(), FragmentId(0), Averaging::Plain, &parts, &[], &Alone);
-    for ((merged, a), b) in merged.values.iter().zip(&a).zip(&b) {
+    let merged = average(Averaging::Plain, &[fresh(3.0, &a), fresh(1.0, &b)]);
+    for ((merged, a), b) in merged.values().iter().zip(&a).zip(&b) {
         assert!((merged - (0.75 * a + 0.25 * b)).abs() < 1e-6);
     }
     assert!(merged.cosines[0] > merged.cosines[1] && merged.corrections == [0.0, 0.0]);
@@ -67,8 +97,9 @@ fn plain_averaging_is_the_weighted_mean() {
 fn late_work_is_shrunk_turned_or_left_alone_by_where_it_points() {
     let momentum = random(1);
     let late = |values: &[f32]| {
-        let part = Weighted { weight: 1.0, stale: true, delta: Delta::Dense(values.to_vec()) };
-        merged(&[part], &momentum)
+        let payloads = [fresh(1.0, values)];
+        let late = weigh(&payloads, true);
+        merge(&manifest(), FragmentId(0), Averaging::Radial, &late, &momentum, Vec::new(), &Alone).values()
     };
     let (matrix, m) = (32..96, &momentum[32..]);
     let along = late(&momentum);
@@ -94,7 +125,7 @@ fn nesterov_is_the_textbooks() {
     let delta = random(1);
     for expected in [0.5 * 1.9, 0.5 * (1.0 + 0.9 * 1.9)] {
         let before = global.theta[0].clone();
-        global.step(FragmentId(0), &[fresh(1.0, delta.clone())], &recipe(rule, Codec::F32), &Alone).unwrap();
+        step(&mut global, &delta, &recipe(rule, Codec::F32)).unwrap();
         for ((after, before), delta) in global.theta[0].iter().zip(&before).zip(&delta) {
             assert!((before - after - expected * delta).abs() < 1e-5);
         }
@@ -110,7 +141,7 @@ fn auto_moves_as_far_as_its_deltas_whether_they_agree_or_not() {
             let delta = random(if same { 1 } else { round });
             length += norm(&delta);
             let rule = OuterRule::Auto { momentum: 0.6 };
-            global.step(FragmentId(0), &[fresh(1.0, delta)], &recipe(rule, Codec::F32), &Alone).unwrap();
+            step(&mut global, &delta, &recipe(rule, Codec::F32)).unwrap();
         }
         let way = norm(&global.theta[0]);
         (if same { way / length } else { way / (length / 200f64.sqrt()) }, global.rho[0])
@@ -126,7 +157,7 @@ fn a_share_shortens_the_step() {
     let mut global = still();
     let delta = random(1);
     let half = Recipe { share: 0.5, ..recipe(OuterRule::Memoryless { learning_rate: 1.0 }, Codec::F32) };
-    let step = global.step(FragmentId(0), &[fresh(1.0, delta.clone())], &half, &Alone).unwrap();
+    let step = step(&mut global, &delta, &half).unwrap();
     assert!((norm(&global.theta[0]) - 0.5 * norm(&delta)).abs() < 1e-4);
     assert_eq!(step.measures.effective_step, 0.5);
 }
@@ -141,8 +172,8 @@ proptest! {
             for round in 0..rounds {
                 let delta = random(seed.wrapping_add(round as u64));
                 let rule = OuterRule::Memoryless { learning_rate: 0.7 };
-                let merged = merged(&[fresh(1.0, delta.clone())], &[]);
-                global.step(FragmentId(0), &[fresh(1.0, delta)], &recipe(rule, codec), &Alone).unwrap();
+                let merged = merged(&[fresh(1.0, &delta)]);
+                step(&mut global, &delta, &recipe(rule, codec)).unwrap();
                 exact.iter_mut().zip(&merged).for_each(|(exact, delta)| *exact -= 0.7 * f64::from(*delta));
             }
             for ((theta, rest), exact) in global.theta[0].iter().zip(&global.residual[0]).zip(&exact) {
@@ -156,10 +187,9 @@ proptest! {
     fn sparse_and_dense_merge_alike(seed: u64, sites in 1usize..5) {
         let payloads: Vec<Vec<u8>> =
             (0..sites).map(|site| Codec::Sparse(1000).encode(&random(seed.wrapping_add(site as u64))).unwrap()).collect();
-        let check = |bytes| Payload::check(bytes, 96, &Alone).unwrap();
-        let sparse = payloads.iter().map(|bytes| Weighted { weight: 1.0, stale: false, delta: Delta::Sparse(check(bytes)) });
-        let dense = payloads.iter().map(|bytes| fresh(1.0, check(bytes).values(&Alone)));
-        let (sparse, dense) = (merged(&sparse.collect::<Vec<_>>(), &[]), merged(&dense.collect::<Vec<_>>(), &[]));
+        let dense = payloads.iter().map(|bytes| fresh(1.0, &crate::codec::decode(bytes, 96).unwrap()));
+        let dense = merged(&dense.collect::<Vec<_>>());
+        let sparse = merged(&payloads.into_iter().map(|bytes| (1.0, bytes)).collect::<Vec<_>>());
         prop_assert!(sparse.iter().zip(&dense).all(|(a, b)| (a - b).abs() < 1e-5));
     }
 }
@@ -170,7 +200,9 @@ fn a_change_that_is_not_finite_changes_nothing() {
     let before = global.clone();
     let recipe = recipe(OuterRule::default(), Codec::F32);
     for bad in [f32::INFINITY, f32::NAN, 1e37] {
-        assert!(global.step(FragmentId(0), &[fresh(1.0, vec![bad; 96])], &recipe, &Alone).is_err());
+        let mut bytes = Codec::F32.encode(&[0.0; 96]).unwrap();
+        bytes[5..].chunks_exact_mut(4).for_each(|value| value.copy_from_slice(&bad.to_le_bytes()));
+        assert!(global.step(FragmentId(0), &weigh(&[(1.0, bytes)], false), &recipe, &Alone).is_err());
         assert_eq!(global, before);
     }
 }

@@ -16,6 +16,7 @@ use crate::outer::{Measures, Recipe};
 use crate::plan::{self, Codecs, Link, Load};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
+use pace::Lead;
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -186,6 +187,7 @@ pub struct Coordinator {
     started: Option<Time>,
     evaluation: Evaluation,
     pace: Pace,
+    lead: Lead,
 }
 
 /// What is known about a site only while the coordinator lives.
@@ -246,7 +248,7 @@ impl Coordinator {
         let rounds = book.fragments.iter().map(|_| Round::default()).collect();
         let phase = if book.finished { Phase::Finished } else { Phase::Training };
         let seconds = book.seconds;
-        Self {
+        let mut machine = Self {
             sync,
             goal,
             book,
@@ -263,7 +265,10 @@ impl Coordinator {
             started: None,
             evaluation: Evaluation::default(),
             pace: Pace::default(),
-        }
+            lead: Lead::default(),
+        };
+        machine.look_who_leads();
+        machine
     }
 
     /// The lasting state.
@@ -305,6 +310,7 @@ impl Coordinator {
                 if let Some(view) = self.views.get_mut(&site) {
                     (view.connected, view.pushed) = (false, Vec::new());
                 }
+                self.look_who_leads();
             }
             Event::Arrived(site, payload, seen) => self.arrive(&site, payload, seen, &mut orders),
             Event::Useless(site, payload, why) => self.arrive_useless(&site, payload, why, &mut orders),
@@ -418,6 +424,7 @@ impl Coordinator {
         let (session, dataset, samples) = (status.session, status.dataset, status.samples);
         self.record(Entry::Joined { site: site.clone(), session, dataset, samples }, orders);
         self.views.remove(site);
+        self.look_who_leads();
     }
 
     fn view(&mut self, now: Time, site: &SiteId, status: Status) {
@@ -425,6 +432,7 @@ impl Coordinator {
             let pushed = Vec::new();
             let view = View { status, connected: true, heard: now, interval: 0.0, progressed: now, pushed };
             self.views.insert(site.clone(), view);
+            self.look_who_leads();
             return;
         };
         view.interval = plan::smooth(view.interval, now.seconds_since(view.heard), 0.2);
@@ -432,6 +440,7 @@ impl Coordinator {
             view.progressed = now;
         }
         (view.heard, view.connected, view.status) = (now, true, status);
+        self.look_who_leads();
     }
 
     /// Whether a contribution of `site` is in an outer step that is being computed.
@@ -462,6 +471,7 @@ impl Coordinator {
         self.drop_pending(site, orders);
         self.record(Entry::Returned { site: site.clone(), why: why.to_string() }, orders);
         self.views.remove(site);
+        self.look_who_leads();
     }
 
     fn note_evaluation(&mut self, site: &SiteId, status: &Status, orders: &mut Vec<Order>) {
@@ -504,7 +514,7 @@ impl Coordinator {
 
     fn advance_round(&mut self, now: Time, index: usize, orders: &mut Vec<Order>) {
         let here = self.contributors(&self.rounds[index]).len();
-        let needed = self.quorum(self.live(now).len());
+        let needed = self.quorum(self.views.values().filter(|view| view.is_live(now)).count());
         let round = &mut self.rounds[index];
         if round.merging.is_some() {
             return;
@@ -681,7 +691,7 @@ impl Coordinator {
             .asked
             .as_ref()
             .is_some_and(|(asked, _)| self.views.get(asked).is_some_and(|view| view.is_live(now)));
-        let is_fast = self.steps_for(site) >= self.base_steps(self.fastest());
+        let is_fast = self.steps_for(site) >= self.lead.steps;
         let wanted = self.phase == Phase::Training || self.evaluation.last_look == Some(false);
         if wanted && due && !asked_lives && is_fast && self.views.contains_key(site) {
             // Grows over restarts too, so that no site takes it for an old one.

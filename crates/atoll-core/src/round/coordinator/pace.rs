@@ -16,6 +16,15 @@ const STEPS_SLACK: f64 = 1.0;
 /// Times that its way may take longer than its link promises.
 const WAY_SLACK: f64 = 2.0;
 
+/// The fastest site, by which all others go.
+#[derive(Debug, Default)]
+pub(super) struct Lead {
+    /// Inner steps between two contributions of a fragment.
+    pub(super) steps: u32,
+    /// Seconds per step; 0 if no site has taken one.
+    step_seconds: f64,
+}
+
 impl Coordinator {
     /// Seconds a round may stay open after its quorum.
     pub(super) fn grace(&self, live: &[SiteId]) -> f64 {
@@ -46,19 +55,20 @@ impl Coordinator {
     }
 
     pub(super) fn steps_for(&self, site: &SiteId) -> u32 {
-        let fastest = self.fastest();
         let own = self.views.get(site).map_or(0.0, View::step_seconds);
-        plan::steps_for(self.base_steps(fastest), own, fastest)
+        plan::steps_for(self.lead.steps, own, self.lead.step_seconds)
     }
 
-    /// Seconds per step at the fastest site; 0 if none has taken one.
-    pub(super) fn fastest(&self) -> f64 {
+    /// Looks who leads; to be done whenever what is known of a site has changed. Whatever asks for the lead may ask for
+    /// every site, which would make a round's cost grow with the square of the sites.
+    pub(super) fn look_who_leads(&mut self) {
         let steps = self.views.values().map(View::step_seconds).filter(|&seconds| seconds > 0.0);
-        steps.reduce(f64::min).unwrap_or(0.0)
+        let step_seconds = steps.reduce(f64::min).unwrap_or(0.0);
+        self.lead = Lead { steps: self.base_steps(step_seconds), step_seconds };
     }
 
     /// Inner steps between two contributions of a fragment at the fastest site.
-    pub(super) fn base_steps(&self, fastest: f64) -> u32 {
+    fn base_steps(&self, fastest: f64) -> u32 {
         match self.sync.steps {
             Setting::Is(steps) => steps,
             Setting::Auto => {

@@ -1,0 +1,188 @@
+//! What the codecs' benchmark works on, and the works themselves.
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow};
+use atoll_core::codec::{Codec, Payload};
+use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_core::model::ModelConfig;
+use atoll_core::outer::{Averaging, Global, Merged, OuterRule, Recipe, Weighted, merge};
+use atoll_core::rng::Rng;
+use atoll_core::simd::simd;
+use atoll_core::team::{Job, Team};
+
+/// Sites whose contributions are merged.
+pub(super) const SITES: usize = 8;
+/// The codec of the way up, and of the way down, that a run has by default.
+pub(super) const UP: Codec = Codec::Sparse(96);
+pub(super) const DOWN: Codec = Codec::Sparse(224);
+const FRAGMENT: FragmentId = FragmentId(0);
+/// Rounds of contributing before anything is timed: then residuals are what they are in a long run.
+const ROUNDS_BEFORE: usize = 40;
+/// Weights that a member of a team takes at a time in a triad.
+const STRETCH: usize = 1 << 18;
+/// The first weights of two windows of noise lie so far apart.
+const WINDOW_STEP: usize = 4099;
+const WINDOWS: usize = 61;
+
+/// Something to time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Work {
+    Triad,
+    Fresh,
+    Encode(Codec),
+    Decode(Codec),
+    Merge(Codec),
+    Step,
+}
+
+/// A fragment in all its forms. Each vector is larger than the caches of today.
+pub(super) struct Material {
+    global: Global,
+    noise: Vec<f32>,
+    /// What each codec has not delivered yet.
+    residuals: BTreeMap<Codec, Vec<f32>>,
+    /// A contribution of each site.
+    payloads: BTreeMap<Codec, Vec<Vec<u8>>>,
+    merged: Merged,
+    /// The memory of merges.
+    memory: Vec<f32>,
+    triad: [Vec<f32>; 3],
+    turn: usize,
+}
+
+impl Material {
+    /// The first fragment of a preset that is cut into `fragments`.
+    pub(super) fn new(preset: &str, fragments: usize) -> Result<Self> {
+        let model = ModelConfig::preset(preset, 8192, 1024).with_context(|| format!("there is no preset {preset}"))?;
+        let whole = Manifest::balanced(model.tensors(), fragments);
+        let tensors = whole.places(FRAGMENT).map(|place| whole.tensors()[place.tensor].clone());
+        let manifest = Manifest::balanced(tensors.collect(), 1);
+        let weights = manifest.parameters();
+        let noise = noise(weights + WINDOWS * WINDOW_STEP);
+        let global = Global::new(manifest, vec![noise[..weights].to_vec()]);
+        let mut material = Self {
+            global,
+            noise,
+            residuals: Codec::ALL.map(|codec| (codec, vec![0.0; weights])).into(),
+            payloads: BTreeMap::new(),
+            merged: Merged::default(),
+            memory: Vec::new(),
+            triad: [1.0, 2.0, 3.0].map(|value| vec![value; weights]),
+            turn: 0,
+        };
+        material.contribute()?;
+        Ok(material)
+    }
+
+    /// Makes payloads and residuals like those of a long run.
+    fn contribute(&mut self) -> Result<()> {
+        let team = atoll_node::crew::Crew;
+        for codec in Codec::ALL {
+            let rounds = if matches!(codec, Codec::Sparse(_)) { ROUNDS_BEFORE } else { SITES };
+            let payloads = (0..rounds).map(|_| self.encode(codec, &team)).collect::<Result<Vec<_>>>()?;
+            self.payloads.insert(codec, payloads.into_iter().skip(rounds - SITES).collect());
+        }
+        self.merged = self.merged(UP, &team)?;
+        Ok(())
+    }
+
+    /// Weights of the fragment.
+    pub(super) fn weights(&self) -> usize {
+        self.global.theta[0].len()
+    }
+
+    /// Bytes of one contribution's payload per weight.
+    pub(super) fn payload_bytes(&self, codec: Codec) -> f64 {
+        codec.payload_len(self.weights()) as f64 / self.weights() as f64
+    }
+
+    /// Does some work once and says how many seconds it took.
+    pub(super) fn time(&mut self, work: Work, team: &dyn Team) -> Result<f64> {
+        self.turn += 1;
+        let began = Instant::now();
+        match work {
+            Work::Triad => self.triad(team),
+            Work::Fresh => drop(black_box(vec![1.0f32; self.weights()])),
+            Work::Encode(codec) => drop(black_box(self.encode(codec, team)?)),
+            Work::Decode(codec) => self.decode(codec, team)?,
+            Work::Merge(codec) => self.merge(codec, team)?,
+            Work::Step => self.step(team)?,
+        }
+        Ok(began.elapsed().as_secs_f64())
+    }
+
+    fn triad(&mut self, team: &dyn Team) {
+        let [a, b, c] = &mut self.triad;
+        let stretches = a.chunks_mut(STRETCH).zip(b.chunks(STRETCH)).zip(c.chunks(STRETCH));
+        let jobs = stretches.map(|((a, b), c)| {
+            Box::new(move || {
+                simd(
+                    #[inline(always)]
+                    || a.iter_mut().zip(b).zip(c).for_each(|((a, b), c)| *a = b + 0.5 * c),
+                );
+            }) as Job<'_>
+        });
+        team.all(jobs.collect());
+    }
+
+    /// As a site contributes: from its weights, its copy of Θ and its residual.
+    fn encode(&mut self, codec: Codec, team: &dyn Team) -> Result<Vec<u8>> {
+        self.turn += 1;
+        let count = self.weights();
+        let (theta, from) =
+            (window(&self.noise, self.turn, count), window(&self.noise, self.turn + WINDOWS / 2, count));
+        let residual = self.residuals.get_mut(&codec).context("every codec has a residual")?;
+        let payload = codec.encode_prepared(residual, team, |start, wish| {
+            let (theta, from) = (&theta[start..start + wish.len()], &from[start..start + wish.len()]);
+            wish.iter_mut().zip(theta).zip(from).for_each(|((wish, theta), from)| *wish += from - theta);
+        });
+        Ok(payload?)
+    }
+
+    /// As a site takes in a commit.
+    fn decode(&mut self, codec: Codec, team: &dyn Team) -> Result<()> {
+        let payload = &self.payloads[&codec][self.turn % SITES];
+        let theta = &mut self.global.theta[0];
+        Payload::check(payload, theta.len(), team)?.add_to(theta, team);
+        Ok(())
+    }
+
+    /// Merges all sites' contributions into the memory of the merge before, as a coordinator does.
+    fn merge(&mut self, codec: Codec, team: &dyn Team) -> Result<()> {
+        self.memory = self.merged(codec, team)?.into_memory();
+        Ok(())
+    }
+
+    fn merged(&mut self, codec: Codec, team: &dyn Team) -> Result<Merged> {
+        let payloads = self.payloads[&codec].iter().map(|bytes| Payload::parse(bytes, self.weights()));
+        let weighted = payloads.map(|payload| Ok(Weighted { weight: 1.0, stale: false, payload: payload? }));
+        let contributions = weighted.collect::<Result<Vec<_>>>()?;
+        let memory = std::mem::take(&mut self.memory);
+        let manifest = self.global.manifest();
+        Ok(merge(manifest, FRAGMENT, Averaging::default(), &contributions, &[], memory, team))
+    }
+
+    /// The outer step after a merge.
+    fn step(&mut self, team: &dyn Team) -> Result<()> {
+        let (merge, rule) = (Averaging::default(), OuterRule::default());
+        let recipe = Recipe { merge, rule, codec: DOWN, share: 1.0 };
+        let step = self.global.follow(FRAGMENT, &self.merged, &recipe, team).map_err(|error| anyhow!(error))?;
+        black_box(step);
+        Ok(())
+    }
+}
+
+/// A stretch of noise; neighbouring windows have nothing in common, weight by weight.
+fn window(noise: &[f32], number: usize, count: usize) -> &[f32] {
+    let start = number % WINDOWS * WINDOW_STEP;
+    &noise[start..start + count]
+}
+
+/// Small numbers with tails longer than a normal distribution's, as steps of training are.
+fn noise(count: usize) -> Vec<f32> {
+    let mut rng = Rng::new(1);
+    (0..count).map(|_| (rng.normal() * (0.5 * rng.normal()).exp() * 1e-3) as f32).collect()
+}

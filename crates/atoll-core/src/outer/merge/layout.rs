@@ -1,0 +1,189 @@
+//! The passes of a merge over a fragment's weights.
+//!
+//! ```text
+//! fragment   |   tensor    |      tensor        | tensor |
+//! stretches  |      |      |      |      |      |     |  |    what a team's member takes at a time: 16 chunks of a tensor
+//! chunks     ||||||||||||||||||||||||||||||||||||||||||||||    what is unpacked from all contributions, into a core's cache
+//! ```
+//!
+//! Chunks are the payloads' own, so where two tensors meet a chunk is unpacked for both. Sums over a tensor are sums of
+//! its stretches' sums in their order, and these of their chunks', whoever computed them: the same bits on every machine.
+
+use std::ops::Range;
+
+use super::{Part, Weighted};
+use crate::codec::{CHUNK, Unpacked, add_scaled};
+use crate::delta::dot;
+use crate::manifest::{FragmentId, Manifest};
+use crate::model::TensorKind;
+use crate::team::{Team, share_out};
+
+/// Weights of a stretch.
+const STRETCH: usize = 16 * CHUNK;
+
+/// The tensors and stretches of a fragment.
+pub(super) struct Layout {
+    kinds: Vec<TensorKind>,
+    stretches: Vec<Stretch>,
+}
+
+/// A part of a tensor.
+struct Stretch {
+    /// The tensor, as an index into the layout's.
+    tensor: usize,
+    /// Its place in the fragment.
+    range: Range<usize>,
+}
+
+/// What contributions v and another vector o have to do with each other, over a tensor or a part of it.
+#[derive(Debug, Clone)]
+pub(super) struct Sums {
+    /// ‖v‖² of each contribution.
+    pub(super) squares: Vec<f64>,
+    /// v·o of each contribution.
+    pub(super) alongs: Vec<f64>,
+    /// ‖o‖².
+    pub(super) other: f64,
+}
+
+impl Sums {
+    fn zero(contributions: usize) -> Self {
+        Self { squares: vec![0.0; contributions], alongs: vec![0.0; contributions], other: 0.0 }
+    }
+
+    fn add(&mut self, more: &Self) {
+        self.squares.iter_mut().zip(&more.squares).for_each(|(sum, more)| *sum += more);
+        self.alongs.iter_mut().zip(&more.alongs).for_each(|(sum, more)| *sum += more);
+        self.other += more.other;
+    }
+}
+
+impl Layout {
+    pub(super) fn new(manifest: &Manifest, fragment: FragmentId) -> Self {
+        let mut layout = Self { kinds: Vec::new(), stretches: Vec::new() };
+        for (tensor, place) in manifest.places(fragment).enumerate() {
+            layout.kinds.push(manifest.tensors()[place.tensor].kind);
+            let ranges = cut(&place.range, STRETCH);
+            layout.stretches.extend(ranges.map(|range| Stretch { tensor, range }));
+        }
+        layout
+    }
+
+    /// Weights of the fragment.
+    pub(super) fn len(&self) -> usize {
+        self.stretches.last().map_or(0, |stretch| stretch.range.end)
+    }
+
+    /// Where each tensor ends.
+    pub(super) fn ends(&self) -> impl Iterator<Item = usize> + '_ {
+        let last = |tensors: &[Stretch]| tensors.last().map_or(0, |stretch| stretch.range.end);
+        self.stretches.chunk_by(|a, b| a.tensor == b.tensor).map(last)
+    }
+
+    pub(super) fn is_embedding(&self, tensor: usize) -> bool {
+        self.kinds[tensor] == TensorKind::Embedding
+    }
+
+    /// For each tensor the length of each contribution and, if some are late, how far these go along the momentum.
+    pub(super) fn lengths(&self, contributions: &[Weighted<'_>], momentum: &[f32], team: &dyn Team) -> Vec<Sums> {
+        let some_stale = contributions.iter().any(|contribution| contribution.stale);
+        let momentum = Some(momentum).filter(|momentum| some_stale && !momentum.is_empty());
+        let sums = share_out(&self.stretches, team, |_, stretch| {
+            let mut sums = Sums::zero(contributions.len());
+            let mut room = Unpacked::default();
+            for (index, contribution) in contributions.iter().enumerate() {
+                for chunk in stretch.chunks() {
+                    let is_whole = chunk.inner.len() == contribution.payload.chunk(chunk.number).0;
+                    let known = if is_whole { contribution.payload.chunk_square(chunk.number) } else { None };
+                    if let (Some(square), None) = (known, momentum) {
+                        sums.squares[index] += square;
+                        continue;
+                    }
+                    room.read(&contribution.payload, chunk.number);
+                    let part = room.part(chunk.inner);
+                    sums.squares[index] += known.unwrap_or_else(|| part.square());
+                    sums.alongs[index] += momentum.map_or(0.0, |momentum| part.along(&momentum[chunk.outer]));
+                }
+            }
+            let momentum = momentum.map(|momentum| &momentum[stretch.range.clone()]);
+            sums.other = momentum.map_or(0.0, |momentum| dot(momentum, momentum));
+            sums
+        });
+        self.by_tensor(&sums, contributions.len())
+    }
+
+    /// Writes the sum of all `parts`, which are given for each tensor and contribution, into `values`. For each tensor,
+    /// how far each contribution goes along the sum.
+    pub(super) fn add_up(
+        &self,
+        values: &mut [f32],
+        contributions: &[Weighted<'_>],
+        parts: &[Vec<Part>],
+        momentum: &[f32],
+        team: &dyn Team,
+    ) -> Vec<Sums> {
+        let places = self.stretches.iter().zip(self.cut(values));
+        let sums = share_out(places, team, |_, (stretch, values)| {
+            let mut sums = Sums::zero(contributions.len());
+            let mut rooms: Vec<Unpacked> = contributions.iter().map(|_| Unpacked::default()).collect();
+            for chunk in stretch.chunks() {
+                let out = &mut values[chunk.outer.start - stretch.range.start..chunk.outer.end - stretch.range.start];
+                out.fill(0.0);
+                for ((contribution, part), room) in contributions.iter().zip(&parts[stretch.tensor]).zip(&mut rooms) {
+                    room.read(&contribution.payload, chunk.number);
+                    room.part(chunk.inner.clone()).add_to(part.share as f32, out);
+                    if part.turn != 0.0 {
+                        add_scaled(out, part.turn as f32, &momentum[chunk.outer.clone()]);
+                    }
+                }
+                for (along, room) in sums.alongs.iter_mut().zip(&rooms) {
+                    *along += room.part(chunk.inner.clone()).along(out);
+                }
+                sums.other += dot(out, out);
+            }
+            sums
+        });
+        self.by_tensor(&sums, contributions.len())
+    }
+
+    /// Sums over stretches to sums over tensors.
+    fn by_tensor(&self, stretches: &[Sums], contributions: usize) -> Vec<Sums> {
+        let mut tensors = vec![Sums::zero(contributions); self.kinds.len()];
+        self.stretches.iter().zip(stretches).for_each(|(stretch, sums)| tensors[stretch.tensor].add(sums));
+        tensors
+    }
+
+    /// `values` by stretches.
+    fn cut<'v>(&self, mut values: &'v mut [f32]) -> Vec<&'v mut [f32]> {
+        let cut = |stretch: &Stretch| {
+            let (piece, rest) = std::mem::take(&mut values).split_at_mut(stretch.range.len());
+            values = rest;
+            piece
+        };
+        self.stretches.iter().map(cut).collect()
+    }
+}
+
+/// A payload's chunk, or as much of it as belongs to a tensor.
+struct Chunk {
+    number: usize,
+    /// Its place in the whole chunk.
+    inner: Range<usize>,
+    /// Its place in the fragment.
+    outer: Range<usize>,
+}
+
+impl Stretch {
+    fn chunks(&self) -> impl Iterator<Item = Chunk> {
+        cut(&self.range, CHUNK).map(|outer| {
+            let number = outer.start / CHUNK;
+            Chunk { number, inner: outer.start - number * CHUNK..outer.end - number * CHUNK, outer }
+        })
+    }
+}
+
+/// Cuts a range wherever a multiple of `len` lies in it.
+fn cut(range: &Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let Range { start, end } = *range;
+    (start / len..end.div_ceil(len)).map(move |number| start.max(number * len)..end.min((number + 1) * len))
+}
