@@ -20,7 +20,7 @@ mod fleet;
 
 use anyhow::Result;
 use atoll_core::manifest::{FragmentId, Manifest};
-use atoll_core::round::Sync;
+use atoll_core::plan;
 
 use crate::{Figures, median};
 use fleet::{Cost, Fleet, Model};
@@ -151,7 +151,7 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// Bytes that a round needs: Θ, momentum, residual and merge of the fragment, the residual that payloads are made
 /// with, and all payloads.
 fn memory(weights: usize, contributions: usize) -> f64 {
-    (5 * 4 * weights + (contributions + 8) * Sync::default().up.payload_len(weights)) as f64
+    (5 * 4 * weights + (contributions + 8) * plan::THINNEST.0.payload_len(weights)) as f64
 }
 
 /// Bytes that the system can give; `None` where it does not say.

@@ -65,9 +65,10 @@ pub fn hiding_seconds(link: &Link, load: &Load) -> f64 {
 /// The codecs of a way up and a way down.
 pub type Codecs = (Codec, Codec);
 
+/// The thinnest: at most a quarter of a bit per weight up and half a bit down.
+pub const THINNEST: Codecs = (Codec::Sparse(96), Codec::Sparse(224));
 /// What a link may carry, richest first: each says of a change at once several times more than the next.
-pub const LADDER: [Codecs; 3] =
-    [(Codec::Bf16, Codec::Bf16), (Codec::E3m0, Codec::E3m0), (Codec::Sparse(96), Codec::Sparse(224))];
+pub const LADDER: [Codecs; 3] = [(Codec::Bf16, Codec::Bf16), (Codec::E3m0, Codec::E3m0), THINNEST];
 
 /// The richest of the `ladder` whose load hides behind `seconds` of computing on that link; the last where none does,
 /// or where nothing is known of the link.

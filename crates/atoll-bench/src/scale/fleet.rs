@@ -12,6 +12,7 @@ use atoll_core::journal::{Accepted, Book, Entry};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Global, Recipe};
+use atoll_core::plan;
 use atoll_core::rng::Rng;
 use atoll_core::round::{
     Coordinator, Event, Goal, Merge, Merged, Order, Receipt, Seen, Standing, Status, Sync, Vitals,
@@ -97,7 +98,8 @@ impl Model {
 
     /// An outer step that nobody contributed to: what a round costs whoever takes part.
     pub(super) fn step_alone(&mut self) -> Result<Cost> {
-        let Sync { merge, outer: rule, down: codec, .. } = Sync::default();
+        let Sync { merge, outer: rule, .. } = Sync::default();
+        let codec = plan::THINNEST.1;
         let (mut cost, began) = (Cost::default(), Instant::now());
         timed(&mut cost.step, || self.perform(1, &[], &Recipe { merge, rule, codec, share: 1.0 }))?;
         cost.wall = began.elapsed().as_secs_f64();
@@ -135,7 +137,7 @@ fn payloads(weights: usize) -> Result<Vec<Vec<u8>>> {
     let payload = |kind: usize| {
         // An odd number of values apart, so that neighbouring blocks and payloads have nothing in common.
         let offset = kind * 100_003;
-        Sync::default().up.encode_prepared(&mut residual, &Crew, |start, wish| {
+        plan::THINNEST.0.encode_prepared(&mut residual, &Crew, |start, wish| {
             let from = (start + start / TABLE * 7919 + offset) % TABLE;
             wish.iter_mut().zip(&table[from..]).for_each(|(wish, noise)| *wish += noise);
         })
@@ -156,7 +158,7 @@ struct Islet {
 
 impl Islet {
     fn new(name: &SiteId, fragments: usize, contributes: bool) -> Self {
-        let link = atoll_core::plan::Link { up: 1e8, down: 1e8, rtt: 0.05 };
+        let link = plan::Link { up: 1e8, down: 1e8, rtt: 0.05 };
         let status = Status {
             session: 1,
             number: 0,

@@ -5,7 +5,12 @@ use half::bf16;
 /// Weights in a block of E3M0.
 pub(super) const BLOCK: usize = 128;
 /// Bytes of such a block, full or not.
-pub(super) const BLOCK_BYTES: usize = 2 + BLOCK / 2;
+pub(super) const BLOCK_BYTES: usize = e3m0_bytes(BLOCK);
+
+/// Bytes of so many weights with a common scale.
+pub(super) const fn e3m0_bytes(count: usize) -> usize {
+    2 + count.div_ceil(2)
+}
 
 /// To bf16, with the largest finite value in place of infinity.
 pub(super) fn saturate(value: f32) -> bf16 {
@@ -24,7 +29,8 @@ fn nearest_exponent(ratio: f32) -> u8 {
     if ratio < level(1) * 0.5 { 0 } else { floor.clamp(121, 127) as u8 - 120 }
 }
 
-pub(super) fn encode_e3m0(block: &[f32]) -> [u8; BLOCK_BYTES] {
+/// Writes a block, of at most [`BLOCK`] weights, and zeros behind them.
+pub(super) fn encode_e3m0(block: &[f32], out: &mut [u8]) {
     let peak = block.iter().fold(0.0f32, |peak, value| peak.max(value.abs()));
     let mut nibbles = [0u8; BLOCK];
     let (mut along, mut square) = (0.0f64, 0.0f64);
@@ -38,12 +44,10 @@ pub(super) fn encode_e3m0(block: &[f32]) -> [u8; BLOCK_BYTES] {
         }
     }
     let scale = if square > 0.0 { saturate((along / square) as f32) } else { bf16::ZERO };
-    let mut bytes = [0u8; BLOCK_BYTES];
-    bytes[..2].copy_from_slice(&scale.to_le_bytes());
-    for (byte, pair) in bytes[2..].iter_mut().zip(nibbles.chunks_exact(2)) {
+    out[..2].copy_from_slice(&scale.to_le_bytes());
+    for (byte, pair) in out[2..].iter_mut().zip(nibbles.chunks_exact(2)) {
         *byte = pair[0] | pair[1] << 4;
     }
-    bytes
 }
 
 pub(super) fn decode_e3m0(bytes: &[u8]) -> impl Iterator<Item = f32> {

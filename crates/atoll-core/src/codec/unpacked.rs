@@ -33,7 +33,7 @@ impl Unpacked {
     pub(crate) fn read(&mut self, payload: &Payload<'_>, number: usize) {
         let (len, bytes) = payload.chunk(number);
         let most = payload.codec.values_of(len);
-        self.is_sparse = payload.codec.is_sparse();
+        self.is_sparse = payload.codec.is_partial();
         self.values.resize(most, 0.0);
         self.places.resize(if self.is_sparse { most } else { 0 }, 0);
         let Self { values, places, is_sparse } = self;

@@ -265,7 +265,7 @@ impl Coordinator {
             started: None,
             evaluation: Evaluation::default(),
             pace: Pace::default(),
-            lead: Lead::default(),
+            lead: Lead::NONE,
         };
         machine.look_who_leads();
         machine
@@ -552,7 +552,7 @@ impl Coordinator {
             Absent::Reserve => self.reserve(index, &mut contributions),
         };
         let Sync { merge, outer: rule, .. } = self.sync;
-        let codec = self.down();
+        let codec = self.down().at(version - 1);
         let recipe = Recipe { merge, rule, codec, share };
         let merge = Merge { fragment, version, contributions, recipe };
         self.rounds[index].merging = Some(merge.clone());

@@ -16,13 +16,20 @@ const STEPS_SLACK: f64 = 1.0;
 /// Times that its way may take longer than its link promises.
 const WAY_SLACK: f64 = 2.0;
 
-/// The fastest site, by which all others go.
-#[derive(Debug, Default)]
+/// What all others go by: the fastest site, and the thinnest link.
+#[derive(Debug)]
 pub(super) struct Lead {
     /// Inner steps between two contributions of a fragment.
     pub(super) steps: u32,
     /// Seconds per step; 0 if no site has taken one.
     step_seconds: f64,
+    /// The codec of the way down.
+    down: Codec,
+}
+
+impl Lead {
+    /// Before any site is known.
+    pub(super) const NONE: Self = Self { steps: 0, step_seconds: 0.0, down: Codec::F32 };
 }
 
 impl Coordinator {
@@ -63,22 +70,26 @@ impl Coordinator {
     /// every site, which would make a round's cost grow with the square of the sites.
     pub(super) fn look_who_leads(&mut self) {
         let steps = self.views.values().map(View::step_seconds).filter(|&seconds| seconds > 0.0);
-        let step_seconds = steps.reduce(f64::min).unwrap_or(0.0);
-        self.lead = Lead { steps: self.base_steps(step_seconds), step_seconds };
+        self.lead.step_seconds = steps.reduce(f64::min).unwrap_or(0.0);
+        self.lead.down = self.carried_by_all();
+        self.lead.steps = self.base_steps();
     }
 
     /// Inner steps between two contributions of a fragment at the fastest site.
-    fn base_steps(&self, fastest: f64) -> u32 {
+    fn base_steps(&self) -> u32 {
+        let Setting::Auto = self.sync.steps else { return self.steps_wished() };
+        let needed = self.connected().map(|view| {
+            let (up, _) = self.carried_by(view);
+            plan::hiding_seconds(&view.status.vitals.link, &self.load_of((up, self.lead.down)))
+        });
+        plan::steps_to_hide(needed.fold(0.0, f64::max), self.lead.step_seconds)
+    }
+
+    /// Those where no link calls for more.
+    fn steps_wished(&self) -> u32 {
         match self.sync.steps {
             Setting::Is(steps) => steps,
-            Setting::Auto => {
-                let down = self.wished_down();
-                let needed = self.connected().map(|view| {
-                    let (up, _) = self.carried_by(view);
-                    plan::hiding_seconds(&view.status.vitals.link, &self.load_of((up, down)))
-                });
-                plan::steps_to_hide(needed.fold(0.0, f64::max), fastest)
-            }
+            Setting::Auto => plan::STEPS,
         }
     }
 
@@ -89,13 +100,13 @@ impl Coordinator {
 
     /// The codec in which commits are broadcast now.
     pub(super) fn down(&self) -> Codec {
-        self.last_of_all(self.wished_down())
+        self.last_of_all(self.lead.down)
     }
 
     /// The last round of a run has no later one to deliver what it leaves out.
     fn last_of_all(&self, wished: Codec) -> Codec {
         match (self.phase, wished) {
-            (Phase::Closing, Codec::Sparse(_)) => Codec::E3m0,
+            (Phase::Closing, partial) if partial.is_partial() => Codec::E3m0,
             _ => wished,
         }
     }
@@ -106,7 +117,7 @@ impl Coordinator {
     }
 
     /// All sites get the same bytes, so the thinnest link decides.
-    fn wished_down(&self) -> Codec {
+    fn carried_by_all(&self) -> Codec {
         let carried = self.connected().map(|view| self.carried_by(view));
         let ladder = self.ladder();
         let rung = carried.filter_map(|codecs| ladder.iter().position(|rung| *rung == codecs)).max();
@@ -115,11 +126,7 @@ impl Coordinator {
 
     /// The richest codecs that hide behind a round's computing on a site's link.
     fn carried_by(&self, view: &View) -> Codecs {
-        let steps = match self.sync.steps {
-            Setting::Is(steps) => steps,
-            Setting::Auto => plan::STEPS,
-        };
-        let seconds = f64::from(steps) * self.fastest();
+        let seconds = f64::from(self.steps_wished()) * self.lead.step_seconds;
         plan::richest_hidden(&self.ladder(), &view.status.vitals.link, seconds, |codecs| self.load_of(codecs))
     }
 
@@ -141,7 +148,7 @@ impl Coordinator {
 
     /// What a site moves while every fragment is synchronized once.
     fn load(&self, site: &SiteId) -> Load {
-        self.load_of((self.wished_up(site), self.wished_down()))
+        self.load_of((self.wished_up(site), self.lead.down))
     }
 
     fn load_of(&self, (up, down): Codecs) -> Load {
@@ -152,7 +159,7 @@ impl Coordinator {
     /// The arithmetic behind a site's number of steps and its codecs, if it has ever been heard of.
     pub fn forecast(&self, site: &SiteId) -> Option<Forecast> {
         let view = self.views.get(site)?;
-        let codecs = (self.wished_up(site), self.wished_down());
+        let codecs = (self.wished_up(site), self.lead.down);
         let (steps, load, link) = (self.steps_for(site), self.load_of(codecs), view.status.vitals.link);
         let (sending, receiving) = plan::way_seconds(&link, &load);
         let turn = plan::turn_seconds(&link, &load) + self.pace.quorum + self.pace.merge;
