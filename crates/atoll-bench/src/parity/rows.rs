@@ -132,6 +132,7 @@ const OURS: &[Knob] = &[
     ("bf16", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::Bf16), Setting::Is(Codec::Bf16))),
     ("e3m0", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::E3m0), Setting::Is(Codec::E3m0))),
     ("cyclic", |r| (r.sync.up, r.sync.down) = (cyclic(Depth::Two), cyclic(Depth::Four))),
+    ("up-cyclic4", |r| r.sync.up = cyclic(Depth::Four)),
     ("auto-codec", |r| (r.sync.up, r.sync.down) = (Setting::Auto, Setting::Auto)),
     ("up-f32", |r| r.sync.up = Setting::Is(Codec::F32)),
     ("down-f32", |r| r.sync.down = Setting::Is(Codec::F32)),
