@@ -313,6 +313,9 @@ pub struct Standing {
     pub leases: Vec<(u64, Ranges)>,
     /// Number of the evaluation this site is asked for.
     pub evaluate: Option<u64>,
+    /// For a site that holds nothing yet: of each fragment the payload of its last contribution in the model, made by
+    /// whichever of its processes.
+    pub delivered: Vec<Option<Digest>>,
 }
 
 /// What a run is doing.

@@ -248,7 +248,8 @@ impl Island {
                 assert_eq!(stop, Stop::Finished);
                 self.stopped = true;
             }
-            SiteOrder::Progress(_) | SiteOrder::Forget(_) => {}
+            SiteOrder::Delivered(fragment) => self.local.delivered(fragment),
+            SiteOrder::Progress(_) | SiteOrder::Forget(_) | SiteOrder::Recall(_) => {}
         }
         None
     }

@@ -37,6 +37,7 @@ use crate::run::{Terms, write_atomically};
 use desk::{Desk, Done, Job};
 use meter::Meter;
 use net::{Command, Incoming, Route};
+use residuals::Residuals;
 
 /// What the operator of a site decides.
 #[derive(Debug, Clone)]
@@ -133,10 +134,8 @@ pub fn join(
     let fragment_lens: Vec<usize> = manifest.fragments().map(|id| manifest.fragment_len(id).unwrap_or(0)).collect();
     route.largest = Codec::F32.payload_len(fragment_lens.iter().copied().max().unwrap_or(0));
     let meter = route.meter.clone();
-    let mut local = Local::new(&manifest, terms.config.sync.follow, terms.config.sync.feedback);
-    if let Some(residuals) = residuals::take(&options.dir, &manifest)? {
-        local.restore_residuals(residuals);
-    }
+    let local = Local::new(&manifest, terms.config.sync.follow, terms.config.sync.feedback);
+    let residuals = Residuals::open(&options.dir, &manifest)?;
     let machine = Site::new(SiteSettings {
         fragment_lens,
         dataset: dataset.id(),
@@ -146,7 +145,7 @@ pub fn join(
     });
     let (commands, receiver) = tokio::sync::mpsc::unbounded_channel();
     let (sender, inbox) = mpsc::channel();
-    let desk = Desk::open(local, team(options.threads), sender.clone())?;
+    let desk = Desk::open(local, residuals, team(options.threads), sender.clone())?;
     let network = runtime.spawn(net::keep_connected(route, receiver, sender));
     let trainer = Trainer {
         machine,
@@ -172,8 +171,7 @@ pub fn join(
         newest_commit: None,
         ended: None,
     };
-    let dir = options.dir.clone();
-    let result = trainer.run(|residuals| residuals::keep(&dir, &manifest, residuals));
+    let result = trainer.run();
     // The network ends when the trainer has hung up and its last status is sent; a dead link may not.
     let goodbye = async { tokio::time::timeout(Duration::from_secs(1), network).await };
     if runtime.block_on(goodbye).is_err() {
@@ -380,12 +378,11 @@ impl Pushed {
 }
 
 impl Trainer {
-    /// Trains to the end; `keep` is given what the codec of the way up has not delivered.
-    fn run(mut self, keep: impl FnOnce(&[Vec<f32>]) -> Result<()>) -> Result<Stop> {
+    /// Trains to the end, and keeps what the codec of the way up has not delivered.
+    fn run(mut self) -> Result<Stop> {
         let result = self.train_on();
-        let residuals = self.desk.close()?;
-        keep(&residuals)?;
-        result
+        let kept = self.desk.close(matches!(result, Ok(Stop::Finished)));
+        result.and_then(|stop| kept.map(|()| stop))
     }
 
     fn train_on(&mut self) -> Result<Stop> {
@@ -517,6 +514,8 @@ impl Trainer {
                 self.leases.clear();
                 self.leases.take_trained();
             }
+            SiteOrder::Recall(delivered) => self.desk.put(Job::Recall(delivered))?,
+            SiteOrder::Delivered(fragment) => self.desk.put(Job::Delivered(fragment))?,
             SiteOrder::Contribute(fragment, codec) => {
                 let weights = self.read(fragment)?;
                 self.desk.put(Job::Contribute(fragment, weights, codec))?;

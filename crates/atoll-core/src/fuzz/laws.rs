@@ -275,6 +275,7 @@ fn a_standing() -> Standing {
         wanted: vec![1],
         leases: vec![(1, Ranges::span(0, 100))],
         evaluate: Some(1),
+        delivered: vec![None, Some(digest)],
     }
 }
 

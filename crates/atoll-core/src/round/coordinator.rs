@@ -742,6 +742,11 @@ impl Coordinator {
                 unseen.map(|(number, ranges)| (*number, ranges.clone())).collect()
             }),
             evaluate,
+            delivered: if status.fragments.iter().all(Option::is_none) {
+                fragments.iter().map(|fragment| fragment.delivered.get(site).copied()).collect()
+            } else {
+                Vec::new()
+            },
         }
     }
 }

@@ -2,6 +2,9 @@
 //! and follows commits between two inner steps. It never waits for the network: what has not been
 //! answered is outstanding, and training goes on as long as leased samples last.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use crate::codec::Codec;
@@ -83,6 +86,11 @@ pub enum SiteOrder {
     DropLeases,
     /// Encode what was learnt on a fragment up to this moment; answer with [`SiteEvent::Contributed`].
     Contribute(FragmentId, Codec),
+    /// Take up what earlier processes of this site have not delivered, given the payload of its last contribution to
+    /// each fragment that is in the model.
+    Recall(Vec<Option<Digest>>),
+    /// The last contribution of a fragment is in the model.
+    Delivered(FragmentId),
     /// Give up a contribution's work, refused for this reason; answer with [`SiteEvent::Rebased`].
     Rebase(FragmentId, String),
     /// Apply a fetched commit; answer with [`SiteEvent::Applied`].
@@ -193,6 +201,8 @@ pub struct Site {
     news: bool,
     /// The last delta that could not be fetched.
     lost: Option<Digest>,
+    /// What earlier processes have not delivered is taken up.
+    recalled: bool,
 }
 
 #[derive(Debug, Default)]
@@ -298,6 +308,7 @@ impl Site {
             reported: None,
             news: true,
             lost: None,
+            recalled: false,
         }
     }
 
@@ -386,8 +397,12 @@ impl Site {
             return;
         }
         if !standing.open {
+            self.settle(standing, orders);
             self.start_over(standing.session + 1, orders);
             return;
+        }
+        if !std::mem::replace(&mut self.recalled, true) {
+            orders.push(SiteOrder::Recall(standing.delivered.clone()));
         }
         self.phase = standing.phase;
         (self.steps_per_round, self.up) = (standing.steps.max(1), standing.up);
@@ -408,9 +423,16 @@ impl Site {
 
     /// The session was closed while the site was away: its unsettled work went back to the pool.
     fn start_over(&mut self, session: u64, orders: &mut Vec<SiteOrder>) {
+        const WHY: &str = "the session ended while the site was away";
         self.settings.session = session;
         for (_, outstanding) in std::mem::take(&mut self.outstanding) {
             orders.push(SiteOrder::Forget(outstanding.receipt.payload));
+            self.give_up(outstanding.receipt.fragment, WHY, orders);
+        }
+        for index in 0..self.fragments.len() {
+            if self.fragments[index].taken.is_some() {
+                self.give_up(FragmentId(index as u16), WHY, orders);
+            }
         }
         self.trained = Ranges::new();
         (self.leases_seen, self.unspent, self.number, self.contributions) = (0, 0, 0, 0);
@@ -419,6 +441,13 @@ impl Site {
             (fragment.held, fragment.moving, fragment.taken, fragment.needs) = (None, None, None, 0);
         }
         (self.news, self.evaluation, self.evaluating) = (true, None, 0);
+    }
+
+    /// Orders that a contribution's work is given up.
+    fn give_up(&mut self, id: FragmentId, why: &str, orders: &mut Vec<SiteOrder>) {
+        let fragment = &mut self.fragments[id.index()];
+        (fragment.rebasing, fragment.sent) = (fragment.rebasing + 1, None);
+        orders.push(SiteOrder::Rebase(id, why.to_string()));
     }
 
     fn take_leases(&mut self, standing: &Standing, orders: &mut Vec<SiteOrder>) {
@@ -442,12 +471,11 @@ impl Site {
                 orders.push(SiteOrder::Forget(payload));
             }
             match settled {
-                Settled::Committed(version) => self.fragments[fragment.index()].needs = *version,
-                Settled::Refused(why) => {
-                    let fragment = &mut self.fragments[fragment.index()];
-                    (fragment.rebasing, fragment.sent) = (fragment.rebasing + 1, None);
-                    orders.push(SiteOrder::Rebase(outstanding.receipt.fragment, why.clone()));
+                Settled::Committed(version) => {
+                    self.fragments[fragment.index()].needs = *version;
+                    orders.push(SiteOrder::Delivered(fragment));
                 }
+                Settled::Refused(why) => self.give_up(fragment, why, orders),
             }
             self.news = true;
         }
