@@ -301,7 +301,7 @@ pub struct Standing {
     pub up: Codec,
     /// For each fragment the latest version and its digest.
     pub fragments: Vec<(u64, Digest)>,
-    /// Commits that this site lacks and may follow one by one, the next few of each fragment.
+    /// Commits that this site lacks and may follow one by one: the next few of each fragment, and the newest.
     pub notices: Vec<Notice>,
     /// For each fragment the latest version whose payload is sent to the site without being asked for.
     pub pushed: Vec<u64>,

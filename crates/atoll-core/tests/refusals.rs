@@ -173,6 +173,7 @@ impl Island {
             samples: 1000,
             samples_per_step: ROWS,
             session,
+            begun: Vec::new(),
         };
         Self {
             name: site(name),

@@ -2,6 +2,7 @@
 //! two inner steps it copies weights out, adds changes, and carries out what the machine orders. Encoding and
 //! decoding go on at the [`desk`], connections on other threads ([`net`]).
 
+mod arriving;
 mod desk;
 mod meter;
 mod net;
@@ -34,6 +35,7 @@ use crate::data::{Dataset, IngestOptions, IngestProgress, LeasedFeed, Leases, So
 use crate::identity::{Identity, Ticket};
 use crate::link::Dialer;
 use crate::run::{Terms, write_atomically};
+use arriving::Arriving;
 use desk::{Desk, Done, Job};
 use meter::Meter;
 use net::{Command, Incoming, Route};
@@ -111,6 +113,7 @@ pub fn join(
         streams: options.streams,
         largest: 0,
         meter: Meter::default(),
+        arriving: Arriving::open(&options.dir, options.ticket.coordinator)?,
     };
     let Some((welcome, tokenizer)) = runtime.block_on(enlist(&route, options, stop, notice))? else {
         return Ok(Stop::Left);
@@ -136,7 +139,9 @@ pub fn join(
     let meter = route.meter.clone();
     let local = Local::new(&manifest, terms.config.sync.follow, terms.config.sync.feedback);
     let residuals = Residuals::open(&options.dir, &manifest)?;
+    let arriving = route.arriving.clone();
     let machine = Site::new(SiteSettings {
+        begun: arriving.begun(fragment_lens.len()),
         fragment_lens,
         dataset: dataset.id(),
         samples: dataset.samples(context),
@@ -172,6 +177,9 @@ pub fn join(
         ended: None,
     };
     let result = trainer.run();
+    if matches!(result, Ok(Stop::Finished)) {
+        arriving.clear();
+    }
     // The network ends when the trainer has hung up and its last status is sent; a dead link may not.
     let goodbye = async { tokio::time::timeout(Duration::from_secs(1), network).await };
     if runtime.block_on(goodbye).is_err() {
@@ -540,10 +548,10 @@ impl Trainer {
                     self.command(Command::Upload(digest, bytes.clone()));
                 }
             }
-            SiteOrder::Fetch { digest, bytes, pushed } => match self.pushed.take(digest) {
+            SiteOrder::Fetch { digest, bytes, pushed, weights } => match self.pushed.take(digest) {
                 Some(bytes) => self.fetched(digest, Some(bytes)),
                 None if pushed => {} // It is on its way.
-                None => self.command(Command::Fetch(digest, bytes)),
+                None => self.command(Command::Fetch(digest, bytes, weights)),
             },
             SiteOrder::Forget(digest) => {
                 self.payloads.remove(&digest);

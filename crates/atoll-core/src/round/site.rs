@@ -11,7 +11,7 @@ use crate::codec::Codec;
 use crate::data::{DatasetId, Ranges};
 use crate::engine::Progress;
 use crate::hash::Digest;
-use crate::journal::{Evaluated, Notice, Settled};
+use crate::journal::{Evaluated, Notice, Settled, TAIL};
 use crate::manifest::FragmentId;
 use crate::plan::{self, Link};
 use crate::round::{Phase, Receipt, Standing, Status, Vitals};
@@ -109,6 +109,8 @@ pub enum SiteOrder {
         bytes: u64,
         /// Whether the coordinator sends them unasked.
         pushed: bool,
+        /// Whose weights they are, and which version; none for the payload of a commit.
+        weights: Option<(FragmentId, u64)>,
     },
     /// This payload is settled.
     Forget(Digest),
@@ -170,6 +172,8 @@ pub struct SiteSettings {
     pub samples_per_step: u64,
     /// A session number higher than any before, such as the time of day.
     pub session: u64,
+    /// Version and digest of weights of each fragment that an earlier process began to fetch.
+    pub begun: Vec<Option<(u64, Digest)>>,
 }
 
 /// A site.
@@ -215,6 +219,8 @@ struct Fragment {
     /// A new contribution needs at least this version, which holds the last one.
     needs: u64,
     moving: Option<Move>,
+    /// Weights of which some bytes may be here.
+    begun: Option<(u64, Digest)>,
     /// The bytes are here and the engine has been told to take them.
     applying: bool,
     /// The contribution being encoded.
@@ -279,10 +285,20 @@ const ROUNDS_IN_HAND: u64 = 3;
 /// Weight of the newest value in the smoothed steps that a contribution is under way.
 const TURN_SHARE: f64 = 0.2;
 
+/// Whether weights of version `begun`, older than the `newest` commit's, are worth going on with: the commits since then
+/// weigh less than half of all weights, and will still be there when these have come.
+fn is_in_reach(begun: u64, newest: &Notice, most: u64) -> bool {
+    let Some(behind) = newest.version.checked_sub(begun) else { return false };
+    let is_light = newest.bytes.saturating_mul(behind) <= most / 2;
+    (1..=TAIL as u64 / 2).contains(&behind) && is_light
+}
+
 impl Site {
     /// A site that knows nothing of the run yet.
     pub fn new(settings: SiteSettings) -> Self {
-        let fragments = settings.fragment_lens.iter().map(|_| Fragment::default()).collect();
+        let begun = settings.begun.iter().copied().chain(std::iter::repeat(None));
+        let fragment = |(_, begun): (&usize, Option<(u64, Digest)>)| Fragment { begun, ..Fragment::default() };
+        let fragments = settings.fragment_lens.iter().zip(begun).map(fragment).collect();
         Self {
             settings,
             fragments,
@@ -515,15 +531,22 @@ impl Site {
                 (Some((held, _)), Some(notice)) if self.lost != Some(notice.delta) && is_light(held, notice) => {
                     Move::Commit(notice.clone())
                 }
-                _ => Move::Install(version, digest),
+                _ => {
+                    let newest = standing.notices.iter().find(|n| n.fragment == id && n.version == version);
+                    let is_near = |begun: u64| newest.is_some_and(|newest| is_in_reach(begun, newest, most));
+                    let is_ahead = |begun: u64| fragment.held.is_none_or(|(held, _)| begun > held);
+                    let begun = fragment.begun.filter(|&(begun, _)| is_ahead(begun) && is_near(begun));
+                    let (version, digest) = *fragment.begun.insert(begun.unwrap_or((version, digest)));
+                    Move::Install(version, digest)
+                }
             };
-            let bytes = match &step {
-                Move::Commit(notice) => notice.bytes,
-                Move::Install(..) => self.settings.fragment_lens[index] as u64 * 4,
+            let (bytes, weights) = match &step {
+                Move::Commit(notice) => (notice.bytes, None),
+                Move::Install(version, _) => (self.settings.fragment_lens[index] as u64 * 4, Some((id, *version))),
             };
             let last_pushed = standing.pushed.get(index).copied().unwrap_or(0);
             let pushed = matches!(&step, Move::Commit(notice) if notice.version <= last_pushed);
-            orders.push(SiteOrder::Fetch { digest: step.digest(), bytes, pushed });
+            orders.push(SiteOrder::Fetch { digest: step.digest(), bytes, pushed, weights });
             fragment.moving = Some(step);
         }
     }
@@ -600,7 +623,7 @@ impl Site {
                 (false, step) => {
                     // A delta that is not to be had is no reason to stand still: fetch the weights instead.
                     self.lost = matches!(step, Move::Commit(_)).then_some(digest).or(self.lost);
-                    fragment.moving = None;
+                    (fragment.moving, fragment.begun) = (None, fragment.begun.filter(|(_, begun)| *begun != digest));
                 }
                 (true, Move::Commit(notice)) => orders.push(SiteOrder::Commit(notice.clone())),
                 (true, Move::Install(version, digest)) => {
@@ -620,7 +643,10 @@ impl Site {
         self.news = true;
         let announced = match &step {
             Move::Commit(notice) => notice.digest,
-            Move::Install(_, digest) => *digest,
+            Move::Install(_, digest) => {
+                fragment.begun = None;
+                *digest
+            }
         };
         if digest != announced {
             self.vitals.digest_mismatches += 1;

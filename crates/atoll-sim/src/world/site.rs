@@ -117,6 +117,7 @@ impl World<'_> {
             samples: site.residence.samples,
             samples_per_step: site.residence.samples_per_step,
             session: self.now.0,
+            begun: Vec::new(),
         });
         site.life += 1;
         site.process = Some(Process {

@@ -5,13 +5,14 @@ use super::*;
 /// Weights of the only fragment: 4 kB.
 const WEIGHTS: usize = 1000;
 
-fn site() -> Site {
+fn site(begun: Option<(u64, Digest)>) -> Site {
     let mut site = Site::new(SiteSettings {
         fragment_lens: vec![WEIGHTS],
         dataset: DatasetId(Digest::of(b"data")),
         samples: 1000,
         samples_per_step: 2,
         session: 5,
+        begun: vec![begun],
     });
     site.handle(Time(0), SiteEvent::Connected);
     site
@@ -48,9 +49,17 @@ fn hear(site: &mut Site, standing: Standing) -> Vec<SiteOrder> {
     site.handle(Time(1), SiteEvent::Standing(Box::new(standing)))
 }
 
+/// Version of the weights that the site orders.
+fn fetched(orders: &[SiteOrder]) -> Option<u64> {
+    orders.iter().find_map(|order| match order {
+        SiteOrder::Fetch { weights: Some((_, version)), .. } => Some(*version),
+        _ => None,
+    })
+}
+
 #[test]
 fn a_process_takes_up_once_what_earlier_ones_have_left_and_before_it_begins() {
-    let mut site = site();
+    let mut site = site(None);
     let is_recall = |order: &SiteOrder| matches!(order, SiteOrder::Recall(_));
     let orders = hear(&mut site, standing(1, 3, 10));
     let recall = orders.iter().position(is_recall).unwrap();
@@ -61,4 +70,26 @@ fn a_process_takes_up_once_what_earlier_ones_have_left_and_before_it_begins() {
     assert!(!hear(&mut site, closed).iter().any(is_recall));
     let again = Standing { session: 6, ..standing(4, 3, 10) };
     assert!(!hear(&mut site, again).iter().any(is_recall), "it has all that there is to know");
+}
+
+#[test]
+fn weights_that_were_begun_are_fetched_on_while_the_commits_since_are_a_light_tail() {
+    let ordered = |begun: u64, version: u64, bytes: u64| {
+        fetched(&hear(&mut site(Some((begun, digest(begun)))), standing(1, version, bytes)))
+    };
+    assert_eq!(ordered(7, 9, 100), Some(7));
+    assert_eq!(ordered(7, 9, 3000), Some(9), "the tail weighs more than half of the weights");
+    assert_eq!(ordered(7, 7 + TAIL as u64, 1), Some(7 + TAIL as u64), "the tail may be gone");
+    assert_eq!(ordered(9, 7, 100), Some(7), "of a future that was lost");
+}
+
+#[test]
+fn weights_that_cannot_be_had_any_more_are_fetched_as_they_are_now() {
+    let mut site = site(Some((7, digest(7))));
+    assert_eq!(fetched(&hear(&mut site, standing(1, 9, 100))), Some(7));
+    site.handle(Time(2), SiteEvent::Disconnected);
+    site.handle(Time(3), SiteEvent::Connected);
+    assert_eq!(fetched(&hear(&mut site, standing(1, 10, 100))), Some(7), "a lost connection loses nothing");
+    site.handle(Time(4), SiteEvent::Fetched(digest(7), false));
+    assert_eq!(fetched(&hear(&mut site, standing(2, 10, 100))), Some(10));
 }
