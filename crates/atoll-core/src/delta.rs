@@ -2,17 +2,28 @@
 //! point from which its own unsent progress is measured, and a **residual**, what its codec has not delivered yet.
 //!
 //! ```text
-//! contribute   wish = residual + (reference − θ)        (pseudo-gradient: the outer step subtracts it)
-//!              payload = encode(wish)                   residual ← wish − decode(payload)
-//!              reference ← θ
+//!              residual in the weights                  residual in a buffer
+//! contribute   wish = reference − θ                     wish = residual + (reference − θ)
+//!              payload = encode(wish), residual ← wish − decode(payload)
+//!              reference ← θ + residual                 reference ← θ
+//! refused      θ ← θ + (Θ − reference)                  reference ← Θ, and the residual is the one before
 //! commit       Θ ← Θ + decode(payload)
 //!   carry      θ ← θ + (Θ − reference)                  reference ← Θ
 //!   overwrite  θ ← Θ                                    reference ← Θ
+//! install      θ ← Θ − residual                         θ ← Θ
 //! ```
 //!
-//! *Carry* keeps the steps taken while a contribution travelled on top of the new global model; work already sent is
-//! not applied twice, whether the commit contains it or not. Everything here runs beside the training: an engine only
-//! hands out its weights and takes in a [`Change`].
+//! A wish is a pseudo-gradient: the outer step subtracts it. *Carry* keeps the steps taken while a contribution
+//! travelled on top of the new global model; work already sent is not applied twice, whether the commit contains it or
+//! not. As long as a contribution is undecided two residuals are kept: the one that it has left and the one before,
+//! which holds if its samples go back to the pool. Everything here runs beside the training: an engine only hands out
+//! its weights and takes in a [`Change`].
+
+pub mod residual;
+#[cfg(test)]
+mod tests;
+
+use std::mem;
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +33,7 @@ use crate::hash::Digest;
 use crate::manifest::{FragmentId, Manifest};
 use crate::simd::simd;
 use crate::team::Team;
+use residual::Residual;
 
 /// What becomes of the steps that a site took while its contribution travelled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +66,8 @@ pub struct Local {
     fragments: Vec<Copies>,
     follow: Follow,
     feedback: Feedback,
+    /// Memory for the next wish.
+    scratch: Vec<f32>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -61,7 +75,10 @@ struct Copies {
     theta: Vec<f32>,
     /// None while it is Θ.
     reference: Option<Vec<f32>>,
-    residual: Vec<f32>,
+    /// What the last contribution that is in the model has left.
+    owed: Option<Residual>,
+    /// What a later one has left, of which that is not known yet.
+    undecided: Option<Residual>,
     /// The last commit's payload.
     last: Vec<u8>,
     /// Smoothed cosine of this site's steps to the last commit, where that one moved Θ.
@@ -123,11 +140,9 @@ const AGREEMENT_SHARE: f64 = 0.2;
 impl Local {
     /// Copies for a layout, all zero until [`install`](Self::install).
     pub fn new(manifest: &Manifest, follow: Follow, feedback: Feedback) -> Self {
-        let zeros = |fragment| {
-            let theta = vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)];
-            Copies { residual: theta.clone(), theta, ..Copies::default() }
-        };
-        Self { fragments: manifest.fragments().map(zeros).collect(), follow, feedback }
+        let zeros = |fragment| vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)];
+        let copies = |fragment| Copies { theta: zeros(fragment), ..Copies::default() };
+        Self { fragments: manifest.fragments().map(copies).collect(), follow, feedback, scratch: Vec::new() }
     }
 
     /// This site's copy of the global model.
@@ -135,21 +150,32 @@ impl Local {
         &self.fragments[fragment.index()].theta
     }
 
-    /// What the codec of the way up has not delivered yet, by fragment.
-    pub fn residuals(&self) -> impl Iterator<Item = &[f32]> {
-        self.fragments.iter().map(|copies| copies.residual.as_slice())
+    /// What the codec of the way up has not delivered yet: after the last contribution that is in the model, and after
+    /// a later one that is undecided.
+    pub fn residuals(&self, fragment: FragmentId) -> impl Iterator<Item = &Residual> {
+        let Copies { owed, undecided, .. } = &self.fragments[fragment.index()];
+        owed.iter().chain(undecided)
     }
 
-    /// Takes up the residuals of an earlier process; those of another length are left out.
-    pub fn restore_residuals(&mut self, residuals: Vec<Vec<f32>>) {
-        let fits = |(copies, residual): &(&mut Copies, Vec<f32>)| {
-            copies.residual.len() == residual.len() && codec::check_finite(residual).is_ok()
-        };
-        let fitting = self.fragments.iter_mut().zip(residuals).filter(fits);
-        fitting.for_each(|(copies, residual)| copies.residual = residual);
+    /// Takes up what an earlier process has left; [`install`](Self::install) then begins from it.
+    pub fn recall(&mut self, fragment: FragmentId, residual: Residual) {
+        let copies = &mut self.fragments[fragment.index()];
+        if residual.values.len() == copies.theta.len() && codec::check_finite(&residual.values).is_ok() {
+            copies.owed = Some(residual);
+        }
     }
 
-    /// Starts `fragment` over from the global `weights`; local progress on it is given up, the residual is kept.
+    /// The last contribution is in the model: what it has left is owed.
+    pub fn delivered(&mut self, fragment: FragmentId) {
+        let copies = &mut self.fragments[fragment.index()];
+        if let Some(residual) = copies.undecided.take()
+            && let Some(before) = copies.owed.replace(residual)
+        {
+            self.scratch = before.values;
+        }
+    }
+
+    /// Starts `fragment` over from the global `weights`; steps that are not contributed are given up, residuals kept.
     ///
     /// # Errors
     /// If the weights are not finite or not as many as the fragment has.
@@ -164,7 +190,13 @@ impl Local {
         copies.theta.copy_from_slice(weights);
         copies.reference = None;
         copies.last = Vec::new();
-        Ok((Digest::of_weights(weights), Change::Write(weights.to_vec())))
+        let mut own = weights.to_vec();
+        if self.feedback == Feedback::Weights
+            && let Some(residual) = copies.residual()
+        {
+            own.iter_mut().zip(residual).for_each(|(own, rest)| *own -= rest);
+        }
+        Ok((Digest::of_weights(weights), Change::Write(own)))
     }
 
     /// Makes a payload of what was learnt since the last contribution. `weights` are the engine's as they are now.
@@ -178,26 +210,31 @@ impl Local {
         codec: Codec,
         team: &dyn Team,
     ) -> Result<Payload, DeltaError> {
-        let feedback = self.feedback;
         let copies = &mut self.fragments[fragment.index()];
         copies.agree(&weights);
-        let Copies { theta, reference, residual, agreement, .. } = copies;
+        let mut wish = mem::take(&mut self.scratch);
+        wish.resize(weights.len(), 0.0);
+        let Copies { theta, reference, owed, .. } = &*copies;
         let from = reference.as_deref().unwrap_or(theta);
-        let bytes = codec.encode_prepared(residual, team, |start, wish| {
-            let (weights, from) = (&weights[start..start + wish.len()], &from[start..start + wish.len()]);
-            for ((wish, weight), from) in wish.iter_mut().zip(weights).zip(from) {
-                *wish += from - weight;
+        let buffer = owed.as_ref().filter(|_| self.feedback == Feedback::Buffer);
+        let bytes = codec.encode_prepared(&mut wish, team, |start, wish| {
+            let range = start..start + wish.len();
+            let (weights, from) = (&weights[range.clone()], &from[range.clone()]);
+            wish.iter_mut().zip(weights).zip(from).for_each(|((wish, weight), from)| *wish = from - weight);
+            if let Some(buffer) = buffer {
+                wish.iter_mut().zip(&buffer.values[range]).for_each(|(wish, rest)| *wish += rest);
             }
         });
         let bytes = bytes.map_err(|source| DeltaError { fragment, source })?;
-        if feedback == Feedback::Weights {
+        if self.feedback == Feedback::Weights {
             // What was not sent stays in the weights: the reference moves only by what was.
-            weights.iter_mut().zip(residual.iter_mut()).for_each(|(weight, rest)| *weight += std::mem::take(rest));
+            weights.iter_mut().zip(&wish).for_each(|(weight, rest)| *weight += rest);
         }
         let sent = codec::Payload::parse(&bytes, theta.len()).map_err(|source| DeltaError { fragment, source })?;
         let (norm, digest) = (sent.norm(), Digest::of(&bytes));
-        let spare = reference.replace(weights);
-        Ok(Payload { digest, bytes, norm, agreement: *agreement, spare })
+        copies.undecided = Some(Residual { after: digest, values: wish });
+        let spare = copies.reference.replace(weights);
+        Ok(Payload { digest, bytes, norm, agreement: copies.agreement, spare })
     }
 
     /// Applies a commit's payload to Θ. Returns the new Θ's digest and what the engine is to do.
@@ -218,12 +255,25 @@ impl Local {
         }
         sound.add_to(&mut copies.theta, team);
         copies.last = payload;
-        Ok((Digest::of_weights_by(&copies.theta, team), copies.rebase(self.follow)))
+        let change = copies.rebase(self.follow);
+        if matches!(change, Change::Write(_)) && self.feedback == Feedback::Weights {
+            (copies.owed, copies.undecided) = (None, None); // It was in the weights that are given up.
+        }
+        Ok((Digest::of_weights_by(&copies.theta, team), change))
     }
 
-    /// Gives up what was sent and refused, keeping what was learnt since: θ ← θ + (Θ − reference).
+    /// Gives up a refused contribution, sent and left, keeping what was learnt before and since.
     pub fn rebase(&mut self, fragment: FragmentId) -> Change {
-        self.fragments[fragment.index()].rebase(Follow::Carry)
+        let copies = &mut self.fragments[fragment.index()];
+        let mut change = copies.rebase(Follow::Carry);
+        let refused = copies.undecided.take().filter(|_| self.feedback == Feedback::Weights);
+        if let (Change::Add(change), Some(refused)) = (&mut change, refused) {
+            add(change, &refused.values);
+            if let Some(owed) = &copies.owed {
+                change.iter_mut().zip(&owed.values).for_each(|(change, rest)| *change -= rest);
+            }
+        }
+        change
     }
 
     /// Writes the global model into `engine`, measures its loss on `batches`, and puts the engine's own weights back.
@@ -242,6 +292,11 @@ impl Local {
 }
 
 impl Copies {
+    /// What is not delivered, as far as this site knows.
+    fn residual(&self) -> Option<&[f32]> {
+        self.undecided.as_ref().or(self.owed.as_ref()).map(|residual| residual.values.as_slice())
+    }
+
     /// Measures whether the steps since the last contribution point where the last commit pointed, looking only at
     /// weights that it moved.
     fn agree(&mut self, weights: &[f32]) {

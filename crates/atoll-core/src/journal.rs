@@ -223,6 +223,9 @@ pub struct FragmentBook {
     pub usual: BTreeMap<SiteId, f64>,
     /// Length of the longest contribution so far.
     pub longest: f64,
+    /// The payload of each site's last contribution.
+    #[serde(default)]
+    pub delivered: BTreeMap<SiteId, Digest>,
 }
 
 /// Weight of the newest contribution in what is usual.
@@ -231,8 +234,9 @@ const USUAL_SHARE: f64 = 0.2;
 pub const USUAL_MAX: f64 = 2.0;
 
 impl FragmentBook {
-    fn note_usual(&mut self, contributions: &[Accepted]) {
+    fn note(&mut self, contributions: &[Accepted]) {
         for accepted in contributions {
+            self.delivered.insert(accepted.site.clone(), accepted.payload);
             let usual = self.usual.entry(accepted.site.clone()).or_default();
             let most = if *usual > 0.0 { USUAL_MAX * *usual } else { f64::INFINITY };
             *usual = plan::smooth(*usual, accepted.work().min(most), USUAL_SHARE);
@@ -400,8 +404,14 @@ impl Book {
             return out_of_order("the run has begun before");
         }
         (self.run, self.seed, self.context, self.layout) = (run.to_string(), seed, context, layout);
-        let fragment =
-            |&digest| FragmentBook { version: 0, digest, tail: VecDeque::new(), usual: BTreeMap::new(), longest: 0.0 };
+        let fragment = |&digest| FragmentBook {
+            version: 0,
+            digest,
+            tail: VecDeque::new(),
+            usual: BTreeMap::new(),
+            longest: 0.0,
+            delivered: BTreeMap::new(),
+        };
         self.fragments = theta.iter().map(fragment).collect();
         Ok(())
     }
@@ -445,7 +455,7 @@ impl Book {
             member.tokens += tokens;
         }
         let fragment = &mut self.fragments[commit.fragment.index()];
-        fragment.note_usual(&commit.contributions);
+        fragment.note(&commit.contributions);
         fragment.version = commit.version;
         fragment.digest = commit.digest;
         fragment.tail.push_back(Notice {
@@ -597,30 +607,74 @@ mod tests {
         assert_eq!(Chain::default().read(&lines[0][..lines[0].len() - 1]), Err(LineError::Chain));
     }
 
+    fn commit(version: u64, contributions: Vec<Accepted>) -> Entry {
+        Entry::Committed(Commit {
+            fragment: FragmentId(0),
+            version,
+            contributions,
+            recipe: Recipe {
+                merge: crate::outer::Averaging::Radial,
+                rule: crate::outer::OuterRule::default(),
+                codec: crate::codec::Codec::F32,
+                share: 1.0,
+            },
+            delta: Digest::of(b"d"),
+            bytes: 1,
+            digest: Digest::of(b"n"),
+            seconds: 0.0,
+        })
+    }
+
     #[test]
     fn a_commit_must_be_the_next_version() {
         let mut book = Book::default();
         book.apply(&began()).unwrap();
-        let commit = |version| {
-            Entry::Committed(Commit {
-                fragment: FragmentId(0),
-                version,
-                contributions: Vec::new(),
-                recipe: Recipe {
-                    merge: crate::outer::Averaging::Radial,
-                    rule: crate::outer::OuterRule::default(),
-                    codec: crate::codec::Codec::F32,
-                    share: 1.0,
-                },
-                delta: Digest::of(b"d"),
-                bytes: 1,
-                digest: Digest::of(b"n"),
-                seconds: 0.0,
-            })
-        };
-        assert!(book.apply(&commit(2)).is_err());
-        book.apply(&commit(1)).unwrap();
-        assert!(book.apply(&commit(1)).is_err());
+        assert!(book.apply(&commit(2, Vec::new())).is_err());
+        book.apply(&commit(1, Vec::new())).unwrap();
+        assert!(book.apply(&commit(1, Vec::new())).is_err());
         assert_eq!(book.digest(), Digest::of_all([&Digest::of(b"n")]));
+    }
+
+    #[test]
+    fn the_last_contribution_of_a_site_is_known_over_its_sessions() {
+        let site: SiteId = "a".parse().unwrap();
+        let joined = |session| Entry::Joined {
+            site: site.clone(),
+            session,
+            dataset: DatasetId(Digest::of(b"data")),
+            samples: 8,
+        };
+        let contribution = |number, payload: &[u8]| Accepted {
+            site: site.clone(),
+            number,
+            payload: Digest::of(payload),
+            base: 0,
+            steps: 1,
+            tokens: 8,
+            weight: 1.0,
+            norm: 1.0,
+            ranges: Ranges::new(),
+        };
+        let refused = Entry::Refused {
+            site: site.clone(),
+            number: 2,
+            fragment: FragmentId(0),
+            ranges: Ranges::new(),
+            why: "a reason".into(),
+        };
+        let (key, ticket) = (Digest::of(b"key"), Digest::of(b"ticket"));
+        let mut book = Book::default();
+        let mut last = |entry: Entry| {
+            book.apply(&entry).unwrap();
+            book.fragments[0].delivered.get(&site).copied()
+        };
+        last(began());
+        last(Entry::Admitted { site: site.clone(), key, ticket });
+        assert_eq!(last(joined(1)), None);
+        assert_eq!(last(commit(1, vec![contribution(1, b"first")])), Some(Digest::of(b"first")));
+        assert_eq!(last(refused), Some(Digest::of(b"first")));
+        assert_eq!(last(commit(2, Vec::new())), Some(Digest::of(b"first")));
+        assert_eq!(last(joined(2)), Some(Digest::of(b"first")));
+        assert_eq!(last(commit(3, vec![contribution(1, b"second")])), Some(Digest::of(b"second")));
     }
 }

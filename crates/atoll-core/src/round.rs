@@ -301,7 +301,7 @@ pub struct Standing {
     pub up: Codec,
     /// For each fragment the latest version and its digest.
     pub fragments: Vec<(u64, Digest)>,
-    /// Commits that this site lacks and may follow one by one, the next few of each fragment.
+    /// Commits that this site lacks and may follow one by one: the next few of each fragment, and the newest.
     pub notices: Vec<Notice>,
     /// For each fragment the latest version whose payload is sent to the site without being asked for.
     pub pushed: Vec<u64>,
@@ -313,6 +313,9 @@ pub struct Standing {
     pub leases: Vec<(u64, Ranges)>,
     /// Number of the evaluation this site is asked for.
     pub evaluate: Option<u64>,
+    /// For a site that holds nothing yet: of each fragment the payload of its last contribution in the model, made by
+    /// whichever of its processes.
+    pub delivered: Vec<Option<Digest>>,
 }
 
 /// What a run is doing.

@@ -173,6 +173,7 @@ impl Island {
             samples: 1000,
             samples_per_step: ROWS,
             session,
+            begun: Vec::new(),
         };
         Self {
             name: site(name),
@@ -248,7 +249,8 @@ impl Island {
                 assert_eq!(stop, Stop::Finished);
                 self.stopped = true;
             }
-            SiteOrder::Progress(_) | SiteOrder::Forget(_) => {}
+            SiteOrder::Delivered(fragment) => self.local.delivered(fragment),
+            SiteOrder::Progress(_) | SiteOrder::Forget(_) | SiteOrder::Recall(_) => {}
         }
         None
     }

@@ -2,6 +2,7 @@
 //! two inner steps it copies weights out, adds changes, and carries out what the machine orders. Encoding and
 //! decoding go on at the [`desk`], connections on other threads ([`net`]).
 
+mod arriving;
 mod desk;
 mod meter;
 mod net;
@@ -34,9 +35,11 @@ use crate::data::{Dataset, IngestOptions, IngestProgress, LeasedFeed, Leases, So
 use crate::identity::{Identity, Ticket};
 use crate::link::Dialer;
 use crate::run::{Terms, write_atomically};
+use arriving::Arriving;
 use desk::{Desk, Done, Job};
 use meter::Meter;
 use net::{Command, Incoming, Route};
+use residuals::Residuals;
 
 /// What the operator of a site decides.
 #[derive(Debug, Clone)]
@@ -110,6 +113,7 @@ pub fn join(
         streams: options.streams,
         largest: 0,
         meter: Meter::default(),
+        arriving: Arriving::open(&options.dir, options.ticket.coordinator)?,
     };
     let Some((welcome, tokenizer)) = runtime.block_on(enlist(&route, options, stop, notice))? else {
         return Ok(Stop::Left);
@@ -133,11 +137,11 @@ pub fn join(
     let fragment_lens: Vec<usize> = manifest.fragments().map(|id| manifest.fragment_len(id).unwrap_or(0)).collect();
     route.largest = Codec::F32.payload_len(fragment_lens.iter().copied().max().unwrap_or(0));
     let meter = route.meter.clone();
-    let mut local = Local::new(&manifest, terms.config.sync.follow, terms.config.sync.feedback);
-    if let Some(residuals) = residuals::take(&options.dir, &manifest)? {
-        local.restore_residuals(residuals);
-    }
+    let local = Local::new(&manifest, terms.config.sync.follow, terms.config.sync.feedback);
+    let residuals = Residuals::open(&options.dir, &manifest)?;
+    let arriving = route.arriving.clone();
     let machine = Site::new(SiteSettings {
+        begun: arriving.begun(fragment_lens.len()),
         fragment_lens,
         dataset: dataset.id(),
         samples: dataset.samples(context),
@@ -146,7 +150,7 @@ pub fn join(
     });
     let (commands, receiver) = tokio::sync::mpsc::unbounded_channel();
     let (sender, inbox) = mpsc::channel();
-    let desk = Desk::open(local, team(options.threads), sender.clone())?;
+    let desk = Desk::open(local, residuals, team(options.threads), sender.clone())?;
     let network = runtime.spawn(net::keep_connected(route, receiver, sender));
     let trainer = Trainer {
         machine,
@@ -172,8 +176,10 @@ pub fn join(
         newest_commit: None,
         ended: None,
     };
-    let dir = options.dir.clone();
-    let result = trainer.run(|residuals| residuals::keep(&dir, &manifest, residuals));
+    let result = trainer.run();
+    if matches!(result, Ok(Stop::Finished)) {
+        arriving.clear();
+    }
     // The network ends when the trainer has hung up and its last status is sent; a dead link may not.
     let goodbye = async { tokio::time::timeout(Duration::from_secs(1), network).await };
     if runtime.block_on(goodbye).is_err() {
@@ -380,12 +386,11 @@ impl Pushed {
 }
 
 impl Trainer {
-    /// Trains to the end; `keep` is given what the codec of the way up has not delivered.
-    fn run(mut self, keep: impl FnOnce(&[Vec<f32>]) -> Result<()>) -> Result<Stop> {
+    /// Trains to the end, and keeps what the codec of the way up has not delivered.
+    fn run(mut self) -> Result<Stop> {
         let result = self.train_on();
-        let residuals = self.desk.close()?;
-        keep(&residuals)?;
-        result
+        let kept = self.desk.close(matches!(result, Ok(Stop::Finished)));
+        result.and_then(|stop| kept.map(|()| stop))
     }
 
     fn train_on(&mut self) -> Result<Stop> {
@@ -517,6 +522,8 @@ impl Trainer {
                 self.leases.clear();
                 self.leases.take_trained();
             }
+            SiteOrder::Recall(delivered) => self.desk.put(Job::Recall(delivered))?,
+            SiteOrder::Delivered(fragment) => self.desk.put(Job::Delivered(fragment))?,
             SiteOrder::Contribute(fragment, codec) => {
                 let weights = self.read(fragment)?;
                 self.desk.put(Job::Contribute(fragment, weights, codec))?;
@@ -541,10 +548,10 @@ impl Trainer {
                     self.command(Command::Upload(digest, bytes.clone()));
                 }
             }
-            SiteOrder::Fetch { digest, bytes, pushed } => match self.pushed.take(digest) {
+            SiteOrder::Fetch { digest, bytes, pushed, weights } => match self.pushed.take(digest) {
                 Some(bytes) => self.fetched(digest, Some(bytes)),
                 None if pushed => {} // It is on its way.
-                None => self.command(Command::Fetch(digest, bytes)),
+                None => self.command(Command::Fetch(digest, bytes, weights)),
             },
             SiteOrder::Forget(digest) => {
                 self.payloads.remove(&digest);

@@ -2,7 +2,7 @@
 
 use atoll_core::codec::Codec;
 use atoll_core::data::DatasetId;
-use atoll_core::delta::Follow;
+use atoll_core::delta::{Feedback, Follow};
 use atoll_core::hash::Digest;
 use atoll_core::outer::OuterRule;
 use atoll_core::rng::{Rng, mix};
@@ -64,6 +64,8 @@ fn draw_sync(chance: &mut Rng) -> Sync {
         follow: pick(chance, &[Follow::Auto, Follow::Carry, Follow::Overwrite]),
         absent: pick(chance, &[Absent::Reserve, Absent::Ignore]),
         evaluate_seconds: 10.0,
+        // Of a copy, so that the worlds of old seeds stay what they were.
+        feedback: pick(&mut chance.clone(), &[Feedback::Weights, Feedback::Buffer]),
         ..Sync::default()
     }
 }

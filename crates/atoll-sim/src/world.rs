@@ -61,6 +61,8 @@ pub struct Presence {
     pub bytes_up: u64,
     /// Bytes of payloads and weights that were sent to it.
     pub bytes_down: u64,
+    /// How often a process of it took up what an earlier one had not delivered of a fragment.
+    pub recalled: u64,
 }
 
 /// Lives the world of `description` to its end with the engines of `habitat`.
@@ -292,6 +294,7 @@ impl<'a> World<'a> {
                 late: share.late,
                 bytes_up: island.bytes_up,
                 bytes_down: island.bytes_down,
+                recalled: island.recalled,
             }
         };
         self.sites.iter().map(presence).collect()

@@ -23,6 +23,16 @@ fn seeds_that_once_failed_hold() {
 }
 
 #[test]
+fn what_a_process_has_not_delivered_is_taken_up_by_the_next() {
+    let recalled = |seed| -> u64 {
+        let outcome = simulate(seed, Hardships::of(seed)).unwrap();
+        outcome.sites.iter().map(|site| site.recalled).sum()
+    };
+    let times: u64 = (0..40).map(recalled).sum();
+    assert!(times > 20, "{times} times in 40 worlds"); // That nothing is taken up twice is the witness's to see.
+}
+
+#[test]
 fn the_same_seed_gives_the_same_world() {
     for seed in [3, 14, 159] {
         assert_eq!(simulate(seed, Hardships::of(seed)), simulate(seed, Hardships::of(seed)));

@@ -113,6 +113,10 @@ fn what_is_stopped_goes_on() {
     let report = lab.finish(&mut coordinator);
     assert!(wait(&mut site).success());
     assert!(report.tokens >= 150_000);
+    let log = lab.log("a");
+    assert!(log.contains("takes up what an earlier process has not delivered"), "{log}");
+    let kept = ["undelivered", "arriving"].map(|name| std::fs::read_dir(format!("{}/{name}", lab.path("a"))));
+    assert!(!kept.into_iter().flatten().flatten().any(|_| true), "files stay that nobody will read");
     lab.replay();
     let again = atoll(&["coordinate", &lab.path("run"), "--listen", "127.0.0.1:0"]);
     assert!(!again.status.success() && text(&again.stderr).contains("is finished"), "{}", text(&again.stderr));

@@ -223,6 +223,7 @@ pub(super) fn standing(bytes: &[u8]) {
         samples: 1000,
         samples_per_step: 2,
         session: 1,
+        begun: vec![None, Some((1, digest))],
     });
     let progress = Progress { steps: 1, tokens: 8, loss: 1.0 };
     let stepped = SiteEvent::Stepped { progress, trained: Ranges::span(0, 2), seconds: 0.1 };
@@ -275,6 +276,7 @@ fn a_standing() -> Standing {
         wanted: vec![1],
         leases: vec![(1, Ranges::span(0, 100))],
         evaluate: Some(1),
+        delivered: vec![None, Some(digest)],
     }
 }
 

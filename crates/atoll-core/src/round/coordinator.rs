@@ -231,8 +231,8 @@ struct Pace {
 
 /// A site is sent commits unasked as long as it has not more than this many of a fragment before it.
 const PUSHED_AHEAD: u64 = 2;
-/// Commits of a fragment that one standing speaks of.
-const NOTICES: usize = 8;
+/// Commits of a fragment that one standing speaks of, beside the newest.
+const NOTICES: u64 = 8;
 /// A site that has been away for this many of its own rounds gives back its leases.
 const ROUNDS_AWAY: f64 = 20.0;
 /// … but not before this many seconds.
@@ -706,9 +706,10 @@ impl Coordinator {
         let session = member.map_or(0, |member| member.session);
         let open = member.is_some_and(|member| member.open) && session == status.session;
         let fragments = &self.book.fragments;
-        let lacks = |index: usize, version: u64| {
+        let is_news = |index: usize, newest: u64, version: u64| {
             let held = status.fragments.get(index).copied().flatten();
-            held.is_some_and(|(held, _)| version > held)
+            let next = held.is_some_and(|(held, _)| version > held && version - held <= NOTICES);
+            next || (version == newest && held.is_none_or(|(held, _)| version > held))
         };
         let outcome = |receipt: &Receipt| {
             let settled = member.filter(|_| !self.is_pending(site, receipt.number))?.outcome(receipt.number);
@@ -731,7 +732,7 @@ impl Coordinator {
                 .iter()
                 .enumerate()
                 .flat_map(|(index, fragment)| {
-                    fragment.tail.iter().filter(move |n| lacks(index, n.version)).take(NOTICES)
+                    fragment.tail.iter().filter(move |n| is_news(index, fragment.version, n.version))
                 })
                 .cloned()
                 .collect(),
@@ -742,6 +743,11 @@ impl Coordinator {
                 unseen.map(|(number, ranges)| (*number, ranges.clone())).collect()
             }),
             evaluate,
+            delivered: if status.fragments.iter().all(Option::is_none) {
+                fragments.iter().map(|fragment| fragment.delivered.get(site).copied()).collect()
+            } else {
+                Vec::new()
+            },
         }
     }
 }

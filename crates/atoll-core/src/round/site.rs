@@ -2,13 +2,16 @@
 //! and follows commits between two inner steps. It never waits for the network: what has not been
 //! answered is outstanding, and training goes on as long as leased samples last.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use crate::codec::Codec;
 use crate::data::{DatasetId, Ranges};
 use crate::engine::Progress;
 use crate::hash::Digest;
-use crate::journal::{Evaluated, Notice, Settled};
+use crate::journal::{Evaluated, Notice, Settled, TAIL};
 use crate::manifest::FragmentId;
 use crate::plan::{self, Link};
 use crate::round::{Phase, Receipt, Standing, Status, Vitals};
@@ -83,6 +86,11 @@ pub enum SiteOrder {
     DropLeases,
     /// Encode what was learnt on a fragment up to this moment; answer with [`SiteEvent::Contributed`].
     Contribute(FragmentId, Codec),
+    /// Take up what earlier processes of this site have not delivered, given the payload of its last contribution to
+    /// each fragment that is in the model.
+    Recall(Vec<Option<Digest>>),
+    /// The last contribution of a fragment is in the model.
+    Delivered(FragmentId),
     /// Give up a contribution's work, refused for this reason; answer with [`SiteEvent::Rebased`].
     Rebase(FragmentId, String),
     /// Apply a fetched commit; answer with [`SiteEvent::Applied`].
@@ -101,6 +109,8 @@ pub enum SiteOrder {
         bytes: u64,
         /// Whether the coordinator sends them unasked.
         pushed: bool,
+        /// Whose weights they are, and which version; none for the payload of a commit.
+        weights: Option<(FragmentId, u64)>,
     },
     /// This payload is settled.
     Forget(Digest),
@@ -162,6 +172,8 @@ pub struct SiteSettings {
     pub samples_per_step: u64,
     /// A session number higher than any before, such as the time of day.
     pub session: u64,
+    /// Version and digest of weights of each fragment that an earlier process began to fetch.
+    pub begun: Vec<Option<(u64, Digest)>>,
 }
 
 /// A site.
@@ -193,6 +205,8 @@ pub struct Site {
     news: bool,
     /// The last delta that could not be fetched.
     lost: Option<Digest>,
+    /// What earlier processes have not delivered is taken up.
+    recalled: bool,
 }
 
 #[derive(Debug, Default)]
@@ -205,6 +219,8 @@ struct Fragment {
     /// A new contribution needs at least this version, which holds the last one.
     needs: u64,
     moving: Option<Move>,
+    /// Weights of which some bytes may be here.
+    begun: Option<(u64, Digest)>,
     /// The bytes are here and the engine has been told to take them.
     applying: bool,
     /// The contribution being encoded.
@@ -269,10 +285,20 @@ const ROUNDS_IN_HAND: u64 = 3;
 /// Weight of the newest value in the smoothed steps that a contribution is under way.
 const TURN_SHARE: f64 = 0.2;
 
+/// Whether weights of version `begun`, older than the `newest` commit's, are worth going on with: the commits since then
+/// weigh less than half of all weights, and will still be there when these have come.
+fn is_in_reach(begun: u64, newest: &Notice, most: u64) -> bool {
+    let Some(behind) = newest.version.checked_sub(begun) else { return false };
+    let is_light = newest.bytes.saturating_mul(behind) <= most / 2;
+    (1..=TAIL as u64 / 2).contains(&behind) && is_light
+}
+
 impl Site {
     /// A site that knows nothing of the run yet.
     pub fn new(settings: SiteSettings) -> Self {
-        let fragments = settings.fragment_lens.iter().map(|_| Fragment::default()).collect();
+        let begun = settings.begun.iter().copied().chain(std::iter::repeat(None));
+        let fragment = |(_, begun): (&usize, Option<(u64, Digest)>)| Fragment { begun, ..Fragment::default() };
+        let fragments = settings.fragment_lens.iter().zip(begun).map(fragment).collect();
         Self {
             settings,
             fragments,
@@ -298,6 +324,7 @@ impl Site {
             reported: None,
             news: true,
             lost: None,
+            recalled: false,
         }
     }
 
@@ -386,8 +413,12 @@ impl Site {
             return;
         }
         if !standing.open {
+            self.settle(standing, orders);
             self.start_over(standing.session + 1, orders);
             return;
+        }
+        if !std::mem::replace(&mut self.recalled, true) {
+            orders.push(SiteOrder::Recall(standing.delivered.clone()));
         }
         self.phase = standing.phase;
         (self.steps_per_round, self.up) = (standing.steps.max(1), standing.up);
@@ -408,9 +439,16 @@ impl Site {
 
     /// The session was closed while the site was away: its unsettled work went back to the pool.
     fn start_over(&mut self, session: u64, orders: &mut Vec<SiteOrder>) {
+        const WHY: &str = "the session ended while the site was away";
         self.settings.session = session;
         for (_, outstanding) in std::mem::take(&mut self.outstanding) {
             orders.push(SiteOrder::Forget(outstanding.receipt.payload));
+            self.give_up(outstanding.receipt.fragment, WHY, orders);
+        }
+        for index in 0..self.fragments.len() {
+            if self.fragments[index].taken.is_some() {
+                self.give_up(FragmentId(index as u16), WHY, orders);
+            }
         }
         self.trained = Ranges::new();
         (self.leases_seen, self.unspent, self.number, self.contributions) = (0, 0, 0, 0);
@@ -419,6 +457,13 @@ impl Site {
             (fragment.held, fragment.moving, fragment.taken, fragment.needs) = (None, None, None, 0);
         }
         (self.news, self.evaluation, self.evaluating) = (true, None, 0);
+    }
+
+    /// Orders that a contribution's work is given up.
+    fn give_up(&mut self, id: FragmentId, why: &str, orders: &mut Vec<SiteOrder>) {
+        let fragment = &mut self.fragments[id.index()];
+        (fragment.rebasing, fragment.sent) = (fragment.rebasing + 1, None);
+        orders.push(SiteOrder::Rebase(id, why.to_string()));
     }
 
     fn take_leases(&mut self, standing: &Standing, orders: &mut Vec<SiteOrder>) {
@@ -442,12 +487,11 @@ impl Site {
                 orders.push(SiteOrder::Forget(payload));
             }
             match settled {
-                Settled::Committed(version) => self.fragments[fragment.index()].needs = *version,
-                Settled::Refused(why) => {
-                    let fragment = &mut self.fragments[fragment.index()];
-                    (fragment.rebasing, fragment.sent) = (fragment.rebasing + 1, None);
-                    orders.push(SiteOrder::Rebase(outstanding.receipt.fragment, why.clone()));
+                Settled::Committed(version) => {
+                    self.fragments[fragment.index()].needs = *version;
+                    orders.push(SiteOrder::Delivered(fragment));
                 }
+                Settled::Refused(why) => self.give_up(fragment, why, orders),
             }
             self.news = true;
         }
@@ -487,15 +531,22 @@ impl Site {
                 (Some((held, _)), Some(notice)) if self.lost != Some(notice.delta) && is_light(held, notice) => {
                     Move::Commit(notice.clone())
                 }
-                _ => Move::Install(version, digest),
+                _ => {
+                    let newest = standing.notices.iter().find(|n| n.fragment == id && n.version == version);
+                    let is_near = |begun: u64| newest.is_some_and(|newest| is_in_reach(begun, newest, most));
+                    let is_ahead = |begun: u64| fragment.held.is_none_or(|(held, _)| begun > held);
+                    let begun = fragment.begun.filter(|&(begun, _)| is_ahead(begun) && is_near(begun));
+                    let (version, digest) = *fragment.begun.insert(begun.unwrap_or((version, digest)));
+                    Move::Install(version, digest)
+                }
             };
-            let bytes = match &step {
-                Move::Commit(notice) => notice.bytes,
-                Move::Install(..) => self.settings.fragment_lens[index] as u64 * 4,
+            let (bytes, weights) = match &step {
+                Move::Commit(notice) => (notice.bytes, None),
+                Move::Install(version, _) => (self.settings.fragment_lens[index] as u64 * 4, Some((id, *version))),
             };
             let last_pushed = standing.pushed.get(index).copied().unwrap_or(0);
             let pushed = matches!(&step, Move::Commit(notice) if notice.version <= last_pushed);
-            orders.push(SiteOrder::Fetch { digest: step.digest(), bytes, pushed });
+            orders.push(SiteOrder::Fetch { digest: step.digest(), bytes, pushed, weights });
             fragment.moving = Some(step);
         }
     }
@@ -572,7 +623,7 @@ impl Site {
                 (false, step) => {
                     // A delta that is not to be had is no reason to stand still: fetch the weights instead.
                     self.lost = matches!(step, Move::Commit(_)).then_some(digest).or(self.lost);
-                    fragment.moving = None;
+                    (fragment.moving, fragment.begun) = (None, fragment.begun.filter(|(_, begun)| *begun != digest));
                 }
                 (true, Move::Commit(notice)) => orders.push(SiteOrder::Commit(notice.clone())),
                 (true, Move::Install(version, digest)) => {
@@ -592,7 +643,10 @@ impl Site {
         self.news = true;
         let announced = match &step {
             Move::Commit(notice) => notice.digest,
-            Move::Install(_, digest) => *digest,
+            Move::Install(_, digest) => {
+                fragment.begun = None;
+                *digest
+            }
         };
         if digest != announced {
             self.vitals.digest_mismatches += 1;

@@ -18,19 +18,34 @@ pub(crate) struct Shelf {
     global: Arc<Mutex<Global>>,
     store: Store,
     tokenizer: (Digest, Bytes),
-    /// Recently asked for, newest last.
-    recent: Mutex<VecDeque<(Digest, Bytes)>>,
+    /// Payloads of commits.
+    payloads: Recent,
+    /// Weights of fragments, also of versions that are past: whoever has begun to fetch one gets all of it, though commits
+    /// go on, and may come back to it after its connection or its process was lost.
+    weights: Recent,
     /// Digest of each fragment as last committed.
     current: Mutex<Vec<Digest>>,
-    recent_max: usize,
 }
+
+/// What was asked for lately, newest last.
+#[derive(Debug)]
+struct Recent {
+    bytes: Mutex<VecDeque<(Digest, Bytes)>>,
+    most: usize,
+}
+
+/// Payloads of each fragment that are at hand.
+const PAYLOADS: usize = 4;
+/// Versions of each fragment's weights that are at hand: sites that join at the same time need not wait for each other.
+const VERSIONS: usize = 3;
 
 impl Shelf {
     /// A shelf over a model, its payloads and a tokenizer.
     pub(crate) fn new(global: Arc<Mutex<Global>>, store: Store, tokenizer: Vec<u8>, current: Vec<Digest>) -> Self {
         let tokenizer = (Digest::of(&tokenizer), Arc::new(tokenizer));
-        let recent_max = 4 * current.len().max(1);
-        Self { global, store, tokenizer, recent: Mutex::default(), current: Mutex::new(current), recent_max }
+        let recent = |each: usize| Recent { bytes: Mutex::default(), most: each * current.len().max(1) };
+        let (payloads, weights) = (recent(PAYLOADS), recent(VERSIONS));
+        Self { global, store, tokenizer, payloads, weights, current: Mutex::new(current) }
     }
 
     /// Address and length of the tokenizer.
@@ -45,20 +60,17 @@ impl Shelf {
         }
     }
 
-    /// Puts bytes where they will be asked for soon.
+    /// Puts a commit's payload where it will be asked for soon.
     pub(crate) fn offer(&self, digest: Digest, bytes: Bytes) {
-        let mut recent = lock(&self.recent);
-        if recent.iter().all(|(at, _)| *at != digest) {
-            recent.push_back((digest, bytes));
-        }
-        while recent.len() > self.recent_max {
-            recent.pop_front();
-        }
+        self.payloads.put(digest, bytes);
     }
 
     /// The bytes of that address if they need no reading from disk and no copying.
     pub(crate) fn at_hand(&self, digest: Digest) -> Option<Bytes> {
-        if digest == self.tokenizer.0 { Some(self.tokenizer.1.clone()) } else { self.again(digest) }
+        if digest == self.tokenizer.0 {
+            return Some(self.tokenizer.1.clone());
+        }
+        self.payloads.again(digest).or_else(|| self.weights.again(digest))
     }
 
     /// The bytes of that address, or nothing if they are not here (any more). May read the disk.
@@ -66,18 +78,12 @@ impl Shelf {
         if let Some(bytes) = self.at_hand(digest) {
             return Some(bytes);
         }
-        let bytes = Arc::new(self.weights(digest).or_else(|| self.store.get(digest))?);
-        self.offer(digest, bytes.clone());
-        Some(bytes)
-    }
-
-    /// Bytes asked for before; asking keeps them, so that a slow site gets all of what it began to fetch.
-    fn again(&self, digest: Digest) -> Option<Bytes> {
-        let mut recent = lock(&self.recent);
-        let index = recent.iter().position(|(at, _)| *at == digest)?;
-        let entry = recent.remove(index)?;
-        let bytes = entry.1.clone();
-        recent.push_back(entry);
+        let (shelf, bytes) = match self.weights(digest) {
+            Some(bytes) => (&self.weights, bytes),
+            None => (&self.payloads, self.store.get(digest)?),
+        };
+        let bytes = Arc::new(bytes);
+        shelf.put(digest, bytes.clone());
         Some(bytes)
     }
 
@@ -87,6 +93,28 @@ impl Shelf {
         let bytes: Vec<u8> = lock(&self.global).theta[index].iter().flat_map(|weight| weight.to_le_bytes()).collect();
         // A step that is computed but not yet committed may have moved the weights on.
         (Digest::of(&bytes) == digest).then_some(bytes)
+    }
+}
+
+impl Recent {
+    fn put(&self, digest: Digest, bytes: Bytes) {
+        let mut recent = lock(&self.bytes);
+        if recent.iter().all(|(at, _)| *at != digest) {
+            recent.push_back((digest, bytes));
+        }
+        while recent.len() > self.most {
+            recent.pop_front();
+        }
+    }
+
+    /// Bytes that are here; asking keeps them.
+    fn again(&self, digest: Digest) -> Option<Bytes> {
+        let mut recent = lock(&self.bytes);
+        let index = recent.iter().position(|(at, _)| *at == digest)?;
+        let entry = recent.remove(index)?;
+        let bytes = entry.1.clone();
+        recent.push_back(entry);
+        Some(bytes)
     }
 }
 

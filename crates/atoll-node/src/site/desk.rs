@@ -14,12 +14,17 @@ use atoll_core::manifest::FragmentId;
 use atoll_core::team::Team;
 
 use super::net::Incoming;
+use super::residuals::Residuals;
 use crate::crew::stand_back;
 
 /// Something to do with weights. Jobs are done one after the other.
 pub(super) enum Job {
+    /// Take up what earlier processes have left, given the last contributions in the model.
+    Recall(Vec<Option<Digest>>),
     /// Encode what these weights have learnt.
     Contribute(FragmentId, Vec<f32>, Codec),
+    /// The last contribution is in the model.
+    Delivered(FragmentId),
     /// Give up a refused contribution's work.
     Rebase(FragmentId),
     /// Apply a commit's payload.
@@ -28,8 +33,8 @@ pub(super) enum Job {
     Install(FragmentId, u64, Vec<u8>),
     /// Hand out a copy of Θ.
     Lend(mpsc::Sender<Vec<Vec<f32>>>),
-    /// Hand out the residuals; nothing comes after it.
-    Close(mpsc::Sender<Vec<Vec<f32>>>),
+    /// Keep what is not delivered, unless the run is finished; nothing comes after it.
+    Close(bool, mpsc::Sender<()>),
 }
 
 /// What came of a job.
@@ -48,13 +53,18 @@ pub(super) struct Desk {
 
 impl Desk {
     /// Starts the thread. It ends when the desk is dropped.
-    pub(super) fn open(local: Local, team: Box<dyn Team + Send>, inbox: mpsc::Sender<Incoming>) -> Result<Self> {
+    pub(super) fn open(
+        local: Local,
+        residuals: Residuals,
+        team: Box<dyn Team + Send>,
+        inbox: mpsc::Sender<Incoming>,
+    ) -> Result<Self> {
         let (jobs, queue) = mpsc::channel();
         let busy = Arc::new(AtomicU64::new(0));
         let counter = busy.clone();
         let worker = move || {
             stand_back();
-            work(local, &*team, &queue, &inbox, &counter);
+            work(local, residuals, &*team, &queue, &inbox, &counter);
         };
         std::thread::Builder::new().name("desk".to_string()).spawn(worker)?;
         Ok(Self { jobs, busy })
@@ -78,13 +88,13 @@ impl Desk {
         Ok(answer.recv()?)
     }
 
-    /// The residuals as they are in the end.
+    /// Keeps what is not delivered for the next process, unless the run is finished.
     ///
     /// # Errors
     /// If the thread has died.
-    pub(super) fn close(&self) -> Result<Vec<Vec<f32>>> {
+    pub(super) fn close(&self, finished: bool) -> Result<()> {
         let (sender, answer) = mpsc::channel();
-        self.put(Job::Close(sender))?;
+        self.put(Job::Close(finished, sender))?;
         Ok(answer.recv()?)
     }
 
@@ -96,6 +106,7 @@ impl Desk {
 
 fn work(
     mut local: Local,
+    mut residuals: Residuals,
     team: &dyn Team,
     queue: &mpsc::Receiver<Job>,
     inbox: &mpsc::Sender<Incoming>,
@@ -104,28 +115,47 @@ fn work(
     while let Ok(job) = queue.recv() {
         let began = Instant::now();
         let done = match job {
-            Job::Contribute(fragment, weights, codec) => {
-                Done::Contributed(fragment, local.contribute(fragment, weights, codec, team))
+            Job::Recall(delivered) => {
+                residuals.recall(&mut local, &delivered);
+                None
             }
-            Job::Rebase(fragment) => Done::Rebased(fragment, local.rebase(fragment)),
+            Job::Contribute(fragment, weights, codec) => {
+                let payload = local.contribute(fragment, weights, codec, team);
+                if let Ok(payload) = &payload {
+                    residuals.sent(fragment, &payload.bytes);
+                }
+                Some(Done::Contributed(fragment, payload))
+            }
+            Job::Delivered(fragment) => {
+                local.delivered(fragment);
+                residuals.settled(&local, fragment);
+                None
+            }
+            Job::Rebase(fragment) => {
+                let change = local.rebase(fragment);
+                residuals.settled(&local, fragment);
+                Some(Done::Rebased(fragment, change))
+            }
             Job::Commit(notice, payload) => {
-                applied(notice.fragment, notice.version, local.commit(notice.fragment, payload, team))
+                let result = local.commit(notice.fragment, payload, team);
+                Some(applied(notice.fragment, notice.version, result))
             }
             Job::Install(fragment, version, bytes) => {
                 let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                applied(fragment, version, local.install(fragment, &weights.collect::<Vec<_>>()))
+                Some(applied(fragment, version, local.install(fragment, &weights.collect::<Vec<_>>())))
             }
             Job::Lend(answer) => {
                 let _ = answer.send(local.thetas()); // Whoever asked may have stopped.
                 continue;
             }
-            Job::Close(answer) => {
-                let _ = answer.send(local.residuals().map(<[f32]>::to_vec).collect());
+            Job::Close(finished, answer) => {
+                residuals.close(&local, finished);
+                let _ = answer.send(()); // Whoever asked may have stopped.
                 return;
             }
         };
         busy.fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
-        if inbox.send(Incoming::Worked(done)).is_err() {
+        if done.is_some_and(|done| inbox.send(Incoming::Worked(done)).is_err()) {
             return;
         }
     }

@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 use atoll_core::data::Ranges;
 use atoll_core::hash::Digest;
+use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Standing, Status};
 use atoll_core::wire::{CHUNK, Frame, Hello, Purpose, Welcome};
 use tokio::sync::{Semaphore, mpsc};
 
+use super::arriving::{Arriving, Partial, Weights};
 use super::desk::Done;
 use super::meter::Meter;
 use crate::coordinator::lock;
@@ -38,7 +40,8 @@ pub(super) enum Incoming {
 pub(super) enum Command {
     Report(Box<Status>),
     Upload(Digest, Arc<Vec<u8>>),
-    Fetch(Digest, u64),
+    /// Bytes by their address; of whose weights and which version, if they are weights.
+    Fetch(Digest, u64, Option<(FragmentId, u64)>),
 }
 
 /// How to reach the coordinator.
@@ -52,6 +55,8 @@ pub(super) struct Route {
     /// Bytes of the largest fragment's weights.
     pub(super) largest: usize,
     pub(super) meter: Meter,
+    /// What outlives a process of weights that are being fetched.
+    pub(super) arriving: Arriving,
 }
 
 /// A refusal, told apart from failures that a retry may mend.
@@ -208,6 +213,8 @@ struct Fetch {
     here: Ranges,
     /// Whether the trainer waits for it; else it is being pushed.
     wanted: bool,
+    /// Whose weights they are, with the file that gets them too.
+    weights: Option<(FragmentId, Partial)>,
 }
 
 /// A fetch of which less has come is begun anew when its connection is lost.
@@ -217,7 +224,43 @@ const FETCHES_MAX: usize = 1 << 13;
 
 impl Fetch {
     fn new(bytes: usize) -> Self {
-        Self { buffer: vec![0; bytes], here: Ranges::new(), wanted: false }
+        Self { buffer: vec![0; bytes], here: Ranges::new(), wanted: false, weights: None }
+    }
+
+    /// A fetch that goes on where an earlier process has stopped.
+    fn go_on(bytes: usize, arriving: &Arriving, weights: Weights) -> Self {
+        let mut fetch = Self::new(bytes);
+        let partial = arriving.go_on(weights, &mut fetch.buffer, &mut fetch.here);
+        Self { weights: Some((weights.fragment, partial)), ..fetch }
+    }
+
+    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let start = usize::try_from(offset)?;
+        let end = start.checked_add(bytes.len()).filter(|&end| end <= self.buffer.len());
+        let end = end.ok_or_else(|| anyhow!("the coordinator sent bytes that nobody asked for"))?;
+        self.buffer[start..end].copy_from_slice(bytes);
+        if let Some((_, file)) = self.weights.as_mut().filter(|_| !self.here.contains_span(offset, end as u64)) {
+            file.add(offset, bytes);
+        }
+        self.here.insert_span(offset, end as u64);
+        Ok(())
+    }
+
+    /// What the trainer is told when the last bytes have come.
+    fn into_news(self, digest: Digest) -> Incoming {
+        let Self { buffer, wanted, weights, .. } = self;
+        match (wanted, Digest::of(&buffer) == digest) {
+            (true, true) => Incoming::Fetched(digest, Some(buffer)),
+            (false, true) => Incoming::Pushed(digest, buffer),
+            (_, false) => {
+                weights.into_iter().for_each(|(_, mut file)| file.give_up());
+                Incoming::Fetched(digest, None)
+            }
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        self.here.contains_span(0, self.buffer.len() as u64)
     }
 
     fn is_worth_resuming(&self) -> bool {
@@ -295,8 +338,13 @@ async fn talk(
                         work.send(Work::Put { digest, bytes: bytes.clone(), offset })?;
                     }
                 }
-                Some(Command::Fetch(digest, bytes)) => {
-                    for (offset, length) in want(fetches, digest, usize::try_from(bytes)?) {
+                Some(Command::Fetch(digest, bytes, weights)) => {
+                    let weights = weights.map(|(fragment, version)| Weights { fragment, version, digest });
+                    want(fetches, digest, usize::try_from(bytes)?, weights, &route.arriving);
+                    if let Some(whole) = take_whole(fetches, digest) {
+                        inbox.send(whole.into_news(digest)).map_err(|_| anyhow!("the trainer has stopped"))?;
+                    }
+                    for (offset, length) in missing(fetches, digest) {
                         work.send(Work::Get { digest, offset, length })?;
                     }
                 }
@@ -310,15 +358,33 @@ async fn talk(
     }
 }
 
-/// Notes that some bytes are wanted; returns what must be asked for.
-fn want(fetches: &Fetches, digest: Digest, bytes: usize) -> Vec<(u64, u32)> {
+/// Notes that some bytes are wanted.
+fn want(fetches: &Fetches, digest: Digest, bytes: usize, weights: Option<Weights>, arriving: &Arriving) {
     let mut fetches = lock(fetches);
-    let fetch = fetches.entry(digest).or_insert_with(|| Fetch::new(bytes));
+    if let Some(Weights { fragment, .. }) = weights {
+        // An older version that was not fetched to the end is not wanted any more.
+        fetches.retain(|at, fetch| *at == digest || fetch.weights.as_ref().is_none_or(|(of, _)| *of != fragment));
+    }
+    let begin = || match weights {
+        Some(weights) if bytes as u64 >= RESUME_BYTES => Fetch::go_on(bytes, arriving, weights),
+        _ => Fetch::new(bytes),
+    };
+    let fetch = fetches.entry(digest).or_insert_with(begin);
     if fetch.buffer.len() != bytes {
-        *fetch = Fetch::new(bytes);
+        *fetch = begin();
     }
     fetch.wanted = true;
-    fetch.missing()
+}
+
+/// What must be asked for.
+fn missing(fetches: &Fetches, digest: Digest) -> Vec<(u64, u32)> {
+    lock(fetches).get(&digest).map_or_else(Vec::new, Fetch::missing)
+}
+
+/// Takes a fetch of which everything is here.
+fn take_whole(fetches: &Fetches, digest: Digest) -> Option<Fetch> {
+    let mut fetches = lock(fetches);
+    if fetches.get(&digest)?.is_whole() { fetches.remove(&digest) } else { None }
 }
 
 /// One data connection: takes work from the common queue, so that a slow stream takes less of it.
@@ -396,26 +462,12 @@ impl Stream {
     /// Adds bytes; tells the trainer when the last have come.
     fn arrive(&self, digest: Digest, offset: u64, bytes: &[u8]) -> Result<()> {
         self.meter.receiving(digest, bytes.len() as u64);
-        let whole = {
-            let mut fetches = lock(&self.fetches);
-            let Some(fetch) = fetches.get_mut(&digest) else { return Ok(()) };
-            let start = usize::try_from(offset)?;
-            let end = start.checked_add(bytes.len()).filter(|&end| end <= fetch.buffer.len());
-            let end = end.ok_or_else(|| anyhow!("the coordinator sent bytes that nobody asked for"))?;
-            fetch.buffer[start..end].copy_from_slice(bytes);
-            fetch.here.insert_span(offset, end as u64);
-            let whole = fetch.here.contains_span(0, fetch.buffer.len() as u64);
-            if whole { fetches.remove(&digest) } else { None }
-        };
-        let Some(Fetch { buffer, wanted, .. }) = whole else { return Ok(()) };
-        self.meter.received(digest, buffer.len() as u64);
-        let good = Digest::of(&buffer) == digest;
-        let incoming = match (wanted, good) {
-            (true, good) => Incoming::Fetched(digest, good.then_some(buffer)),
-            (false, true) => Incoming::Pushed(digest, buffer),
-            (false, false) => Incoming::Fetched(digest, None),
-        };
-        Ok(self.inbox.send(incoming)?)
+        if let Some(fetch) = lock(&self.fetches).get_mut(&digest) {
+            fetch.put(offset, bytes)?;
+        }
+        let Some(whole) = take_whole(&self.fetches, digest) else { return Ok(()) };
+        self.meter.received(digest, whole.buffer.len() as u64);
+        Ok(self.inbox.send(whole.into_news(digest))?)
     }
 }
 

@@ -184,6 +184,10 @@ impl World<'_> {
     /// Answers a request of site number `index`.
     pub(super) fn deliver(&mut self, index: usize, connection: u64, digest: Digest) {
         let bytes = self.coordinator.as_ref().and_then(|head| head.bytes(digest));
+        if let (Some(head), Some(bytes)) = (self.coordinator.as_mut(), &bytes) {
+            // Weights that were asked for are there for a while, though commits move on.
+            head.deltas.entry(digest).or_insert_with(|| bytes.clone());
+        }
         let count = bytes.as_ref().map_or(0, |bytes| bytes.len());
         let seconds = self.sites[index].occupy_down(self.now, count);
         self.send(index, seconds, &Happening::Delivered(index, connection, digest, bytes.map(Bytes)));

@@ -38,6 +38,9 @@ impl World<'_> {
 
     fn crash_site(&mut self, index: usize) -> Result<(), String> {
         self.disconnect(index)?;
+        if self.chance.chance(0.5) {
+            self.stop_site(index);
+        }
         self.sites[index].process = None;
         self.sites[index].life += 1;
         let delay = 0.2 + 1.25 * self.description.hardships.away * self.chance.unit();

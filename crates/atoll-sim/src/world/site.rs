@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use atoll_core::codec::Codec;
 use atoll_core::delta::Local;
+use atoll_core::delta::residual::{self, Residual};
 use atoll_core::engine::{Engine, EngineError};
 use atoll_core::hash::Digest;
 use atoll_core::journal::Evaluated;
@@ -28,6 +29,9 @@ pub(super) struct Island {
     pub(super) finished: bool,
     pub(super) bytes_up: u64,
     pub(super) bytes_down: u64,
+    pub(super) recalled: u64,
+    /// What outlives its process: for each fragment a file that tells what is not delivered, and when it was written.
+    files: Vec<(Vec<u8>, Time)>,
     /// When all that was sent so far is through.
     up_free: Time,
     down_free: Time,
@@ -45,6 +49,8 @@ pub(super) struct Process {
     pushed: Store,
     waiting: VecDeque<Input>,
     pub(super) stepping: bool,
+    /// Whether it has taken up what earlier ones have left.
+    has_recalled: bool,
     /// When all that is being encoded and decoded beside the training is done.
     desk_free: Time,
 }
@@ -57,6 +63,8 @@ enum Input {
 
 /// Seconds after which a shell gives up on an answer that ought to be here.
 const PATIENCE: f64 = 2.0;
+/// Seconds between two times at which a shell writes down what is not delivered.
+const WRITE_SECONDS: f64 = 3.0;
 
 impl Island {
     pub(super) fn new(residence: Residence) -> Self {
@@ -68,6 +76,8 @@ impl Island {
             finished: false,
             bytes_up: 0,
             bytes_down: 0,
+            recalled: 0,
+            files: Vec::new(),
             up_free: Time::default(),
             down_free: Time::default(),
         }
@@ -100,12 +110,14 @@ impl World<'_> {
         let Sync { follow, feedback, .. } = self.description.sync;
         let now = self.now;
         let site = &mut self.sites[index];
+        site.files.resize(fragment_lens.len(), (Vec::new(), now));
         let machine = Site::new(SiteSettings {
             fragment_lens,
             dataset: site.residence.dataset,
             samples: site.residence.samples,
             samples_per_step: site.residence.samples_per_step,
             session: self.now.0,
+            begun: Vec::new(),
         });
         site.life += 1;
         site.process = Some(Process {
@@ -118,6 +130,7 @@ impl World<'_> {
             pushed: BTreeMap::new(),
             waiting: VecDeque::new(),
             stepping: false,
+            has_recalled: false,
             desk_free: now,
         });
         let life = site.life;
@@ -204,12 +217,19 @@ impl World<'_> {
             SiteOrder::Forget(digest) => {
                 process.payloads.remove(&digest);
             }
+            SiteOrder::Recall(delivered) => self.recall(index, &delivered)?,
+            SiteOrder::Delivered(fragment) => {
+                process.local.delivered(fragment);
+                self.settled(index, fragment);
+            }
             SiteOrder::Contribute(fragment, codec) => {
                 let work = process.contribute(fragment, codec)?;
+                self.note_sent(index, &work)?;
                 self.put_on_the_desk(index, work)?;
             }
             SiteOrder::Rebase(fragment, _) => {
                 let change = Some(process.local.rebase(fragment));
+                self.settled(index, fragment);
                 self.put_on_the_desk(
                     index,
                     Work { fragment, change, payload: None, event: SiteEvent::Rebased(fragment) },
@@ -243,6 +263,81 @@ impl World<'_> {
             SiteOrder::Stop(stop) => return Err(format!("site {index} stopped: {stop:?}")),
         }
         Ok(())
+    }
+
+    /// Takes up what an earlier process has left.
+    fn recall(&mut self, index: usize, delivered: &[Option<Digest>]) -> Result<(), String> {
+        if !self.may_crash() {
+            return Ok(());
+        }
+        for (fragment, &delivered) in self.manifest.fragments().zip(delivered) {
+            self.recall_fragment(index, fragment, delivered)?;
+            self.write_down(index, fragment, 1);
+        }
+        Ok(())
+    }
+
+    fn recall_fragment(&mut self, index: usize, fragment: FragmentId, delivered: Option<Digest>) -> Result<(), String> {
+        let layout = self.manifest.fingerprint();
+        let Island { files, process, residence, recalled, .. } = &mut self.sites[index];
+        let process = process.as_mut().ok_or("nobody takes up what was left")?;
+        process.has_recalled = true;
+        let count = process.local.theta(fragment).len();
+        let (file, _) = &files[fragment.index()];
+        let found = delivered.and_then(|delivered| residual::recall(file, layout, count, delivered));
+        if let Some(residual) = &found {
+            *recalled += 1;
+            process.local.recall(fragment, residual.clone());
+        }
+        let nothing = || Residual { after: delivered.unwrap_or_default(), values: vec![0.0; count] };
+        let found = found.unwrap_or_else(nothing);
+        self.witness.see_recall(&residence.name, fragment, found, &self.description.sync)
+    }
+
+    /// A contribution is encoded; nobody is told of it before this.
+    fn note_sent(&mut self, index: usize, work: &Work) -> Result<(), String> {
+        if !self.may_crash() {
+            return Ok(());
+        }
+        let Island { files, process, residence, .. } = &mut self.sites[index];
+        let (Some(process), Some(Bytes(payload))) = (process, &work.payload) else { return Ok(()) };
+        files[work.fragment.index()].0.extend(residual::sent(payload));
+        let left = process.local.residuals(work.fragment).last().ok_or("a contribution has left nothing")?;
+        self.witness.see_contribution(&residence.name, work.fragment, payload, left)
+    }
+
+    /// It is decided whether a contribution is in the model.
+    fn settled(&mut self, index: usize, fragment: FragmentId) {
+        let (_, written) = self.sites[index].files[fragment.index()];
+        if self.now.seconds_since(written) >= WRITE_SECONDS {
+            self.write_down(index, fragment, 1);
+        }
+    }
+
+    /// Writes down at most so many residuals of a fragment.
+    fn write_down(&mut self, index: usize, fragment: FragmentId, most: usize) {
+        if !self.may_crash() {
+            return;
+        }
+        let Island { files, process: Some(process), .. } = &mut self.sites[index] else { return };
+        let parts = process.local.residuals(fragment).take(most).map(residual::left);
+        let start = [residual::file(self.manifest.fingerprint())];
+        files[fragment.index()] = (start.into_iter().chain(parts).flatten().collect(), self.now);
+    }
+
+    /// Nobody reads the files of a world in which no process dies.
+    fn may_crash(&self) -> bool {
+        self.description.hardships.crashes > 0
+    }
+
+    /// The process ends, as it would if its operator had stopped it.
+    pub(super) fn stop_site(&mut self, index: usize) {
+        let Island { process, residence, .. } = &mut self.sites[index];
+        if process.as_ref().is_some_and(|process| process.has_recalled) {
+            self.witness.see_stop(&residence.name, self.manifest.fragments());
+            self.manifest.fragments().for_each(|fragment| self.write_down(index, fragment, 2));
+        }
+        self.sites[index].process = None;
     }
 
     fn upload(&mut self, index: usize, connection: u64, digest: Digest) -> Result<(), String> {

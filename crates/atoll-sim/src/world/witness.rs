@@ -2,12 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use atoll_core::codec::Payload;
 use atoll_core::data::{DatasetId, Ranges};
+use atoll_core::delta::residual::Residual;
+use atoll_core::delta::{Feedback, Follow};
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Commit, Entry};
 use atoll_core::manifest::FragmentId;
-use atoll_core::round::Standing;
+use atoll_core::round::{Standing, Sync};
 use atoll_core::site::SiteId;
+use atoll_core::team::Alone;
 
 use super::site::Island;
 
@@ -26,6 +30,16 @@ pub(super) struct Witness {
     shares: BTreeMap<SiteId, Share>,
     /// Highest version of each fragment ever announced.
     announced: BTreeMap<usize, u64>,
+    /// What each site's contributions to a fragment have left, beginning with what its process has taken up.
+    left: BTreeMap<(SiteId, FragmentId), Vec<Left>>,
+    /// Fragments of which a site has handed everything over, because it had the time.
+    handed_over: BTreeSet<(SiteId, FragmentId)>,
+}
+
+/// What a contribution has left undelivered, and of which weights it spoke.
+struct Left {
+    residual: Residual,
+    spoken: BTreeSet<usize>,
 }
 
 /// What one site got into the model.
@@ -49,6 +63,52 @@ impl Witness {
         let residence = &island.residence;
         let seen = self.trained.entry((residence.name.clone(), residence.dataset)).or_default();
         seen.extend(ranges.spans().flat_map(|(start, end)| start..end));
+    }
+
+    /// A site has encoded a contribution.
+    pub(super) fn see_contribution(
+        &mut self,
+        site: &SiteId,
+        fragment: FragmentId,
+        payload: &[u8],
+        residual: &Residual,
+    ) -> Result<(), String> {
+        let count = residual.values.len();
+        let mut spoken = BTreeSet::new();
+        let payload = Payload::check(payload, count, &Alone).map_err(|error| error.to_string())?;
+        payload.visit(0..count, |place, _| _ = spoken.insert(place));
+        let left = Left { residual: residual.clone(), spoken };
+        self.left.entry((site.clone(), fragment)).or_default().push(left);
+        Ok(())
+    }
+
+    /// A process ends in good order.
+    pub(super) fn see_stop(&mut self, site: &SiteId, fragments: impl Iterator<Item = FragmentId>) {
+        self.handed_over.extend(fragments.map(|fragment| (site.clone(), fragment)));
+    }
+
+    /// A process begins with what earlier ones have left after their last contribution that is in the model.
+    pub(super) fn see_recall(
+        &mut self,
+        site: &SiteId,
+        fragment: FragmentId,
+        taken: Residual,
+        sync: &Sync,
+    ) -> Result<(), String> {
+        let key = (site.clone(), fragment);
+        let history = self.left.entry(key.clone()).or_default();
+        for (place, &value) in taken.values.iter().enumerate().filter(|(_, value)| **value != 0.0) {
+            let owed = is_owed(history, taken.after, place, value);
+            check(owed, || format!("{site} takes up {value} of {fragment} that it does not owe"))?;
+        }
+        // What is in weights that were overwritten is given up.
+        let keeps = sync.feedback == Feedback::Buffer || sync.follow == Follow::Carry;
+        let mut made = history.iter().filter(|left| left.residual.after == taken.after);
+        if let (true, Some(left), None) = (self.handed_over.remove(&key) && keeps, made.next(), made.next()) {
+            check(left.residual == taken, || format!("{site} has lost what it owed of {fragment}"))?;
+        }
+        *history = vec![Left { residual: taken, spoken: BTreeSet::new() }];
+        Ok(())
     }
 
     /// A standing goes out.
@@ -83,6 +143,10 @@ impl Witness {
 
     fn see_commit(&mut self, commit: &Commit, sites: &[Island]) -> Result<(), String> {
         for accepted in &commit.contributions {
+            if let Some(history) = self.left.get(&(accepted.site.clone(), commit.fragment)) {
+                let made = history.iter().skip(1).any(|left| left.residual.after == accepted.payload);
+                check(made, || format!("{} has taken up what is in the model after all", accepted.site))?;
+            }
             let island = sites.iter().find(|island| island.residence.name == accepted.site);
             let dataset = island.ok_or("a commit of a stranger")?.residence.dataset;
             let key = (accepted.site.clone(), dataset);
@@ -104,6 +168,15 @@ impl Witness {
     pub(super) fn share_of(&self, site: &SiteId) -> Share {
         self.shares.get(site).copied().unwrap_or_default()
     }
+}
+
+/// Whether a site owes `value` after a contribution: it must have been left then, or earlier if nothing in between has
+/// spoken of that weight.
+fn is_owed(history: &[Left], after: Digest, place: usize, value: f32) -> bool {
+    let last = history.iter().rposition(|left| left.residual.after == after);
+    let mut since = history.iter().take(last.map_or(0, |last| last + 1)).rev();
+    let was_left = |left: &Left| left.residual.values[place] == value;
+    since.find(|left| was_left(left) || left.spoken.contains(&place)).is_some_and(was_left)
 }
 
 pub(super) fn check(holds: bool, broken: impl FnOnce() -> String) -> Result<(), String> {

@@ -111,7 +111,12 @@ impl Lab {
     }
 
     pub fn ticket(&self, site: &str) -> String {
-        let printed = atoll(&["ticket", &self.path("run"), site, "--address", &self.listen()]);
+        self.ticket_at(site, &self.listen())
+    }
+
+    /// A ticket for a site that reaches the coordinator at another address.
+    pub fn ticket_at(&self, site: &str, address: &str) -> String {
+        let printed = atoll(&["ticket", &self.path("run"), site, "--address", address]);
         assert!(printed.status.success(), "{}", text(&printed.stderr));
         text(&printed.stdout).trim().to_string()
     }

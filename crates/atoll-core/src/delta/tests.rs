@@ -1,0 +1,258 @@
+//! Stories of a site's weights: whatever happens to contributions and processes, what is owed is what was learnt,
+//! contributed and not delivered.
+
+use super::*;
+use crate::model::{Tensor, TensorKind};
+use crate::rng::Rng;
+use crate::team::Alone;
+use proptest::prelude::*;
+
+const COUNT: usize = 40;
+const FRAGMENT: FragmentId = FragmentId(0);
+const LAYOUT: Digest = Digest([1; 32]);
+
+/// What happens next.
+#[derive(Debug, Clone, Copy)]
+enum Turn {
+    Step,
+    Contribute,
+    /// The contribution that is under way enters the model; is what is owed written down now?
+    Merge(bool),
+    Refuse,
+    /// A commit that holds only others' work.
+    Follow,
+    /// All weights are fetched anew.
+    Install,
+    /// The process stops in an orderly way, and another starts; had the contribution under way been merged?
+    Stop(bool),
+    /// The process is killed; had the contribution been merged, and how much of the file has the disk lost?
+    Crash(bool, usize),
+}
+
+fn turns() -> impl Strategy<Value = Vec<Turn>> {
+    let turn = prop_oneof![
+        4 => Just(Turn::Step),
+        4 => Just(Turn::Contribute),
+        4 => any::<bool>().prop_map(Turn::Merge),
+        1 => Just(Turn::Refuse),
+        1 => Just(Turn::Follow),
+        1 => Just(Turn::Install),
+        1 => any::<bool>().prop_map(Turn::Stop),
+        2 => (any::<bool>(), prop_oneof![2 => Just(0), 1 => 0usize..800]).prop_map(|(m, lost)| Turn::Crash(m, lost)),
+    ];
+    prop::collection::vec(turn, 0..60)
+}
+
+/// A site with one fragment, and what somebody knows who has watched it from the beginning.
+struct Story {
+    local: Local,
+    feedback: Feedback,
+    codec: Codec,
+    /// θ.
+    weights: Vec<f32>,
+    /// Pseudo-gradient of the steps that are in no contribution.
+    steps: Vec<f32>,
+    /// The same of those in the contribution that is under way, and its payload.
+    under_way: Option<(Vec<f32>, Vec<u8>)>,
+    /// What was learnt and is for the model, delivered or not, and what of it was delivered.
+    learnt: Vec<f32>,
+    received: Vec<f32>,
+    delivered: Digest,
+    file: Vec<u8>,
+    /// The residuals that the file tells of, and whether a contribution that was merged since has spoken of a weight.
+    left: Vec<Vec<f32>>,
+    spoken: Vec<bool>,
+    chance: Rng,
+}
+
+impl Story {
+    fn new(feedback: Feedback, codec: Codec, seed: u64) -> Self {
+        let zeros = || vec![0.0; COUNT];
+        let mut story = Self {
+            local: local(feedback),
+            feedback,
+            codec,
+            weights: zeros(),
+            steps: zeros(),
+            under_way: None,
+            learnt: zeros(),
+            received: zeros(),
+            delivered: Digest::default(),
+            file: Vec::new(),
+            left: Vec::new(),
+            spoken: vec![false; COUNT],
+            chance: Rng::new(seed),
+        };
+        story.install();
+        story
+    }
+
+    fn some(&mut self) -> Vec<f32> {
+        (0..COUNT).map(|_| self.chance.normal() as f32).collect()
+    }
+
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::Write(weights) => self.weights = weights,
+            Change::Add(change) => add(&mut self.weights, &change),
+        }
+    }
+
+    fn install(&mut self) {
+        let theta = self.some();
+        let (_, change) = self.local.install(FRAGMENT, &theta).unwrap();
+        self.change(change);
+        self.steps = vec![0.0; COUNT];
+    }
+
+    fn follow(&mut self) {
+        let delta = Codec::F32.encode(&self.some()).unwrap();
+        let (_, change) = self.local.commit(FRAGMENT, delta, &Alone).unwrap();
+        self.change(change);
+    }
+
+    fn turn(&mut self, turn: Turn) {
+        match turn {
+            Turn::Step => {
+                let step = self.some();
+                add(&mut self.weights, &step);
+                self.steps.iter_mut().zip(&step).for_each(|(steps, step)| *steps -= step);
+            }
+            Turn::Contribute => self.contribute(),
+            Turn::Merge(writes) => {
+                if self.settle(true) {
+                    self.local.delivered(FRAGMENT);
+                    if writes {
+                        self.write(1);
+                    }
+                    self.follow();
+                }
+            }
+            Turn::Refuse => {
+                if self.settle(false) {
+                    let change = self.local.rebase(FRAGMENT);
+                    self.change(change);
+                }
+            }
+            Turn::Follow => self.follow(),
+            Turn::Install => self.install(),
+            Turn::Stop(merged) => {
+                self.write(2);
+                self.settle(merged);
+                self.start();
+            }
+            Turn::Crash(merged, lost) => {
+                self.settle(merged);
+                self.file.truncate(self.file.len().saturating_sub(lost));
+                let spoken = self.spoken.clone();
+                self.start();
+                let owed = self.owed();
+                assert!((0..COUNT).all(|place| owed[place] == 0.0 || !spoken[place]), "it is delivered twice");
+                // The loss is accepted.
+                self.learnt.iter_mut().zip(&self.received).zip(owed).for_each(|((l, r), owed)| *l = r + owed);
+            }
+        }
+    }
+
+    fn contribute(&mut self) {
+        if self.under_way.is_none() {
+            let payload = self.local.contribute(FRAGMENT, self.weights.clone(), self.codec, &Alone).unwrap();
+            self.file.extend(residual::sent(&payload.bytes));
+            self.under_way = Some((mem::replace(&mut self.steps, vec![0.0; COUNT]), payload.bytes));
+        }
+    }
+
+    /// Decides on the contribution that is under way, if there is one.
+    fn settle(&mut self, merged: bool) -> bool {
+        let Some((steps, payload)) = self.under_way.take() else { return false };
+        if merged {
+            add(&mut self.learnt, &steps);
+            let sound = codec::Payload::parse(&payload, COUNT).unwrap();
+            sound.add_to(&mut self.received, &Alone);
+            sound.visit(0..COUNT, |place, _| self.spoken[place] = true);
+            self.delivered = Digest::of(&payload);
+        }
+        true
+    }
+
+    /// Writes down at most so many residuals.
+    fn write(&mut self, most: usize) {
+        let residuals: Vec<&Residual> = self.local.residuals(FRAGMENT).take(most).collect();
+        let parts = residuals.iter().map(|residual| residual::left(residual));
+        self.file = [residual::file(LAYOUT)].into_iter().chain(parts).flatten().collect();
+        self.left = residuals.iter().map(|residual| residual.values.clone()).collect();
+        self.spoken = vec![false; COUNT];
+    }
+
+    /// Another process takes the place of this one.
+    fn start(&mut self) {
+        self.local = local(self.feedback);
+        if let Some(residual) = residual::recall(&self.file, LAYOUT, COUNT, self.delivered) {
+            self.local.recall(FRAGMENT, residual);
+        }
+        let owed = self.owed();
+        let is_known = |place: usize| owed[place] == 0.0 || self.left.iter().any(|left| left[place] == owed[place]);
+        assert!((0..COUNT).all(is_known), "a weight's residual is one that was written down, or nothing");
+        self.write(1);
+        self.install();
+    }
+
+    fn owed(&self) -> Vec<f32> {
+        let owed = self.local.fragments[0].owed.as_ref();
+        owed.map_or_else(|| vec![0.0; COUNT], |owed| owed.values.clone())
+    }
+
+    /// Everything adds up.
+    fn check(&self) -> Result<(), TestCaseError> {
+        let Copies { theta, reference, .. } = &self.local.fragments[0];
+        let from = reference.as_ref().unwrap_or(theta);
+        let kept = self.local.fragments[0].residual().filter(|_| self.feedback == Feedback::Weights);
+        let owed = self.owed();
+        for place in 0..COUNT {
+            let wish = from[place] - self.weights[place];
+            let expected = self.steps[place] + kept.map_or(0.0, |kept| kept[place]);
+            prop_assert!((wish - expected).abs() < 1e-3, "the weights hold {wish}, expected {expected}");
+            let left = self.learnt[place] - self.received[place];
+            prop_assert!((owed[place] - left).abs() < 1e-3, "{} is owed, expected {left}", owed[place]);
+        }
+        Ok(())
+    }
+}
+
+fn local(feedback: Feedback) -> Local {
+    let manifest = Manifest::balanced(vec![Tensor::new("a", &[COUNT], TensorKind::Vector)], 1);
+    Local::new(&manifest, Follow::Carry, feedback)
+}
+
+proptest! {
+    #[test]
+    fn all_that_was_learnt_is_delivered_or_owed_over_restarts(
+        turns in turns(),
+        feedback in prop_oneof![Just(Feedback::Weights), Just(Feedback::Buffer)],
+        codec in prop::sample::select(vec!["sparse:300", "sparse:2000", "cyclic2:9@4", "e3m0"]),
+        seed: u64,
+    ) {
+        let mut story = Story::new(feedback, codec.parse().unwrap(), seed);
+        for turn in turns {
+            story.turn(turn);
+            story.check()?;
+        }
+    }
+}
+
+#[test]
+fn what_a_stopped_process_owed_is_in_the_first_contribution_of_the_next() {
+    for feedback in [Feedback::Weights, Feedback::Buffer] {
+        let mut story = Story::new(feedback, Codec::Sparse(300), 1);
+        [Turn::Step, Turn::Contribute, Turn::Merge(false), Turn::Stop(false)]
+            .into_iter()
+            .for_each(|turn| story.turn(turn));
+        let owed = story.owed();
+        assert!(norm(&owed) > 1.0);
+        story.codec = Codec::F32;
+        story.turn(Turn::Contribute);
+        let payload = &story.under_way.as_ref().unwrap().1;
+        let sent = codec::decode(payload, COUNT).unwrap();
+        assert!(sent.iter().zip(owed).all(|(sent, owed)| (sent - owed).abs() < 1e-5), "{feedback:?}");
+    }
+}

@@ -1,0 +1,95 @@
+//! What a site that starts does with what earlier processes of it have left on disk.
+
+use super::*;
+
+/// Weights of the only fragment: 4 kB.
+const WEIGHTS: usize = 1000;
+
+fn site(begun: Option<(u64, Digest)>) -> Site {
+    let mut site = Site::new(SiteSettings {
+        fragment_lens: vec![WEIGHTS],
+        dataset: DatasetId(Digest::of(b"data")),
+        samples: 1000,
+        samples_per_step: 2,
+        session: 5,
+        begun: vec![begun],
+    });
+    site.handle(Time(0), SiteEvent::Connected);
+    site
+}
+
+fn digest(version: u64) -> Digest {
+    Digest::of(&version.to_le_bytes())
+}
+
+/// What a coordinator says whose fragment is at `version`, to whom the commits that led there had so many bytes.
+fn standing(number: u64, version: u64, bytes: u64) -> Standing {
+    let fragment = FragmentId(0);
+    Standing {
+        number,
+        session: 5,
+        open: true,
+        heard: number,
+        phase: Phase::Training,
+        progress: 0.0,
+        steps: 4,
+        up: Codec::F32,
+        fragments: vec![(version, digest(version))],
+        notices: vec![Notice { fragment, version, delta: Digest::of(b"delta"), bytes, digest: digest(version) }],
+        pushed: vec![0],
+        settled: Vec::new(),
+        wanted: Vec::new(),
+        leases: Vec::new(),
+        evaluate: None,
+        delivered: vec![Some(Digest::of(b"last"))],
+    }
+}
+
+fn hear(site: &mut Site, standing: Standing) -> Vec<SiteOrder> {
+    site.handle(Time(1), SiteEvent::Standing(Box::new(standing)))
+}
+
+/// Version of the weights that the site orders.
+fn fetched(orders: &[SiteOrder]) -> Option<u64> {
+    orders.iter().find_map(|order| match order {
+        SiteOrder::Fetch { weights: Some((_, version)), .. } => Some(*version),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_process_takes_up_once_what_earlier_ones_have_left_and_before_it_begins() {
+    let mut site = site(None);
+    let is_recall = |order: &SiteOrder| matches!(order, SiteOrder::Recall(_));
+    let orders = hear(&mut site, standing(1, 3, 10));
+    let recall = orders.iter().position(is_recall).unwrap();
+    assert_eq!(orders[recall], SiteOrder::Recall(vec![Some(Digest::of(b"last"))]));
+    assert!(orders[..recall].iter().all(|order| !matches!(order, SiteOrder::Fetch { .. })));
+    assert!(!hear(&mut site, standing(2, 3, 10)).iter().any(is_recall));
+    let closed = Standing { open: false, ..standing(3, 3, 10) };
+    assert!(!hear(&mut site, closed).iter().any(is_recall));
+    let again = Standing { session: 6, ..standing(4, 3, 10) };
+    assert!(!hear(&mut site, again).iter().any(is_recall), "it has all that there is to know");
+}
+
+#[test]
+fn weights_that_were_begun_are_fetched_on_while_the_commits_since_are_a_light_tail() {
+    let ordered = |begun: u64, version: u64, bytes: u64| {
+        fetched(&hear(&mut site(Some((begun, digest(begun)))), standing(1, version, bytes)))
+    };
+    assert_eq!(ordered(7, 9, 100), Some(7));
+    assert_eq!(ordered(7, 9, 3000), Some(9), "the tail weighs more than half of the weights");
+    assert_eq!(ordered(7, 7 + TAIL as u64, 1), Some(7 + TAIL as u64), "the tail may be gone");
+    assert_eq!(ordered(9, 7, 100), Some(7), "of a future that was lost");
+}
+
+#[test]
+fn weights_that_cannot_be_had_any_more_are_fetched_as_they_are_now() {
+    let mut site = site(Some((7, digest(7))));
+    assert_eq!(fetched(&hear(&mut site, standing(1, 9, 100))), Some(7));
+    site.handle(Time(2), SiteEvent::Disconnected);
+    site.handle(Time(3), SiteEvent::Connected);
+    assert_eq!(fetched(&hear(&mut site, standing(1, 10, 100))), Some(7), "a lost connection loses nothing");
+    site.handle(Time(4), SiteEvent::Fetched(digest(7), false));
+    assert_eq!(fetched(&hear(&mut site, standing(2, 10, 100))), Some(10));
+}
