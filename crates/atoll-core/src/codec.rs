@@ -33,7 +33,6 @@ mod unpacked;
 use std::fmt;
 use std::str::FromStr;
 
-use half::bf16;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::simd::simd;
@@ -106,7 +105,7 @@ pub struct UnknownName(String);
 const HEADER: usize = 5;
 /// A sparse payload keeps at most half of the values; beyond that others are smaller.
 const KEEP_MAX: u16 = (CHUNK / 2) as u16;
-/// Weights that a team's member encodes or decodes at a time: a multiple of every block.
+/// Weights that a team's member encodes or decodes at a time.
 const PIECE: usize = 64 * CHUNK;
 
 impl Codec {
@@ -136,20 +135,12 @@ impl Codec {
         if self.is_sparse() { HEADER + 2 } else { HEADER }
     }
 
-    /// Weights in a block, which can be written and read without the others.
-    fn block(self) -> usize {
-        match self {
-            Codec::F32 | Codec::Bf16 | Codec::Sparse(_) => CHUNK,
-            Codec::E3m0 => BLOCK,
-        }
-    }
-
-    /// Bytes of a block of `len` weights, at most [`Codec::block`].
-    fn block_bytes(self, len: usize) -> usize {
+    /// Bytes of a chunk of `len` weights, which can be written and read without the others.
+    fn chunk_bytes(self, len: usize) -> usize {
         match self {
             Codec::F32 => 4 * len,
             Codec::Bf16 => 2 * len,
-            Codec::E3m0 => BLOCK_BYTES,
+            Codec::E3m0 => len.div_ceil(BLOCK) * BLOCK_BYTES,
             Codec::Sparse(keep) => Shape::new(keep, len).bytes(),
         }
     }
@@ -163,8 +154,8 @@ impl Codec {
     }
 
     fn body_len(self, count: usize) -> usize {
-        let (blocks, rest) = (count / self.block(), count % self.block());
-        blocks * self.block_bytes(self.block()) + if rest > 0 { self.block_bytes(rest) } else { 0 }
+        let (chunks, rest) = (count / CHUNK, count % CHUNK);
+        chunks * self.chunk_bytes(CHUNK) + if rest > 0 { self.chunk_bytes(rest) } else { 0 }
     }
 
     /// Bytes of the payload for `count` values.
@@ -228,69 +219,68 @@ impl Codec {
         Ok(payload)
     }
 
-    /// Encodes some blocks and leaves their rest; the position of a value that is not finite is the error.
+    /// Encodes some chunks and leaves their rest; the position of a value that is not finite is the error.
     #[inline(always)]
     fn encode_piece(self, wish: &mut [f32], body: &mut [u8], prepare: impl Fn(usize, &mut [f32])) -> Result<(), usize> {
-        let (block, bytes) = (self.block(), self.block_bytes(self.block()));
-        for (number, (wish, out)) in wish.chunks_mut(block).zip(body.chunks_mut(bytes)).enumerate() {
-            prepare(number * block, wish);
+        for (number, (wish, out)) in wish.chunks_mut(CHUNK).zip(body.chunks_mut(self.chunk_bytes(CHUNK))).enumerate() {
+            prepare(number * CHUNK, wish);
             if !all_finite(wish) {
                 let at = wish.iter().position(|value| !value.is_finite()).unwrap_or(0);
-                return Err(number * block + at);
+                return Err(number * CHUNK + at);
             }
             match self {
-                Codec::F32 => {
-                    out.chunks_exact_mut(4)
-                        .zip(&*wish)
-                        .for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
-                }
-                Codec::Bf16 => {
-                    for (out, &value) in out.chunks_exact_mut(2).zip(&*wish) {
-                        out.copy_from_slice(&dense::saturate(value).to_le_bytes());
-                    }
-                }
-                Codec::E3m0 => out.copy_from_slice(&dense::encode_e3m0(wish)),
+                Codec::F32 => dense::encode_f32(wish, out),
+                Codec::Bf16 => dense::encode_bf16(wish, out),
+                Codec::E3m0 => dense::encode_e3m0(wish, out),
                 Codec::Sparse(keep) => sparse::encode(Shape::new(keep, wish.len()), wish, out),
             }
-            self.each(out, wish.len(), |place, value| wish[place] -= value).ok_or(number * block)?;
+            self.meet(out, wish, |wish, value| *wish -= value).ok_or(number * CHUNK)?;
         }
         Ok(())
     }
 
-    /// Writes what whole blocks of a codec that leaves nothing out say.
+    /// Shows each value of a chunk to `show` with the weight it belongs to; `None` if the chunk is malformed or not
+    /// finite, perhaps after some were shown.
     #[inline(always)]
-    fn write(self, bytes: &[u8], out: &mut [f32]) {
-        match self {
-            Codec::E3m0 => {
-                for (bytes, out) in bytes.chunks(BLOCK_BYTES).zip(out.chunks_mut(BLOCK)) {
-                    dense::decode_e3m0(bytes).zip(out).for_each(|(value, out)| *out = value);
-                }
-            }
-            _ => {
-                let _ = self.each(bytes, out.len(), |place, value| out[place] = value);
-            }
+    fn meet(self, bytes: &[u8], weights: &mut [f32], show: impl Fn(&mut f32, f32)) -> Option<()> {
+        if let Codec::Sparse(keep) = self {
+            return sparse::visit(Shape::new(keep, weights.len()), bytes, |place, value| {
+                show(&mut weights[place], value);
+            });
         }
+        let mut room = [0.0; CHUNK];
+        let values = &mut room[..weights.len()];
+        self.unpack(bytes, values);
+        for (weight, value) in weights.iter_mut().zip(&*values) {
+            show(weight, *value);
+        }
+        all_finite(values).then_some(())
     }
 
-    /// Shows what a block of `len` weights says; `None` if it is malformed or not finite.
+    /// Shows each value of a chunk of `len` weights with its place in it; `None` as in [`meet`](Self::meet).
     #[inline(always)]
     fn each(self, bytes: &[u8], len: usize, mut show: impl FnMut(usize, f32)) -> Option<()> {
-        let mut finite = true;
-        let mut look = |(place, value): (usize, f32)| {
-            finite &= value.is_finite();
-            show(place, value);
-        };
-        match self {
-            Codec::F32 => {
-                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).enumerate().for_each(look);
-            }
-            Codec::Bf16 => {
-                bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).enumerate().for_each(look);
-            }
-            Codec::E3m0 => dense::decode_e3m0(bytes).take(len).enumerate().for_each(&mut look),
-            Codec::Sparse(keep) => return sparse::visit(Shape::new(keep, len), bytes, show),
+        if let Codec::Sparse(keep) = self {
+            return sparse::visit(Shape::new(keep, len), bytes, show);
         }
-        finite.then_some(())
+        let mut room = [0.0; CHUNK];
+        let values = &mut room[..len];
+        self.unpack(bytes, values);
+        for (place, value) in values.iter().enumerate() {
+            show(place, *value);
+        }
+        all_finite(values).then_some(())
+    }
+
+    /// Writes what a chunk says; of a codec that leaves something out, nothing.
+    #[inline(always)]
+    fn unpack(self, bytes: &[u8], values: &mut [f32]) {
+        match self {
+            Codec::F32 => dense::decode_f32(bytes, values),
+            Codec::Bf16 => dense::decode_bf16(bytes, values),
+            Codec::E3m0 => dense::decode_e3m0(bytes, values),
+            Codec::Sparse(_) => {}
+        }
     }
 }
 
@@ -323,12 +313,16 @@ impl<'a> Payload<'a> {
         }
     }
 
-    /// Where in a piece the first block begins that says nothing sound.
+    /// Where in a piece the first chunk begins that says nothing sound.
     #[inline(always)]
     fn first_unsound(&self, len: usize, body: &[u8]) -> Option<usize> {
-        let mut blocks = self.blocks(len, body).enumerate();
-        let (number, _) = blocks.find(|(_, (len, bytes))| self.codec.each(bytes, *len, |_, _| {}).is_none())?;
-        Some(number * self.codec.block())
+        for (number, bytes) in body.chunks(self.codec.chunk_bytes(CHUNK)).enumerate() {
+            let first = number * CHUNK;
+            if self.codec.each(bytes, CHUNK.min(len - first), |_, _| {}).is_none() {
+                return Some(first);
+            }
+        }
+        None
     }
 
     /// Looks at a payload for a fragment of any of these lengths.
@@ -391,12 +385,6 @@ impl<'a> Payload<'a> {
         lens.zip(self.body.chunks(self.codec.body_len(PIECE)))
     }
 
-    fn blocks<'b>(&self, len: usize, body: &'b [u8]) -> impl Iterator<Item = (usize, &'b [u8])> + use<'b> {
-        let block = self.codec.block();
-        let lens = (0..len).step_by(block).map(move |start| block.min(len - start));
-        lens.zip(body.chunks(self.codec.block_bytes(block)))
-    }
-
     /// Weights and bytes of chunk number `number`.
     pub(crate) fn chunk(&self, number: usize) -> (usize, &'a [u8]) {
         let (first, bytes) = (number * CHUNK, self.codec.body_len(CHUNK));
@@ -408,12 +396,12 @@ impl<'a> Payload<'a> {
     fn meet(&self, weights: &mut [f32], team: &dyn Team, show: impl Fn(&mut f32, f32) + Sync) {
         assert_eq!(weights.len(), self.count, "the payload was checked for this count");
         let pieces = self.pieces().zip(weights.chunks_mut(PIECE));
-        share_out(pieces, team, |_, ((len, body), weights)| {
+        share_out(pieces, team, |_, ((_, body), weights)| {
             simd(
                 #[inline(always)]
                 || {
-                    for ((len, bytes), weights) in self.blocks(len, body).zip(weights.chunks_mut(self.codec.block())) {
-                        let _ = self.codec.each(bytes, len, |place, value| show(&mut weights[place], value));
+                    for (bytes, weights) in body.chunks(self.codec.chunk_bytes(CHUNK)).zip(weights.chunks_mut(CHUNK)) {
+                        let _ = self.codec.meet(bytes, weights, &show);
                     }
                 },
             );
@@ -438,15 +426,11 @@ impl<'a> Payload<'a> {
     }
 
     /// Shows the values between two positions with their position; zeros that a sparse payload leaves out are
-    /// skipped. The positions are rounded outwards to whole blocks.
+    /// skipped. The positions are rounded outwards to whole chunks.
     pub fn visit(&self, range: std::ops::Range<usize>, mut show: impl FnMut(usize, f32)) {
-        let (block, bytes) = (self.codec.block(), self.codec.block_bytes(self.codec.block()));
-        let blocks = range.start / block..range.end.div_ceil(block);
-        for number in blocks {
-            let first = number * block;
-            let len = block.min(self.count - first);
-            let end = (number * bytes + self.codec.block_bytes(len)).min(self.body.len());
-            let _ = self.codec.each(&self.body[number * bytes..end], len, |place, value| show(first + place, value));
+        for number in range.start / CHUNK..range.end.div_ceil(CHUNK) {
+            let (len, bytes) = self.chunk(number);
+            let _ = self.codec.each(bytes, len, |place, value| show(number * CHUNK + place, value));
         }
     }
 
@@ -495,8 +479,7 @@ pub fn check_finite(values: &[f32]) -> Result<(), CodecError> {
 /// Whether no exponent is that of infinity and NaN, looked at in a way that vectorizes.
 #[inline(always)]
 fn all_finite(values: &[f32]) -> bool {
-    let greatest = values.iter().fold(0i32, |greatest, value| greatest.max((value.to_bits() & 0x7fff_ffff) as i32));
-    greatest < 0x7f80_0000
+    dense::greatest(values) < f32::INFINITY.to_bits()
 }
 
 impl fmt::Display for Codec {

@@ -273,7 +273,11 @@ impl Copies {
         let Some(mut change) = reference else { return Change::Add(vec![0.0; theta.len()]) };
         simd(
             #[inline(always)]
-            || change.iter_mut().zip(theta).for_each(|(change, theta)| *change = theta - *change),
+            || {
+                for (change, theta) in change.iter_mut().zip(theta) {
+                    *change = theta - *change;
+                }
+            },
         );
         Change::Add(change)
     }
@@ -307,7 +311,11 @@ fn write_all(engine: &mut dyn Engine, fragments: &[impl AsRef<[f32]>]) -> Result
 pub fn add(weights: &mut [f32], change: &[f32]) {
     simd(
         #[inline(always)]
-        || weights.iter_mut().zip(change).for_each(|(weight, change)| *weight += change),
+        || {
+            for (weight, change) in weights.iter_mut().zip(change) {
+                *weight += change;
+            }
+        },
     );
 }
 

@@ -338,7 +338,9 @@ impl Global {
                         merged.read(number * STRETCH + index * CHUNK, values);
                         along += dot(values, momentum);
                         let mu = mu as f32;
-                        momentum.iter_mut().zip(&*values).for_each(|(buffer, delta)| *buffer = mu * *buffer + delta);
+                        for (buffer, delta) in momentum.iter_mut().zip(&*values) {
+                            *buffer = mu * *buffer + delta;
+                        }
                     },
                 );
             }

@@ -121,7 +121,11 @@ impl Material {
             Box::new(move || {
                 simd(
                     #[inline(always)]
-                    || a.iter_mut().zip(b).zip(c).for_each(|((a, b), c)| *a = b + 0.5 * c),
+                    || {
+                        for ((a, b), c) in a.iter_mut().zip(b).zip(c) {
+                            *a = b + 0.5 * c;
+                        }
+                    },
                 );
             }) as Job<'_>
         });
@@ -137,7 +141,9 @@ impl Material {
         let residual = self.residuals.get_mut(&codec).context("every codec has a residual")?;
         let payload = codec.encode_prepared(residual, team, |start, wish| {
             let (theta, from) = (&theta[start..start + wish.len()], &from[start..start + wish.len()]);
-            wish.iter_mut().zip(theta).zip(from).for_each(|((wish, theta), from)| *wish += from - theta);
+            for ((wish, theta), from) in wish.iter_mut().zip(theta).zip(from) {
+                *wish += from - theta;
+            }
         });
         Ok(payload?)
     }

@@ -8,9 +8,7 @@
 //! follows Lloyd's iteration; a level is the mean of the weights that it stands for, so what is lost is never longer
 //! than what there was.
 
-use half::bf16;
-
-use super::dense::saturate;
+use super::dense::{saturate, widen};
 
 /// Weights in a chunk.
 pub(crate) const CHUNK: usize = 4096;
@@ -154,7 +152,11 @@ fn choose(values: &[f32], places: &mut [u16]) {
 #[inline(always)]
 fn count(halves: &[i16], least: i16) -> usize {
     // A chunk's count fits into 16 bits, which keeps all lanes of a vector busy.
-    halves.iter().map(|&half| i16::from(half >= least)).sum::<i16>() as usize
+    let mut count = 0i16;
+    for &half in halves {
+        count = count.wrapping_add(i16::from(half >= least));
+    }
+    count as usize
 }
 
 /// Positions of those that are at least `least`, ascending.
@@ -252,5 +254,5 @@ pub(super) fn square(shape: Shape, bytes: &[u8]) -> Option<f64> {
 /// The levels as numbers.
 #[inline(always)]
 fn table(levels: &[u8]) -> [f32; LEVELS] {
-    std::array::from_fn(|code| bf16::from_le_bytes([levels[2 * code], levels[2 * code + 1]]).to_f32())
+    std::array::from_fn(|code| widen([levels[2 * code], levels[2 * code + 1]]))
 }

@@ -41,7 +41,7 @@ impl Unpacked {
             #[inline(always)]
             || {
                 if !*is_sparse {
-                    payload.codec.write(bytes, values);
+                    payload.codec.unpack(bytes, values);
                     return most;
                 }
                 let mut found = 0;
@@ -109,6 +109,10 @@ impl Part<'_> {
 pub(crate) fn add_scaled(out: &mut [f32], scale: f32, values: &[f32]) {
     simd(
         #[inline(always)]
-        || out.iter_mut().zip(values).for_each(|(out, value)| *out += scale * value),
+        || {
+            for (out, value) in out.iter_mut().zip(values) {
+                *out += scale * value;
+            }
+        },
     );
 }
