@@ -145,14 +145,6 @@ impl Codec {
         }
     }
 
-    /// How many of a chunk's `len` weights it speaks of.
-    fn values_of(self, len: usize) -> usize {
-        match self {
-            Codec::Sparse(keep) => Shape::new(keep, len).kept(),
-            Codec::F32 | Codec::Bf16 | Codec::E3m0 => len,
-        }
-    }
-
     fn body_len(self, count: usize) -> usize {
         let (chunks, rest) = (count / CHUNK, count % CHUNK);
         chunks * self.chunk_bytes(CHUNK) + if rest > 0 { self.chunk_bytes(rest) } else { 0 }

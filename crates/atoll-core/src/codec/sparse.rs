@@ -92,11 +92,7 @@ fn put(bytes: &mut [u8], at: usize, number: usize) {
 /// Reads `bits` < 16 bits at bit `at`.
 #[inline(always)]
 fn get(bytes: &[u8], at: usize, bits: usize) -> usize {
-    let rest = bytes.get(at / 8..).unwrap_or(&[]);
-    let window = match rest.first_chunk() {
-        Some(window) => u32::from_le_bytes(*window),
-        None => rest.iter().rev().fold(0, |window, &byte| window << 8 | u32::from(byte)),
-    };
+    let window = word(bytes.get(at / 8..).unwrap_or(&[]));
     (window >> (at % 8)) as usize & ((1 << bits) - 1)
 }
 
@@ -205,10 +201,8 @@ pub(super) fn visit(shape: Shape, bytes: &[u8], mut show: impl FnMut(usize, f32)
     let (_, highs) = lows_and_highs.split_at_checked(shape.lows)?;
     let table = table(levels);
     let (mut rank, mut next) = (0, 0);
-    for (number, word) in highs.chunks(8).enumerate() {
-        let mut window = [0u8; 8];
-        window[..word.len()].copy_from_slice(word);
-        let mut word = u64::from_le_bytes(window);
+    for (number, bytes) in highs.chunks(8).enumerate() {
+        let mut word = word(bytes);
         while word != 0 {
             let bit = 64 * number + word.trailing_zeros() as usize;
             word &= word - 1;
@@ -227,6 +221,58 @@ pub(super) fn visit(shape: Shape, bytes: &[u8], mut show: impl FnMut(usize, f32)
     (rank == shape.kept && finite).then_some(())
 }
 
+/// Weights and positions that are unpacked side by side.
+pub(super) const GROUP: usize = 4;
+
+/// Writes each kept weight and its position, ascending, as [`visit`] shows them. There must be room for whole groups;
+/// what is written behind the last kept weight means nothing. `None` if the chunk is malformed.
+#[inline(always)]
+pub(super) fn unpack(shape: Shape, bytes: &[u8], values: &mut [f32], places: &mut [u16]) -> Option<()> {
+    let (levels, rest) = bytes.split_at_checked(2 * LEVELS)?;
+    let (codes, lows_and_highs) = rest.split_at_checked(shape.codes)?;
+    let (_, highs) = lows_and_highs.split_at_checked(shape.lows)?;
+    let table = table(levels);
+    // Values and lower bits do not depend on one another, so a processor works on many of them at a time.
+    let groups = values.as_chunks_mut::<GROUP>().0.iter_mut().zip(places.as_chunks_mut::<GROUP>().0);
+    for (number, ((values, places), codes)) in groups.zip(codes).enumerate() {
+        let at = number * GROUP * shape.low_bits;
+        let lows = word(&lows_and_highs[at / 8..]) >> (at % 8);
+        for index in 0..GROUP {
+            values[index] = table[usize::from(codes >> (2 * index) & 3)];
+            places[index] = (lows >> (index * shape.low_bits)) as u16 & ((1 << shape.low_bits) - 1);
+        }
+    }
+    let mut rank = 0;
+    for (number, bytes) in highs.chunks(8).enumerate() {
+        let mut word = word(bytes);
+        while word != 0 {
+            let bit = 64 * number + word.trailing_zeros() as usize;
+            word &= word - 1;
+            *places[..shape.kept].get_mut(rank)? |= ((bit - rank) << shape.low_bits) as u16;
+            rank += 1;
+        }
+    }
+    let places = &places[..shape.kept];
+    let mut sound = rank == shape.kept && places.last().is_none_or(|&last| usize::from(last) < shape.len);
+    for (place, next) in places.iter().zip(places.iter().skip(1)) {
+        sound &= place < next;
+    }
+    (sound && table.iter().all(|level| level.is_finite())).then_some(())
+}
+
+/// The first eight bytes as a number, of fewer as if zeros followed.
+#[inline(always)]
+fn word(bytes: &[u8]) -> u64 {
+    match bytes.first_chunk() {
+        Some(bytes) => u64::from_le_bytes(*bytes),
+        None => {
+            let mut whole = [0u8; 8];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            u64::from_le_bytes(whole)
+        }
+    }
+}
+
 /// Squared length of what a sound chunk says, from how often each level occurs. Levels have eight significant bits:
 /// such sums lose nothing, in whatever order, unless levels are some 2¹⁰ apart.
 pub(super) fn square(shape: Shape, bytes: &[u8]) -> Option<f64> {
@@ -237,7 +283,7 @@ pub(super) fn square(shape: Shape, bytes: &[u8]) -> Option<f64> {
     let mut left = shape.kept;
     for bytes in codes.chunks(8) {
         let here = left.min(32);
-        let word = bytes.iter().rev().fold(0u64, |word, &byte| word << 8 | u64::from(byte));
+        let word = word(bytes);
         // What stands behind the last code means nothing.
         let mask = LOWER & (u64::MAX >> (64 - 2 * here));
         let (large, negative) = (word & mask, word >> 1 & mask);
