@@ -226,7 +226,9 @@ fn measure(rounds: usize, mut round: impl FnMut() -> Result<Cost>) -> Result<Cos
 }
 
 fn figures(busy: &[Row], idle: &[Row]) -> Figures {
-    let beyond: Vec<_> = busy.iter().map(|row| (row.weights as f64, row.contributions as f64, row.beyond())).collect();
+    // Where contributions cost little beside the own share, the difference is noise.
+    let telling = busy.iter().filter(|row| row.beyond() > TELLING * row.own);
+    let beyond: Vec<_> = telling.map(|row| (row.weights as f64, row.contributions as f64, row.beyond())).collect();
     let (size, contributions) = fit::exponents(&beyond);
     let own: Vec<_> = busy.iter().map(|row| (row.weights as f64, row.own)).collect();
     let own = fit::exponent(&own);
