@@ -16,7 +16,8 @@
 //! twice, which is *not* in what must be moved. Memory that the work itself asks for is fresh, as in the product, and
 //! the system's price for it is in the seconds; the row `fresh memory` is that price alone: a vector allocated and
 //! filled. Everything is done in turns, a round of all after the other, and each figure is the median of the rounds.
-//! One core: the main thread alone. All cores: the [`Crew`] on which a coordinator merges.
+//! One core: the main thread alone, in processor seconds, so that others on the machine stretch them little. All cores:
+//! the [`Crew`] on which a coordinator merges, in seconds of the clock.
 
 mod material;
 
@@ -41,8 +42,8 @@ pub(crate) fn run(quick: bool) -> Result<Figures> {
     let mut lines = Line::all();
     for _ in 0..rounds {
         for line in &mut lines {
-            line.alone.push(material.time(line.work, &Alone)?);
-            line.crew.push(Crew.run(|| material.time(line.work, &Crew))?);
+            line.alone.push(material.time(line.work, &Alone)?.busy);
+            line.crew.push(Crew.run(|| material.time(line.work, &Crew))?.passed);
         }
     }
     let measured: Vec<Measured> = lines.iter().map(|line| line.measured(&material)).collect();
@@ -140,9 +141,10 @@ fn print(measured: &[Measured], cores: usize) {
         let (alone, crew) = line.shares(triad);
         match line.work {
             Work::Merge(codec) if codec == material::UP => println!(
-                "a merge of {SITES} moves {:.2} GB/s of one core's {:.2}: {:.0} % ({:.0} % on all cores; wanted: {:.0} %)",
-                line.alone.1,
-                triad.alone.1,
+                "a merge of {SITES} {codec} adds {:.2} GB/s of f32, {:.0} % of what a core's triad moves; what it must move \
+                 itself it moves at {:.0} % of that ({:.0} % on all cores; wanted: {:.0} %)",
+                line.alone.0,
+                100.0 * line.alone.0 / triad.alone.0,
                 100.0 * alone,
                 100.0 * crew,
                 100.0 * MERGE_SHARE

@@ -27,6 +27,8 @@ use fleet::{Cost, Fleet, Model};
 
 /// Contributions to a round beside which sites are idle.
 const BESIDE_IDLE: usize = 8;
+/// Rows whose contributions cost less than this share of a step without any do not count in the fitted exponents.
+const TELLING: f64 = 0.25;
 /// Share of the free memory that a row may take.
 const MEMORY_SHARE: f64 = 0.8;
 
@@ -103,6 +105,8 @@ fn busy_rows(extent: &Extent) -> Result<Vec<Row>> {
         let Some(most) = most_that_fit(preset, &manifest, extent.contributions) else { continue };
         let parameters = manifest.parameters();
         let mut model = Model::new(manifest)?;
+        // First some rounds, so that the residual is that of a run: what is all alike takes longer to choose from.
+        rounds(&mut model, BESIDE_IDLE, 0, extent.rounds)?;
         let own = measure(extent.rounds, || model.step_alone())?.together();
         for &contributions in extent.contributions.iter().filter(|&&contributions| contributions <= most) {
             let cost = rounds(&mut model, contributions, 0, extent.rounds)?;
@@ -222,7 +226,9 @@ fn measure(rounds: usize, mut round: impl FnMut() -> Result<Cost>) -> Result<Cos
 }
 
 fn figures(busy: &[Row], idle: &[Row]) -> Figures {
-    let beyond: Vec<_> = busy.iter().map(|row| (row.weights as f64, row.contributions as f64, row.beyond())).collect();
+    // Where contributions cost little beside the own share, the difference is noise.
+    let telling = busy.iter().filter(|row| row.beyond() > TELLING * row.own);
+    let beyond: Vec<_> = telling.map(|row| (row.weights as f64, row.contributions as f64, row.beyond())).collect();
     let (size, contributions) = fit::exponents(&beyond);
     let own: Vec<_> = busy.iter().map(|row| (row.weights as f64, row.own)).collect();
     let own = fit::exponent(&own);

@@ -12,9 +12,6 @@
 //! sparse    body = | keep: u16 | then for each chunk of 4,096 values, of which the `keep` greatest are written,
 //!                  | 4 levels: bf16 | codes, 2 bits each, lowest first | positions: Elias–Fano, see below |
 //!           code = large (bit 0), negative (bit 1)
-//! cyclic2   body = | of: u8 | at: u8 | then for each chunk of 4,096 values, of which numbers at, at + of, … are written,
-//!                  | 4 levels: bf16 | codes, 2 bits each, lowest first |
-//! cyclic4   body = the same, but each chunk | e3m0, the last block as short as it is |
 //! ```
 //!
 //! E3M0 costs 4.125 bits per value; Streaming DiLoCo (arXiv 2501.18512, section 3.3) found it to
@@ -22,15 +19,12 @@
 //! chosen, because rounding to powers of two alone shrinks what it rounds.
 //!
 //! Sparse is for two ends that keep an error feedback (SparseLoCo, arXiv 2508.15706): what one payload leaves out
-//! stays in a residual and is part of the next. With `keep` 96 it costs 0.234 bits per value, with 224 0.461. So are the
-//! cyclic ones, which cost 0.238 and 0.461 with a turn of nine payloads.
+//! stays in a residual and is part of the next. With `keep` 96 it costs 0.234 bits per value, with 224 0.461.
 //!
 //! Every byte string decodes or is refused: no panic, no allocation from an unchecked length, and
 //! nothing that is not finite comes out. Blocks are independent, so a [`Team`] may share them.
 
-mod cyclic;
 mod dense;
-mod levels;
 mod sparse;
 #[cfg(test)]
 mod tests;
@@ -39,19 +33,16 @@ mod unpacked;
 use std::fmt;
 use std::str::FromStr;
 
-use half::bf16;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::simd::simd;
 use crate::team::{Alone, Team, share_out};
-pub use cyclic::{Depth, Turn};
 use dense::{BLOCK, BLOCK_BYTES};
 pub(crate) use sparse::CHUNK;
 use sparse::Shape;
 pub(crate) use unpacked::{Unpacked, add_scaled};
 
-/// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`, `"cyclic2:9"`; where
-/// it is known which payload of a turn it is, `"cyclic2:9@4"`.
+/// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Codec {
     /// Exact.
@@ -62,8 +53,6 @@ pub enum Codec {
     E3m0,
     /// So many of 4,096 values, as one of four levels each.
     Sparse(u16),
-    /// Every so manieth value, in turn.
-    Cyclic(Depth, Turn),
 }
 
 /// Why bytes are no payload, or values have none.
@@ -110,28 +99,18 @@ pub enum CodecError {
 
 /// A word that names no codec.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "\"{0}\" is no codec; there are f32, bf16, e3m0, sparse:1 to sparse:2048, cyclic2:1 to cyclic2:255, and cyclic4:1 to cyclic4:255"
-)]
+#[error("\"{0}\" is no codec; there are f32, bf16, e3m0, and sparse:1 to sparse:2048")]
 pub struct UnknownName(String);
 
 const HEADER: usize = 5;
 /// A sparse payload keeps at most half of the values; beyond that others are smaller.
 const KEEP_MAX: u16 = (CHUNK / 2) as u16;
-/// Weights that a team's member encodes or decodes at a time: a multiple of every block.
+/// Weights that a team's member encodes or decodes at a time.
 const PIECE: usize = 64 * CHUNK;
 
 impl Codec {
     /// One of each kind, for laws that hold for all.
-    pub const ALL: [Codec; 7] = [
-        Codec::F32,
-        Codec::Bf16,
-        Codec::E3m0,
-        Codec::Sparse(96),
-        Codec::Sparse(224),
-        Codec::Cyclic(Depth::Two, Turn { of: 9, at: 0 }),
-        Codec::Cyclic(Depth::Four, Turn { of: 9, at: 7 }),
-    ];
+    pub const ALL: [Codec; 5] = [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(96), Codec::Sparse(224)];
 
     /// The number on the wire; never used again for something else.
     fn number(self) -> u8 {
@@ -140,23 +119,7 @@ impl Codec {
             Codec::Bf16 => 2,
             Codec::E3m0 => 3,
             Codec::Sparse(_) => 4,
-            Codec::Cyclic(Depth::Two, _) => 5,
-            Codec::Cyclic(Depth::Four, _) => 6,
         }
-    }
-
-    /// What it is for the payload that moves a fragment on from `version`: the cyclic ones take their turn.
-    #[must_use]
-    pub fn at(self, version: u64) -> Self {
-        match self {
-            Codec::Cyclic(depth, turn) => Codec::Cyclic(depth, turn.at(version)),
-            other => other,
-        }
-    }
-
-    /// Whether a payload speaks of few weights only, and others must have their time later.
-    pub fn is_partial(self) -> bool {
-        matches!(self, Codec::Sparse(_) | Codec::Cyclic(..))
     }
 
     /// Whether so much is left out that it must be sent later.
@@ -164,50 +127,28 @@ impl Codec {
         self != Codec::F32
     }
 
-    /// Whether its numbers are such as encoders use.
-    fn is_sound(self) -> bool {
-        match self {
-            Codec::F32 | Codec::Bf16 | Codec::E3m0 => true,
-            Codec::Sparse(keep) => (1..=KEEP_MAX).contains(&keep),
-            Codec::Cyclic(_, turn) => turn.is_sound(),
-        }
+    /// Whether a payload speaks of few weights only, and the others must have their time later.
+    pub fn is_sparse(self) -> bool {
+        matches!(self, Codec::Sparse(_))
     }
 
     fn header_len(self) -> usize {
-        if self.is_partial() { HEADER + 2 } else { HEADER }
+        if self.is_sparse() { HEADER + 2 } else { HEADER }
     }
 
-    /// Weights in a block, which can be written and read without the others.
-    fn block(self) -> usize {
-        match self {
-            Codec::F32 | Codec::Bf16 | Codec::Sparse(_) | Codec::Cyclic(..) => CHUNK,
-            Codec::E3m0 => BLOCK,
-        }
-    }
-
-    /// Bytes of a block of `len` weights, at most [`Codec::block`].
-    fn block_bytes(self, len: usize) -> usize {
+    /// Bytes of a chunk of `len` weights, which can be written and read without the others.
+    fn chunk_bytes(self, len: usize) -> usize {
         match self {
             Codec::F32 => 4 * len,
             Codec::Bf16 => 2 * len,
-            Codec::E3m0 => BLOCK_BYTES,
+            Codec::E3m0 => len.div_ceil(BLOCK) * BLOCK_BYTES,
             Codec::Sparse(keep) => Shape::new(keep, len).bytes(),
-            Codec::Cyclic(depth, turn) => cyclic::bytes(depth, turn, len),
-        }
-    }
-
-    /// How many of a chunk's `len` weights it speaks of.
-    fn values_of(self, len: usize) -> usize {
-        match self {
-            Codec::Sparse(keep) => Shape::new(keep, len).kept(),
-            Codec::Cyclic(_, turn) => turn.room(len),
-            Codec::F32 | Codec::Bf16 | Codec::E3m0 => len,
         }
     }
 
     fn body_len(self, count: usize) -> usize {
-        let (blocks, rest) = (count / self.block(), count % self.block());
-        blocks * self.block_bytes(self.block()) + if rest > 0 { self.block_bytes(rest) } else { 0 }
+        let (chunks, rest) = (count / CHUNK, count % CHUNK);
+        chunks * self.chunk_bytes(CHUNK) + if rest > 0 { self.chunk_bytes(rest) } else { 0 }
     }
 
     /// Bytes of the payload for `count` values.
@@ -256,10 +197,8 @@ impl Codec {
         let (header, body) = payload.split_at_mut(self.header_len());
         header[0] = self.number();
         header[1..HEADER].copy_from_slice(&count.to_le_bytes());
-        match self {
-            Codec::Sparse(keep) => header[HEADER..].copy_from_slice(&keep.to_le_bytes()),
-            Codec::Cyclic(_, Turn { of, at }) => header[HEADER..].copy_from_slice(&[of, at]),
-            Codec::F32 | Codec::Bf16 | Codec::E3m0 => {}
+        if let Codec::Sparse(keep) = self {
+            header[HEADER..].copy_from_slice(&keep.to_le_bytes());
         }
         let pieces = wish.chunks_mut(PIECE).zip(body.chunks_mut(self.body_len(PIECE)));
         let done = share_out(pieces, team, |index, (wish, body)| {
@@ -273,71 +212,68 @@ impl Codec {
         Ok(payload)
     }
 
-    /// Encodes some blocks and leaves their rest; the position of a value that is not finite is the error.
+    /// Encodes some chunks and leaves their rest; the position of a value that is not finite is the error.
     #[inline(always)]
     fn encode_piece(self, wish: &mut [f32], body: &mut [u8], prepare: impl Fn(usize, &mut [f32])) -> Result<(), usize> {
-        let (block, bytes) = (self.block(), self.block_bytes(self.block()));
-        for (number, (wish, out)) in wish.chunks_mut(block).zip(body.chunks_mut(bytes)).enumerate() {
-            prepare(number * block, wish);
+        for (number, (wish, out)) in wish.chunks_mut(CHUNK).zip(body.chunks_mut(self.chunk_bytes(CHUNK))).enumerate() {
+            prepare(number * CHUNK, wish);
             if !all_finite(wish) {
                 let at = wish.iter().position(|value| !value.is_finite()).unwrap_or(0);
-                return Err(number * block + at);
+                return Err(number * CHUNK + at);
             }
             match self {
-                Codec::F32 => {
-                    out.chunks_exact_mut(4)
-                        .zip(&*wish)
-                        .for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
-                }
-                Codec::Bf16 => {
-                    for (out, &value) in out.chunks_exact_mut(2).zip(&*wish) {
-                        out.copy_from_slice(&dense::saturate(value).to_le_bytes());
-                    }
-                }
+                Codec::F32 => dense::encode_f32(wish, out),
+                Codec::Bf16 => dense::encode_bf16(wish, out),
                 Codec::E3m0 => dense::encode_e3m0(wish, out),
                 Codec::Sparse(keep) => sparse::encode(Shape::new(keep, wish.len()), wish, out),
-                Codec::Cyclic(depth, turn) => cyclic::encode(depth, turn, wish, out),
             }
-            self.each(out, wish.len(), |place, value| wish[place] -= value).ok_or(number * block)?;
+            self.meet(out, wish, |wish, value| *wish -= value).ok_or(number * CHUNK)?;
         }
         Ok(())
     }
 
-    /// Writes what whole blocks of a codec that leaves nothing out say.
+    /// Shows each value of a chunk to `show` with the weight it belongs to; `None` if the chunk is malformed or not
+    /// finite, perhaps after some were shown.
     #[inline(always)]
-    fn write(self, bytes: &[u8], out: &mut [f32]) {
-        match self {
-            Codec::E3m0 => {
-                for (bytes, out) in bytes.chunks(BLOCK_BYTES).zip(out.chunks_mut(BLOCK)) {
-                    dense::decode_e3m0(bytes).zip(out).for_each(|(value, out)| *out = value);
-                }
-            }
-            _ => {
-                let _ = self.each(bytes, out.len(), |place, value| out[place] = value);
-            }
+    fn meet(self, bytes: &[u8], weights: &mut [f32], show: impl Fn(&mut f32, f32)) -> Option<()> {
+        if let Codec::Sparse(keep) = self {
+            return sparse::visit(Shape::new(keep, weights.len()), bytes, |place, value| {
+                show(&mut weights[place], value);
+            });
         }
+        let mut room = [0.0; CHUNK];
+        let values = &mut room[..weights.len()];
+        self.unpack(bytes, values);
+        for (weight, value) in weights.iter_mut().zip(&*values) {
+            show(weight, *value);
+        }
+        all_finite(values).then_some(())
     }
 
-    /// Shows what a block of `len` weights says; `None` if it is malformed or not finite.
+    /// Shows each value of a chunk of `len` weights with its place in it; `None` as in [`meet`](Self::meet).
     #[inline(always)]
     fn each(self, bytes: &[u8], len: usize, mut show: impl FnMut(usize, f32)) -> Option<()> {
-        let mut finite = true;
-        let mut look = |(place, value): (usize, f32)| {
-            finite &= value.is_finite();
-            show(place, value);
-        };
-        match self {
-            Codec::F32 => {
-                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).enumerate().for_each(look);
-            }
-            Codec::Bf16 => {
-                bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).enumerate().for_each(look);
-            }
-            Codec::E3m0 => dense::decode_e3m0(bytes).take(len).enumerate().for_each(&mut look),
-            Codec::Sparse(keep) => return sparse::visit(Shape::new(keep, len), bytes, show),
-            Codec::Cyclic(depth, turn) => return cyclic::visit(depth, turn, len, bytes, show),
+        if let Codec::Sparse(keep) = self {
+            return sparse::visit(Shape::new(keep, len), bytes, show);
         }
-        finite.then_some(())
+        let mut room = [0.0; CHUNK];
+        let values = &mut room[..len];
+        self.unpack(bytes, values);
+        for (place, value) in values.iter().enumerate() {
+            show(place, *value);
+        }
+        all_finite(values).then_some(())
+    }
+
+    /// Writes what a chunk says; of a codec that leaves something out, nothing.
+    #[inline(always)]
+    fn unpack(self, bytes: &[u8], values: &mut [f32]) {
+        match self {
+            Codec::F32 => dense::decode_f32(bytes, values),
+            Codec::Bf16 => dense::decode_bf16(bytes, values),
+            Codec::E3m0 => dense::decode_e3m0(bytes, values),
+            Codec::Sparse(_) => {}
+        }
     }
 }
 
@@ -365,17 +301,21 @@ impl<'a> Payload<'a> {
         });
         match looks.into_iter().flatten().next() {
             None => Ok(sound),
-            Some(index) if matches!(sound.codec, Codec::Sparse(_)) => Err(CodecError::Malformed { index }),
+            Some(index) if sound.codec.is_sparse() => Err(CodecError::Malformed { index }),
             Some(index) => Err(CodecError::NonFinite { index }),
         }
     }
 
-    /// Where in a piece the first block begins that says nothing sound.
+    /// Where in a piece the first chunk begins that says nothing sound.
     #[inline(always)]
     fn first_unsound(&self, len: usize, body: &[u8]) -> Option<usize> {
-        let mut blocks = self.blocks(len, body).enumerate();
-        let (number, _) = blocks.find(|(_, (len, bytes))| self.codec.each(bytes, *len, |_, _| {}).is_none())?;
-        Some(number * self.codec.block())
+        for (number, bytes) in body.chunks(self.codec.chunk_bytes(CHUNK)).enumerate() {
+            let first = number * CHUNK;
+            if self.codec.each(bytes, CHUNK.min(len - first), |_, _| {}).is_none() {
+                return Some(first);
+            }
+        }
+        None
     }
 
     /// Looks at a payload for a fragment of any of these lengths.
@@ -401,15 +341,15 @@ impl<'a> Payload<'a> {
             1 => Codec::F32,
             2 => Codec::Bf16,
             3 => Codec::E3m0,
-            number @ 4..=6 => match (number, rest) {
-                (4, [low, high, ..]) => Codec::Sparse(u16::from_le_bytes([*low, *high])),
-                (5, [of, at, ..]) => Codec::Cyclic(Depth::Two, Turn { of: *of, at: *at }),
-                (6, [of, at, ..]) => Codec::Cyclic(Depth::Four, Turn { of: *of, at: *at }),
+            4 => match rest {
+                [low, high, ..] => Codec::Sparse(u16::from_le_bytes([*low, *high])),
                 _ => return Err(too_short),
             },
             other => return Err(CodecError::UnknownCodec(other)),
         };
-        if !codec.is_sound() {
+        if let Codec::Sparse(keep) = codec
+            && !(1..=KEEP_MAX).contains(&keep)
+        {
             return Err(CodecError::Malformed { index: 0 });
         }
         let found = count_in(header);
@@ -438,12 +378,6 @@ impl<'a> Payload<'a> {
         lens.zip(self.body.chunks(self.codec.body_len(PIECE)))
     }
 
-    fn blocks<'b>(&self, len: usize, body: &'b [u8]) -> impl Iterator<Item = (usize, &'b [u8])> + use<'b> {
-        let block = self.codec.block();
-        let lens = (0..len).step_by(block).map(move |start| block.min(len - start));
-        lens.zip(body.chunks(self.codec.block_bytes(block)))
-    }
-
     /// Weights and bytes of chunk number `number`.
     pub(crate) fn chunk(&self, number: usize) -> (usize, &'a [u8]) {
         let (first, bytes) = (number * CHUNK, self.codec.body_len(CHUNK));
@@ -455,12 +389,12 @@ impl<'a> Payload<'a> {
     fn meet(&self, weights: &mut [f32], team: &dyn Team, show: impl Fn(&mut f32, f32) + Sync) {
         assert_eq!(weights.len(), self.count, "the payload was checked for this count");
         let pieces = self.pieces().zip(weights.chunks_mut(PIECE));
-        share_out(pieces, team, |_, ((len, body), weights)| {
+        share_out(pieces, team, |_, ((_, body), weights)| {
             simd(
                 #[inline(always)]
                 || {
-                    for ((len, bytes), weights) in self.blocks(len, body).zip(weights.chunks_mut(self.codec.block())) {
-                        let _ = self.codec.each(bytes, len, |place, value| show(&mut weights[place], value));
+                    for (bytes, weights) in body.chunks(self.codec.chunk_bytes(CHUNK)).zip(weights.chunks_mut(CHUNK)) {
+                        let _ = self.codec.meet(bytes, weights, &show);
                     }
                 },
             );
@@ -485,15 +419,11 @@ impl<'a> Payload<'a> {
     }
 
     /// Shows the values between two positions with their position; zeros that a sparse payload leaves out are
-    /// skipped. The positions are rounded outwards to whole blocks.
+    /// skipped. The positions are rounded outwards to whole chunks.
     pub fn visit(&self, range: std::ops::Range<usize>, mut show: impl FnMut(usize, f32)) {
-        let (block, bytes) = (self.codec.block(), self.codec.block_bytes(self.codec.block()));
-        let blocks = range.start / block..range.end.div_ceil(block);
-        for number in blocks {
-            let first = number * block;
-            let len = block.min(self.count - first);
-            let end = (number * bytes + self.codec.block_bytes(len)).min(self.body.len());
-            let _ = self.codec.each(&self.body[number * bytes..end], len, |place, value| show(first + place, value));
+        for number in range.start / CHUNK..range.end.div_ceil(CHUNK) {
+            let (len, bytes) = self.chunk(number);
+            let _ = self.codec.each(bytes, len, |place, value| show(number * CHUNK + place, value));
         }
     }
 
@@ -506,7 +436,7 @@ impl<'a> Payload<'a> {
 
     /// Euclidean length, summed in the order of positions.
     pub fn norm(&self) -> f64 {
-        if let Codec::Sparse(_) = self.codec {
+        if self.codec.is_sparse() {
             return (0..self.count.div_ceil(CHUNK)).filter_map(|number| self.chunk_square(number)).sum::<f64>().sqrt();
         }
         let mut square = 0.0;
@@ -542,8 +472,7 @@ pub fn check_finite(values: &[f32]) -> Result<(), CodecError> {
 /// Whether no exponent is that of infinity and NaN, looked at in a way that vectorizes.
 #[inline(always)]
 fn all_finite(values: &[f32]) -> bool {
-    let greatest = values.iter().fold(0i32, |greatest, value| greatest.max((value.to_bits() & 0x7fff_ffff) as i32));
-    greatest < 0x7f80_0000
+    dense::greatest(values) < f32::INFINITY.to_bits()
 }
 
 impl fmt::Display for Codec {
@@ -553,11 +482,6 @@ impl fmt::Display for Codec {
             Codec::Bf16 => f.write_str("bf16"),
             Codec::E3m0 => f.write_str("e3m0"),
             Codec::Sparse(keep) => write!(f, "sparse:{keep}"),
-            Codec::Cyclic(depth, Turn { of, at }) => {
-                let bits = if *depth == Depth::Two { 2 } else { 4 };
-                let at = if *at > 0 { format!("@{at}") } else { String::new() };
-                write!(f, "cyclic{bits}:{of}{at}")
-            }
         }
     }
 }
@@ -570,23 +494,12 @@ impl FromStr for Codec {
             "f32" => Ok(Codec::F32),
             "bf16" => Ok(Codec::Bf16),
             "e3m0" => Ok(Codec::E3m0),
-            other => with_numbers(other).filter(|codec| codec.is_sound()).ok_or_else(|| UnknownName(other.to_string())),
+            other => {
+                let keep = other.strip_prefix("sparse:").and_then(|keep| keep.parse().ok());
+                let keep = keep.filter(|keep| (1..=KEEP_MAX).contains(keep));
+                keep.map(Codec::Sparse).ok_or_else(|| UnknownName(other.to_string()))
+            }
         }
-    }
-}
-
-/// The codec of a name with numbers.
-fn with_numbers(name: &str) -> Option<Codec> {
-    let (kind, numbers) = name.split_once(':')?;
-    let cyclic = |depth| {
-        let (of, at) = numbers.split_once('@').unwrap_or((numbers, "0"));
-        Some(Codec::Cyclic(depth, Turn { of: of.parse().ok()?, at: at.parse().ok()? }))
-    };
-    match kind {
-        "sparse" => numbers.parse().ok().map(Codec::Sparse),
-        "cyclic2" => cyclic(Depth::Two),
-        "cyclic4" => cyclic(Depth::Four),
-        _ => None,
     }
 }
 

@@ -328,7 +328,11 @@ impl Copies {
         let Some(mut change) = reference else { return Change::Add(vec![0.0; theta.len()]) };
         simd(
             #[inline(always)]
-            || change.iter_mut().zip(theta).for_each(|(change, theta)| *change = theta - *change),
+            || {
+                for (change, theta) in change.iter_mut().zip(theta) {
+                    *change = theta - *change;
+                }
+            },
         );
         Change::Add(change)
     }
@@ -362,7 +366,11 @@ fn write_all(engine: &mut dyn Engine, fragments: &[impl AsRef<[f32]>]) -> Result
 pub fn add(weights: &mut [f32], change: &[f32]) {
     simd(
         #[inline(always)]
-        || weights.iter_mut().zip(change).for_each(|(weight, change)| *weight += change),
+        || {
+            for (weight, change) in weights.iter_mut().zip(change) {
+                *weight += change;
+            }
+        },
     );
 }
 
@@ -387,9 +395,28 @@ pub fn dot(a: &[f32], b: &[f32]) -> f64 {
     )
 }
 
+/// Squared length: [`dot`] with itself, bit for bit, in fewer instructions.
+pub fn square(values: &[f32]) -> f64 {
+    simd(
+        #[inline(always)]
+        || {
+            let mut lanes = [0.0f64; LANES];
+            let (blocks, rest) = values.as_chunks::<LANES>();
+            for block in blocks {
+                for lane in 0..LANES {
+                    let value = f64::from(block[lane]);
+                    lanes[lane] += value * value;
+                }
+            }
+            let rest: f64 = rest.iter().map(|value| f64::from(*value) * f64::from(*value)).sum();
+            lanes.iter().sum::<f64>() + rest
+        },
+    )
+}
+
 /// Euclidean length, in the same fixed order as [`dot`].
 pub fn norm(values: &[f32]) -> f64 {
-    dot(values, values).sqrt()
+    square(values).sqrt()
 }
 
 /// Cosine of the angle between two vectors; 0 if one of them has no length.

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use merge::{Averaging, Merged, Weighted, merge};
 
 use crate::codec::{CHUNK, Codec, CodecError, Payload};
-use crate::delta::dot;
+use crate::delta::{dot, square};
 use crate::hash::Digest;
 use crate::journal::{Accepted, Commit};
 use crate::manifest::{FragmentId, Manifest};
@@ -338,7 +338,9 @@ impl Global {
                         merged.read(number * STRETCH + index * CHUNK, values);
                         along += dot(values, momentum);
                         let mu = mu as f32;
-                        momentum.iter_mut().zip(&*values).for_each(|(buffer, delta)| *buffer = mu * *buffer + delta);
+                        for (buffer, delta) in momentum.iter_mut().zip(&*values) {
+                            *buffer = mu * *buffer + delta;
+                        }
                     },
                 );
             }
@@ -382,5 +384,5 @@ fn measured_rho(along: f64, length: f64, mu: f64) -> f64 {
 
 /// Euclidean length, by stretches that a team shares.
 fn length(values: &[f32], team: &dyn Team) -> f64 {
-    share_out(values.chunks(STRETCH), team, |_, stretch| dot(stretch, stretch)).iter().sum::<f64>().sqrt()
+    share_out(values.chunks(STRETCH), team, |_, stretch| square(stretch)).iter().sum::<f64>().sqrt()
 }

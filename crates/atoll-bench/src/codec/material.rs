@@ -12,6 +12,7 @@ use atoll_core::outer::{Averaging, Global, Merged, OuterRule, Recipe, Weighted, 
 use atoll_core::rng::Rng;
 use atoll_core::simd::simd;
 use atoll_core::team::{Job, Team};
+use cpu_time::ProcessTime;
 
 /// Sites whose contributions are merged.
 pub(super) const SITES: usize = 8;
@@ -36,6 +37,12 @@ pub(super) enum Work {
     Decode(Codec),
     Merge(Codec),
     Step,
+}
+
+/// Seconds of the processor, all threads together, and of the clock.
+pub(super) struct Took {
+    pub(super) busy: f64,
+    pub(super) passed: f64,
 }
 
 /// A fragment in all its forms. Each vector is larger than the caches of today.
@@ -99,10 +106,10 @@ impl Material {
         codec.payload_len(self.weights()) as f64 / self.weights() as f64
     }
 
-    /// Does some work once and says how many seconds it took.
-    pub(super) fn time(&mut self, work: Work, team: &dyn Team) -> Result<f64> {
+    /// Does some work once and says how long it took.
+    pub(super) fn time(&mut self, work: Work, team: &dyn Team) -> Result<Took> {
         self.turn += 1;
-        let began = Instant::now();
+        let (began, busy) = (Instant::now(), ProcessTime::now());
         match work {
             Work::Triad => self.triad(team),
             Work::Fresh => drop(black_box(vec![1.0f32; self.weights()])),
@@ -111,7 +118,7 @@ impl Material {
             Work::Merge(codec) => self.merge(codec, team)?,
             Work::Step => self.step(team)?,
         }
-        Ok(began.elapsed().as_secs_f64())
+        Ok(Took { busy: busy.elapsed().as_secs_f64(), passed: began.elapsed().as_secs_f64() })
     }
 
     fn triad(&mut self, team: &dyn Team) {
@@ -121,7 +128,11 @@ impl Material {
             Box::new(move || {
                 simd(
                     #[inline(always)]
-                    || a.iter_mut().zip(b).zip(c).for_each(|((a, b), c)| *a = b + 0.5 * c),
+                    || {
+                        for ((a, b), c) in a.iter_mut().zip(b).zip(c) {
+                            *a = b + 0.5 * c;
+                        }
+                    },
                 );
             }) as Job<'_>
         });
@@ -137,7 +148,9 @@ impl Material {
         let residual = self.residuals.get_mut(&codec).context("every codec has a residual")?;
         let payload = codec.encode_prepared(residual, team, |start, wish| {
             let (theta, from) = (&theta[start..start + wish.len()], &from[start..start + wish.len()]);
-            wish.iter_mut().zip(theta).zip(from).for_each(|((wish, theta), from)| *wish += from - theta);
+            for ((wish, theta), from) in wish.iter_mut().zip(theta).zip(from) {
+                *wish += from - theta;
+            }
         });
         Ok(payload?)
     }

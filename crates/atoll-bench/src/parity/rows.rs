@@ -1,7 +1,7 @@
 //! What is compared: a row is the defaults with some knobs turned.
 
 use anyhow::{Result, bail};
-use atoll_core::codec::{Codec, Depth, Turn};
+use atoll_core::codec::Codec;
 use atoll_core::delta::{Feedback, Follow};
 use atoll_core::outer::{Averaging, OuterRule};
 use atoll_core::round::{Absent, Setting, Sync};
@@ -79,10 +79,6 @@ type Knob = (&'static str, fn(&mut Row));
 
 const NESTEROV: OuterRule = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.9 };
 
-const fn cyclic(depth: Depth) -> Setting<Codec> {
-    Setting::Is(Codec::Cyclic(depth, Turn { of: 9, at: 0 }))
-}
-
 /// All knobs: the ways, the training (which a baseline shares), and the rest, which is Atoll's own.
 const WAYS: &[Knob] = &[
     (DEFAULT, |_| {}),
@@ -131,8 +127,6 @@ const OURS: &[Knob] = &[
     ("f32", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::F32), Setting::Is(Codec::F32))),
     ("bf16", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::Bf16), Setting::Is(Codec::Bf16))),
     ("e3m0", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::E3m0), Setting::Is(Codec::E3m0))),
-    ("cyclic", |r| (r.sync.up, r.sync.down) = (cyclic(Depth::Two), cyclic(Depth::Four))),
-    ("up-cyclic4", |r| r.sync.up = cyclic(Depth::Four)),
     ("auto-codec", |r| (r.sync.up, r.sync.down) = (Setting::Auto, Setting::Auto)),
     ("up-f32", |r| r.sync.up = Setting::Is(Codec::F32)),
     ("down-f32", |r| r.sync.down = Setting::Is(Codec::F32)),

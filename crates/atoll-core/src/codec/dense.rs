@@ -5,53 +5,122 @@ use half::bf16;
 /// Weights in a block of E3M0.
 pub(super) const BLOCK: usize = 128;
 /// Bytes of such a block, full or not.
-pub(super) const BLOCK_BYTES: usize = e3m0_bytes(BLOCK);
+pub(super) const BLOCK_BYTES: usize = 2 + BLOCK / 2;
 
-/// Bytes of so many weights with a common scale.
-pub(super) const fn e3m0_bytes(count: usize) -> usize {
-    2 + count.div_ceil(2)
+#[inline(always)]
+pub(super) fn encode_f32(values: &[f32], out: &mut [u8]) {
+    for (out, value) in out.as_chunks_mut().0.iter_mut().zip(values) {
+        *out = value.to_le_bytes();
+    }
 }
 
-/// To bf16, with the largest finite value in place of infinity.
+#[inline(always)]
+pub(super) fn decode_f32(bytes: &[u8], values: &mut [f32]) {
+    for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+        *value = f32::from_le_bytes(*bytes);
+    }
+}
+
+#[inline(always)]
+pub(super) fn encode_bf16(values: &[f32], out: &mut [u8]) {
+    for (out, value) in out.as_chunks_mut().0.iter_mut().zip(values) {
+        *out = saturate(*value).to_le_bytes();
+    }
+}
+
+#[inline(always)]
+pub(super) fn decode_bf16(bytes: &[u8], values: &mut [f32]) {
+    for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+        *value = widen(*bytes);
+    }
+}
+
+/// To the nearest bf16, of two the even one, with the largest finite value in place of infinity. For finite values.
+#[inline(always)]
 pub(super) fn saturate(value: f32) -> bf16 {
-    bf16::from_f32(value.clamp(bf16::MIN.to_f32(), bf16::MAX.to_f32()))
+    const MAX: f32 = f32::from_bits(0x7f7f_0000);
+    let bits = value.clamp(-MAX, MAX).to_bits();
+    bf16::from_bits(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16)
+}
+
+/// A bf16 is the upper half of an `f32`.
+#[inline(always)]
+pub(super) fn widen(bytes: [u8; 2]) -> f32 {
+    f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
 }
 
 /// Magnitude of exponent `e` in units of the scale: 0 for 0, else 2^(e−7).
-fn level(e: u8) -> f32 {
-    if e == 0 { 0.0 } else { f32::from_bits((u32::from(e) + 120) << 23) }
+const fn level(e: u8) -> f32 {
+    if e == 0 { 0.0 } else { f32::from_bits((e as u32 + 120) << 23) }
 }
+
+/// What each nibble stands for, in units of the scale.
+const LEVELS: [f32; 16] = {
+    let mut levels = [0.0; 16];
+    let mut e = 0;
+    while e < 8 {
+        (levels[e], levels[e + 8]) = (level(e as u8), -level(e as u8));
+        e += 1;
+    }
+    levels
+};
 
 /// The exponent whose level is nearest to `ratio` ≥ 0. Between 2^k and 2^(k+1) the border is
 /// 1.5·2^k, so the exponent of ratio·4/3 decides; below half the smallest level it is zero.
+#[inline(always)]
 fn nearest_exponent(ratio: f32) -> u8 {
     let floor = (ratio * (4.0 / 3.0)).to_bits() >> 23;
     if ratio < level(1) * 0.5 { 0 } else { floor.clamp(121, 127) as u8 - 120 }
 }
 
-/// Writes a block, of at most [`BLOCK`] weights, and zeros behind them.
-pub(super) fn encode_e3m0(block: &[f32], out: &mut [u8]) {
-    let peak = block.iter().fold(0.0f32, |peak, value| peak.max(value.abs()));
+#[inline(always)]
+pub(super) fn encode_e3m0(values: &[f32], out: &mut [u8]) {
+    for (block, out) in values.chunks(BLOCK).zip(out.as_chunks_mut().0) {
+        encode_block(block, out);
+    }
+}
+
+#[inline(always)]
+fn encode_block(block: &[f32], out: &mut [u8; BLOCK_BYTES]) {
+    let peak = f32::from_bits(greatest(block));
     let mut nibbles = [0u8; BLOCK];
     let (mut along, mut square) = (0.0f64, 0.0f64);
     // A peak below the normal numbers has no usable reciprocal; such a block is zero.
     if peak >= f32::MIN_POSITIVE {
         for (nibble, &value) in nibbles.iter_mut().zip(block) {
-            let e = nearest_exponent(value.abs() / peak);
-            *nibble = e | if value < 0.0 { 8 } else { 0 };
-            along += f64::from(value.abs()) * f64::from(level(e));
-            square += f64::from(level(e) * level(e));
+            *nibble = nearest_exponent(value.abs() / peak) | if value < 0.0 { 8 } else { 0 };
+        }
+        for (&nibble, &value) in nibbles.iter().zip(block) {
+            let level = LEVELS[usize::from(nibble & 7)];
+            along += f64::from(value.abs()) * f64::from(level);
+            square += f64::from(level * level);
         }
     }
     let scale = if square > 0.0 { saturate((along / square) as f32) } else { bf16::ZERO };
     out[..2].copy_from_slice(&scale.to_le_bytes());
-    for (byte, pair) in out[2..].iter_mut().zip(nibbles.chunks_exact(2)) {
-        *byte = pair[0] | pair[1] << 4;
+    for (byte, [low, high]) in out[2..].iter_mut().zip(nibbles.as_chunks().0) {
+        *byte = low | high << 4;
     }
 }
 
-pub(super) fn decode_e3m0(bytes: &[u8]) -> impl Iterator<Item = f32> {
-    let scale = bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
-    let value = move |nibble: u8| if nibble & 8 == 0 { level(nibble & 7) } else { -level(nibble & 7) } * scale;
-    bytes[2..].iter().flat_map(move |byte| [value(byte & 15), value(byte >> 4)])
+#[inline(always)]
+pub(super) fn decode_e3m0(bytes: &[u8], values: &mut [f32]) {
+    for (block, bytes) in values.chunks_mut(BLOCK).zip(bytes.as_chunks::<BLOCK_BYTES>().0) {
+        let scale = widen([bytes[0], bytes[1]]);
+        let levels = LEVELS.map(|level| level * scale);
+        let value = |place: usize| levels[usize::from(bytes[2 + place / 2] >> (4 * (place % 2)) & 15)];
+        for (place, out) in block.iter_mut().enumerate() {
+            *out = value(place);
+        }
+    }
+}
+
+/// The greatest magnitude's bits, which order like magnitudes; beyond those of infinity if something is not a number.
+#[inline(always)]
+pub(super) fn greatest(values: &[f32]) -> u32 {
+    let mut greatest = 0i32;
+    for value in values {
+        greatest = greatest.max((value.to_bits() & 0x7fff_ffff) as i32);
+    }
+    greatest as u32
 }

@@ -3,12 +3,13 @@
 
 use std::ops::Range;
 
-use super::Payload;
-use crate::delta::dot;
+use super::sparse::{self, GROUP, Shape};
+use super::{Codec, Payload};
+use crate::delta::{dot, square};
 use crate::simd::simd;
 
 /// Sums that grow side by side.
-const LANES: usize = 8;
+const LANES: usize = 4;
 
 /// Room for the values of one chunk of one payload.
 #[derive(Debug, Default)]
@@ -29,34 +30,29 @@ pub(crate) enum Part<'a> {
 }
 
 impl Unpacked {
-    /// Takes in chunk number `number` of a checked payload.
+    /// Takes in chunk number `number` of a checked payload. A chunk that is malformed says nothing.
+    #[inline(always)]
     pub(crate) fn read(&mut self, payload: &Payload<'_>, number: usize) {
         let (len, bytes) = payload.chunk(number);
-        let most = payload.codec.values_of(len);
-        self.is_sparse = payload.codec.is_partial();
-        self.values.resize(most, 0.0);
-        self.places.resize(if self.is_sparse { most } else { 0 }, 0);
         let Self { values, places, is_sparse } = self;
-        let found = simd(
-            #[inline(always)]
-            || {
-                if !*is_sparse {
-                    payload.codec.write(bytes, values);
-                    return most;
-                }
-                let mut found = 0;
-                let _ = payload.codec.each(bytes, len, |place, value| {
-                    (values[found], places[found]) = (value, place as u16);
-                    found += 1;
-                });
-                found
-            },
-        );
-        self.values.truncate(found);
-        self.places.truncate(found);
+        let Codec::Sparse(keep) = payload.codec else {
+            *is_sparse = false;
+            values.resize(len, 0.0);
+            payload.codec.unpack(bytes, values);
+            return;
+        };
+        *is_sparse = true;
+        let shape = Shape::new(keep, len);
+        let room = shape.kept().next_multiple_of(GROUP);
+        values.resize(room, 0.0);
+        places.resize(room, 0);
+        let said = sparse::unpack(shape, bytes, values, places).map_or(0, |()| shape.kept());
+        values.truncate(said);
+        places.truncate(said);
     }
 
     /// What it says of the weights at `range` in the chunk.
+    #[inline(always)]
     pub(crate) fn part(&self, range: Range<usize>) -> Part<'_> {
         let Self { values, places, is_sparse } = self;
         if !is_sparse {
@@ -70,22 +66,28 @@ impl Unpacked {
 
 impl Part<'_> {
     /// Squared length.
+    #[inline(always)]
     pub(crate) fn square(self) -> f64 {
         let (Part::Dense(values) | Part::Sparse(values, ..)) = self;
-        dot(values, values)
+        square(values)
     }
 
     /// Dot product with the weights of the same stretch.
+    #[inline(always)]
     pub(crate) fn along(self, other: &[f32]) -> f64 {
         match self {
             Part::Dense(values) => dot(values, other),
             Part::Sparse(values, places, first) => {
-                let at = |place: u16| f64::from(other[usize::from(place - first)]);
                 let mut lanes = [0.0f64; LANES];
-                for (values, places) in values.chunks(LANES).zip(places.chunks(LANES)) {
-                    for ((lane, value), place) in lanes.iter_mut().zip(values).zip(places) {
-                        *lane += f64::from(*value) * at(*place);
+                let (value_groups, values) = values.as_chunks::<LANES>();
+                let (place_groups, places) = places.as_chunks::<LANES>();
+                for (values, places) in value_groups.iter().zip(place_groups) {
+                    for lane in 0..LANES {
+                        lanes[lane] += f64::from(values[lane]) * f64::from(other[usize::from(places[lane] - first)]);
                     }
+                }
+                for ((lane, value), place) in lanes.iter_mut().zip(values).zip(places) {
+                    *lane += f64::from(*value) * f64::from(other[usize::from(place - first)]);
                 }
                 lanes.iter().sum()
             }
@@ -93,6 +95,7 @@ impl Part<'_> {
     }
 
     /// Adds `scale` times it to the weights of the same stretch.
+    #[inline(always)]
     pub(crate) fn add_to(self, scale: f32, out: &mut [f32]) {
         match self {
             Part::Dense(values) => add_scaled(out, scale, values),
@@ -109,6 +112,10 @@ impl Part<'_> {
 pub(crate) fn add_scaled(out: &mut [f32], scale: f32, values: &[f32]) {
     simd(
         #[inline(always)]
-        || out.iter_mut().zip(values).for_each(|(out, value)| *out += scale * value),
+        || {
+            for (out, value) in out.iter_mut().zip(values) {
+                *out += scale * value;
+            }
+        },
     );
 }

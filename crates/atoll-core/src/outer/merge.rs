@@ -67,7 +67,9 @@ impl Merged {
         for &(tensor_end, scale) in &self.scales[first..] {
             let to = tensor_end.min(end);
             let (out, sum) = (&mut out[from - start..to - start], &self.sum[from..to]);
-            out.iter_mut().zip(sum).for_each(|(out, sum)| *out = scale * sum);
+            for (out, sum) in out.iter_mut().zip(sum) {
+                *out = scale * sum;
+            }
             if to == end {
                 return;
             }

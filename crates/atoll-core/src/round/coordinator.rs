@@ -6,7 +6,7 @@ mod pace;
 mod receipts;
 mod weights;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::codec::Payload;
 use crate::hash::Digest;
@@ -350,7 +350,7 @@ impl Coordinator {
             return Waiting::Quorum { here: here.len(), needed };
         }
         let end = round.quorum_since.unwrap_or(now).after(self.grace(&live));
-        let missing = live.into_iter().filter(|site| !here.contains(site));
+        let missing = live.into_iter().filter(|site| here.binary_search(&site).is_err());
         let expected = missing.filter_map(|site| Some((self.expected(&site, index)?, site)));
         let awaited = expected.filter(|((at, given_up), _)| *at <= end && *given_up > now);
         let (missing, times): (Vec<SiteId>, Vec<Time>) = awaited.map(|((_, given_up), site)| (site, given_up)).unzip();
@@ -552,7 +552,7 @@ impl Coordinator {
             Absent::Reserve => self.reserve(index, &mut contributions),
         };
         let Sync { merge, outer: rule, .. } = self.sync;
-        let codec = self.down().at(version - 1);
+        let codec = self.down();
         let recipe = Recipe { merge, rule, codec, share };
         let merge = Merge { fragment, version, contributions, recipe };
         self.rounds[index].merging = Some(merge.clone());
@@ -605,10 +605,12 @@ impl Coordinator {
         }
     }
 
-    /// Sites with a contribution in `round` that could be merged now.
-    fn contributors(&self, round: &Round) -> BTreeSet<SiteId> {
+    /// Sites with a contribution in `round` that could be merged now, ascending.
+    fn contributors<'r>(&self, round: &'r Round) -> Vec<&'r SiteId> {
         let arrived = round.pending.iter().filter(|(_, receipt)| self.arrived.contains_key(&receipt.payload));
-        arrived.map(|((site, _), _)| site.clone()).collect()
+        let mut sites: Vec<&SiteId> = arrived.map(|((site, _), _)| site).collect();
+        sites.dedup();
+        sites
     }
 
     fn quorum(&self, live: usize) -> usize {
@@ -628,15 +630,19 @@ impl Coordinator {
 
     fn return_leases_of_the_lost(&mut self, now: Time, orders: &mut Vec<Order>) {
         let started = *self.started.get_or_insert(now);
-        let away = |site: &SiteId, view: &View| {
+        let is_patience_over = |site: &SiteId, view: &View| {
             let patience = (ROUNDS_AWAY * self.round_seconds(site).unwrap_or(0.0)).max(SECONDS_AWAY);
-            view.status.leaving || (!view.is_live(now) && now.seconds_since(view.heard) > patience)
+            now.seconds_since(view.heard) > patience
         };
+        // Asked of every site whenever anything happens, so the cheap question comes first.
+        let away =
+            |site: &SiteId, view: &View| view.status.leaving || (!view.is_live(now) && is_patience_over(site, view));
         let seen = self.views.iter().filter(|(site, view)| away(site, view)).map(|(site, _)| site);
         // A site that died while no coordinator lived was never seen by this one.
         let silent = now.seconds_since(started) > SECONDS_AWAY;
-        let open = self.book.sites.iter().filter(|(site, member)| member.open && !self.views.contains_key(site));
-        let unseen = open.map(|(site, _)| site).filter(|_| silent);
+        let members = self.book.sites.iter().filter(|_| silent);
+        let open = members.filter(|(site, member)| member.open && !self.views.contains_key(site));
+        let unseen = open.map(|(site, _)| site);
         let lost: Vec<SiteId> = seen.chain(unseen).cloned().collect();
         lost.iter().for_each(|site| self.give_back(site, "the site has been away for long", orders));
     }

@@ -712,8 +712,7 @@ impl Site {
         for index in 0..self.fragments.len() {
             if self.is_due(index) {
                 self.take(now, index);
-                let version = self.fragments[index].held.map_or(0, |(version, _)| version);
-                orders.push(SiteOrder::Contribute(FragmentId(index as u16), self.up.at(version)));
+                orders.push(SiteOrder::Contribute(FragmentId(index as u16), self.up));
             }
         }
         let overdue = self.reported.is_none_or(|at| now.seconds_since(at) >= REPORT_SECONDS);

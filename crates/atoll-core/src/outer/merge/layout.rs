@@ -13,9 +13,10 @@ use std::ops::Range;
 
 use super::{Part, Weighted};
 use crate::codec::{CHUNK, Unpacked, add_scaled};
-use crate::delta::dot;
+use crate::delta::square;
 use crate::manifest::{FragmentId, Manifest};
 use crate::model::TensorKind;
+use crate::simd::simd;
 use crate::team::{Team, share_out};
 
 /// Weights of a stretch.
@@ -89,25 +90,10 @@ impl Layout {
         let some_stale = contributions.iter().any(|contribution| contribution.stale);
         let momentum = Some(momentum).filter(|momentum| some_stale && !momentum.is_empty());
         let sums = share_out(&self.stretches, team, |_, stretch| {
-            let mut sums = Sums::zero(contributions.len());
-            let mut room = Unpacked::default();
-            for (index, contribution) in contributions.iter().enumerate() {
-                for chunk in stretch.chunks() {
-                    let is_whole = chunk.inner.len() == contribution.payload.chunk(chunk.number).0;
-                    let known = if is_whole { contribution.payload.chunk_square(chunk.number) } else { None };
-                    if let (Some(square), None) = (known, momentum) {
-                        sums.squares[index] += square;
-                        continue;
-                    }
-                    room.read(&contribution.payload, chunk.number);
-                    let part = room.part(chunk.inner);
-                    sums.squares[index] += known.unwrap_or_else(|| part.square());
-                    sums.alongs[index] += momentum.map_or(0.0, |momentum| part.along(&momentum[chunk.outer]));
-                }
-            }
-            let momentum = momentum.map(|momentum| &momentum[stretch.range.clone()]);
-            sums.other = momentum.map_or(0.0, |momentum| dot(momentum, momentum));
-            sums
+            simd(
+                #[inline(always)]
+                || stretch.lengths(contributions, momentum),
+            )
         });
         self.by_tensor(&sums, contributions.len())
     }
@@ -124,24 +110,10 @@ impl Layout {
     ) -> Vec<Sums> {
         let places = self.stretches.iter().zip(self.cut(values));
         let sums = share_out(places, team, |_, (stretch, values)| {
-            let mut sums = Sums::zero(contributions.len());
-            let mut rooms: Vec<Unpacked> = contributions.iter().map(|_| Unpacked::default()).collect();
-            for chunk in stretch.chunks() {
-                let out = &mut values[chunk.outer.start - stretch.range.start..chunk.outer.end - stretch.range.start];
-                out.fill(0.0);
-                for ((contribution, part), room) in contributions.iter().zip(&parts[stretch.tensor]).zip(&mut rooms) {
-                    room.read(&contribution.payload, chunk.number);
-                    room.part(chunk.inner.clone()).add_to(part.share as f32, out);
-                    if part.turn != 0.0 {
-                        add_scaled(out, part.turn as f32, &momentum[chunk.outer.clone()]);
-                    }
-                }
-                for (along, room) in sums.alongs.iter_mut().zip(&rooms) {
-                    *along += room.part(chunk.inner.clone()).along(out);
-                }
-                sums.other += dot(out, out);
-            }
-            sums
+            simd(
+                #[inline(always)]
+                || stretch.add_up(values, contributions, &parts[stretch.tensor], momentum),
+            )
         });
         self.by_tensor(&sums, contributions.len())
     }
@@ -174,6 +146,52 @@ struct Chunk {
 }
 
 impl Stretch {
+    /// See [`Layout::lengths`].
+    #[inline(always)]
+    fn lengths(&self, contributions: &[Weighted<'_>], momentum: Option<&[f32]>) -> Sums {
+        let mut sums = Sums::zero(contributions.len());
+        let mut room = Unpacked::default();
+        for (index, Weighted { payload, .. }) in contributions.iter().enumerate() {
+            for chunk in self.chunks() {
+                let is_whole = chunk.inner.len() == payload.chunk(chunk.number).0;
+                let known = if is_whole { payload.chunk_square(chunk.number) } else { None };
+                if let (Some(square), None) = (known, momentum) {
+                    sums.squares[index] += square;
+                    continue;
+                }
+                room.read(payload, chunk.number);
+                let part = room.part(chunk.inner);
+                sums.squares[index] += known.unwrap_or_else(|| part.square());
+                sums.alongs[index] += momentum.map_or(0.0, |momentum| part.along(&momentum[chunk.outer]));
+            }
+        }
+        sums.other = momentum.map_or(0.0, |momentum| square(&momentum[self.range.clone()]));
+        sums
+    }
+
+    /// See [`Layout::add_up`].
+    #[inline(always)]
+    fn add_up(&self, values: &mut [f32], contributions: &[Weighted<'_>], parts: &[Part], momentum: &[f32]) -> Sums {
+        let mut sums = Sums::zero(contributions.len());
+        let mut rooms: Vec<Unpacked> = contributions.iter().map(|_| Unpacked::default()).collect();
+        for chunk in self.chunks() {
+            let out = &mut values[chunk.outer.start - self.range.start..chunk.outer.end - self.range.start];
+            out.fill(0.0);
+            for ((contribution, part), room) in contributions.iter().zip(parts).zip(&mut rooms) {
+                room.read(&contribution.payload, chunk.number);
+                room.part(chunk.inner.clone()).add_to(part.share as f32, out);
+                if part.turn != 0.0 {
+                    add_scaled(out, part.turn as f32, &momentum[chunk.outer.clone()]);
+                }
+            }
+            for (along, room) in sums.alongs.iter_mut().zip(&rooms) {
+                *along += room.part(chunk.inner.clone()).along(out);
+            }
+            sums.other += square(out);
+        }
+        sums
+    }
+
     fn chunks(&self) -> impl Iterator<Item = Chunk> {
         cut(&self.range, CHUNK).map(|outer| {
             let number = outer.start / CHUNK;

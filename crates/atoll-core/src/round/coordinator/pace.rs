@@ -106,7 +106,7 @@ impl Coordinator {
     /// The last round of a run has no later one to deliver what it leaves out.
     fn last_of_all(&self, wished: Codec) -> Codec {
         match (self.phase, wished) {
-            (Phase::Closing, partial) if partial.is_partial() => Codec::Bf16,
+            (Phase::Closing, Codec::Sparse(_) | Codec::E3m0) => Codec::Bf16,
             _ => wished,
         }
     }
