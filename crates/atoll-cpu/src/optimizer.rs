@@ -312,12 +312,12 @@ mod tests {
         };
         let tensors = [Tensor::new("embedding", &[2, 2], TensorKind::Embedding)];
         let gradient = [1.0f32, -2.0, 1e-3, 0.0];
-        let mut weights = [0.0f32; 4];
+        let (mut weights, whole) = ([0.0f32; 4], std::iter::once(0..4).collect::<Vec<_>>());
         let mut moments = Moments::new(weights.len());
         let all = Settings { optimizer: &settings, muon: None, precision: Precision::F32 };
         let (mut expected, mut mean, mut square) = ([0.0f64; 4], [0.0f64; 4], [0.0f64; 4]);
         for step in 1..=STEPS {
-            moments.step(&Pool::new(1), all, (0.0, 1.0), (&tensors, &[0..4]), &mut weights, &gradient);
+            moments.step(&Pool::new(1), all, (0.0, 1.0), (&tensors, &whole), &mut weights, &gradient);
             let (beta1, beta2) = (f64::from(settings.beta1), f64::from(settings.beta2));
             let corrected = |value: f64, beta: f64| value / (1.0 - beta.powf(step as f64));
             for (i, g) in gradient.iter().map(|&g| f64::from(g)).enumerate() {
