@@ -114,11 +114,7 @@ pub fn join(
     let Some((welcome, tokenizer)) = runtime.block_on(enlist(&route, options, stop, notice))? else {
         return Ok(Stop::Left);
     };
-    let terms: Terms = serde_json::from_str(&welcome.config).map_err(|error| {
-        anyhow!(
-            "the run's terms are not understood: {error}\nhint: site and coordinator need the same version of Atoll"
-        )
-    })?;
+    let terms = Terms::read(&welcome.config)?;
     let tokenizer = Tokenizer::from_bytes(tokenizer)?;
     let Some(dataset) = open_data(options, &terms, &tokenizer, stop, notice)? else { return Ok(Stop::Left) };
     let dataset = Arc::new(dataset);
