@@ -5,7 +5,7 @@
 mod desk;
 mod meter;
 mod net;
-mod residuals;
+pub(crate) mod residuals;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
@@ -262,7 +262,7 @@ fn open_data(
 }
 
 /// A session number above all earlier ones, even if the clock was set back.
-fn next_session(dir: &Path, known: u64) -> Result<u64> {
+pub(crate) fn next_session(dir: &Path, known: u64) -> Result<u64> {
     let path = dir.join("session");
     let stored = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;

@@ -32,7 +32,7 @@ pub(super) fn keep(dir: &Path, manifest: &Manifest, residuals: &[Vec<f32>]) -> R
 ///
 /// # Errors
 /// If they cannot be removed, and so might be used twice.
-pub(super) fn take(dir: &Path, manifest: &Manifest) -> Result<Option<Vec<Vec<f32>>>> {
+pub(crate) fn take(dir: &Path, manifest: &Manifest) -> Result<Option<Vec<Vec<f32>>>> {
     let path = path(dir);
     let Ok(bytes) = fs::read(&path) else { return Ok(None) };
     fs::remove_file(&path).with_context(|| format!("{} cannot be removed", path.display()))?;
