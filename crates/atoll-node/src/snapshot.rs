@@ -145,10 +145,14 @@ pub fn recover(
             replay(&mut global, commit, store)?;
             payloads.insert(book.entries + 1, addresses(commit));
         }
-        book.apply(&entry).map_err(|error| anyhow!("the journal contradicts itself: {error}"))
+        book.apply(&entry)
+            .map_err(|error| anyhow!("the journal contradicts itself: {error}\nhint: restore it from a backup"))
     })?;
     if Digest::of_all(&global.digests()) != book.digest() {
-        bail!("the snapshot {} does not hold the model that the journal speaks of", newest.display());
+        bail!(
+            "the snapshot {} does not hold the model that the journal speaks of\nhint: move it away; an older one and the journal do as well",
+            newest.display()
+        );
     }
     Ok(Some(Recovered { journal, book, global, payloads }))
 }
@@ -160,7 +164,12 @@ pub fn recover(
 pub fn replay(global: &mut Global, commit: &Commit, store: &Store) -> Result<()> {
     let step = global
         .replay(commit, &|digest| store.get(digest), &Crew)
-        .map_err(|error| anyhow!("{} version {} cannot be computed again: {error}", commit.fragment, commit.version))?;
+        .map_err(|error| {
+            let Commit { fragment, version, .. } = commit;
+            anyhow!(
+                "{fragment} version {version} cannot be computed again: {error}\nhint: restore payloads/ and the journal from a backup"
+            )
+        })?;
     store.put(step.delta, &step.payload)
 }
 
@@ -194,6 +203,7 @@ pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest, seed: u64) 
             "run.toml describes another layout than the run began with\nhint: undo the change to sync.fragments, or begin a new run"
         );
     }
+    place.book.ledger.verify().map_err(anyhow::Error::msg).with_context(whole)?;
     let mut global = Global::new(manifest.clone(), manifest.gather(&tensors));
     let state = fs::read(folder.join("outer.safetensors")).with_context(whole)?;
     restore_outer(&mut global, &state).with_context(whole)?;

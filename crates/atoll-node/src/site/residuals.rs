@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use atoll_core::codec::check_finite;
 use atoll_core::manifest::Manifest;
 
 use crate::data::file;
@@ -44,7 +45,11 @@ pub(crate) fn take(dir: &Path, manifest: &Manifest) -> Result<Option<Vec<Vec<f32
     if *layout != manifest.fingerprint().0 {
         return Ok(None);
     }
-    let mut values = values.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    let values: Vec<f32> = values.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    if check_finite(&values).is_err() {
+        return Ok(None); // The disk has damaged it; less is lost than the whole site.
+    }
+    let mut values = values.into_iter();
     let fragment = |id| values.by_ref().take(manifest.fragment_len(id).unwrap_or(0)).collect();
     Ok(Some(manifest.fragments().map(fragment).collect()))
 }
@@ -67,5 +72,7 @@ mod tests {
         assert_eq!(take(folder.path(), &manifest).unwrap(), None);
         keep(folder.path(), &manifest, &residuals).unwrap();
         assert_eq!(take(folder.path(), &Manifest::balanced(tensors(3), 2)).unwrap(), None, "of another layout");
+        keep(folder.path(), &manifest, &[vec![f32::NAN; 8], vec![-2.0; 3]]).unwrap();
+        assert_eq!(take(folder.path(), &manifest).unwrap(), None, "no numbers");
     }
 }
