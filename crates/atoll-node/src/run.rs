@@ -204,7 +204,11 @@ impl RunConfig {
         let manifest = self.manifest(model);
         let largest = manifest.fragments().filter_map(|fragment| manifest.fragment_len(fragment)).max()?;
         (largest > u32::MAX as usize).then(|| {
-            format!("sync.fragments = {} leaves {largest} weights to one fragment, {} is the most", self.sync.fragments, u32::MAX)
+            format!(
+                "sync.fragments = {} leaves {largest} weights to one fragment, {} is the most",
+                self.sync.fragments,
+                u32::MAX
+            )
         })
     }
 

@@ -263,7 +263,8 @@ pub(crate) fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
     let values = |name: &str, index: usize| -> Result<Vec<f32>> {
         let name = format!("{name}.{index}");
         let tensor = tensors.tensor(&name)?;
-        let values: Vec<f32> = tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let values: Vec<f32> =
+            tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         check_finite(&values).with_context(|| name)?;
         Ok(values)
     };

@@ -666,7 +666,8 @@ impl Coordinator {
         let merging = self.rounds.iter().any(|round| round.merging.is_some());
         let pending = self.rounds.iter().any(|round| !round.pending.is_empty());
         let drained = live.iter().all(|site| self.views.get(site).is_some_and(|view| view.status.drained));
-        let patience = self.awaited(now).iter().filter_map(|site| self.round_seconds(site)).fold(SECONDS_AWAY, f64::max);
+        let patience =
+            self.awaited(now).iter().filter_map(|site| self.round_seconds(site)).fold(SECONDS_AWAY, f64::max);
         let late = self.closing_since.is_some_and(|since| now.seconds_since(since) > patience);
         let quiet = !live.is_empty() && drained && !pending && !merging;
         if quiet && self.evaluation.last_look.is_none() {

@@ -121,7 +121,10 @@ mod tests {
         let site = "a".parse().unwrap();
         let arriving = Arriving::new(&[2]);
         let add = |number: u8| arriving.add(&site, Digest::of(&[number]), 5, 0, &[number]);
-        assert_eq!([add(0), add(1), add(2), add(3)], [Ok(Added::Part), Ok(Added::Part), Ok(Added::Part), Ok(Added::Part)]);
+        assert_eq!(
+            [add(0), add(1), add(2), add(3)],
+            [Ok(Added::Part), Ok(Added::Part), Ok(Added::Part), Ok(Added::Part)]
+        );
         assert_eq!(add(4), Ok(Added::NoRoom));
         arriving.drop_all(&site);
         assert_eq!(add(4), Ok(Added::Part));

@@ -243,7 +243,8 @@ pub(super) fn dataset(bytes: &[u8]) {
     in_folder(&files.collect::<Vec<_>>(), |folder| match Dataset::open(folder) {
         Ok(dataset) => {
             let mut tokens = Vec::new();
-            for (split, windows) in [(Split::Train, dataset.samples(8)), (Split::HeldOut, dataset.held_out_samples(8))] {
+            for (split, windows) in [(Split::Train, dataset.samples(8)), (Split::HeldOut, dataset.held_out_samples(8))]
+            {
                 assert!(dataset.window(split, windows, 8, &mut tokens).is_err());
                 let last = windows.checked_sub(1).map(|last| dataset.window(split, last, 8, &mut tokens));
                 assert!(last.is_none_or(|last| last.is_ok()));
@@ -278,7 +279,8 @@ pub(super) fn text(bytes: &[u8]) {
 
 pub(super) fn texts() -> Vec<Vec<u8>> {
     let plain = "reef tide\npalm".as_bytes().to_vec();
-    let lines = b"{\"id\": 1, \"text\": \"reef \\u00e9\"}\n\n{\"text\": null}\n{\"text\": \"tide\", \"x\": [1, {}]}\n".to_vec();
+    let lines =
+        b"{\"id\": 1, \"text\": \"reef \\u00e9\"}\n\n{\"text\": null}\n{\"text\": \"tide\", \"x\": [1, {}]}\n".to_vec();
     let gzip = |bytes: &[u8]| {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         encoder.write_all(bytes).and_then(|()| encoder.finish()).expect("memory takes it")

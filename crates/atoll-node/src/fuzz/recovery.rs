@@ -186,7 +186,8 @@ mod tests {
             law(&seed);
         }
         let past = &*PAST;
-        let files: Vec<(&str, &[u8])> = past.files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice())).collect();
+        let files: Vec<(&str, &[u8])> =
+            past.files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice())).collect();
         in_folder(&files, |folder| {
             let dir = RunDir(folder.to_path_buf());
             let store = Store::open(dir.payloads()).unwrap();
