@@ -123,7 +123,8 @@ impl Liar {
                 other => panic!("{other:?}"),
             }
         };
-        for (number, ranges) in standing.leases.iter().filter(|(number, _)| *number > self.status.leases_seen) {
+        let seen = self.status.leases_seen;
+        for (number, ranges) in standing.leases.iter().filter(|(number, _)| *number > seen) {
             self.held.insert(ranges);
             self.status.leases_seen = *number;
         }
