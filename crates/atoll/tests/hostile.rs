@@ -41,25 +41,25 @@ impl Parcel {
         self.payload = payload;
     }
 
-    /// Overwrites one weight of the payload, which is `f32` behind a header of five bytes.
-    fn say(&mut self, weight: f32) {
+    /// Overwrites some bytes of the payload; behind a header of five come the weights as `f32`.
+    fn overwrite(&mut self, at: usize, bytes: &[u8]) {
         let mut payload = self.payload.clone();
-        payload[5..9].copy_from_slice(&weight.to_le_bytes());
+        payload[at..at + bytes.len()].copy_from_slice(bytes);
         self.hold(payload);
     }
 }
 
 /// What is done to a contribution, and what site and operator read of it.
 const LIES: [(fn(&mut Parcel), &str); 10] = [
-    (|parcel| parcel.hold(vec![9; 1000]), "codec 9 is unknown"),
+    (|parcel| parcel.overwrite(0, &[9]), "codec 9 is unknown"),
     (|parcel| parcel.hold(parcel.payload[..200].to_vec()), "the payload has 200 bytes, expected "),
     (|parcel| parcel.hold(Codec::F32.encode(&[0.0; 3]).unwrap()), "is for 3 values, and no fragment has so many"),
     (|parcel| parcel.total = u64::MAX, "no payload of this model has more than "),
     (|parcel| parcel.receipt.fragment = FragmentId(9), "there is no fragment 9"),
     (|parcel| parcel.receipt.base = 1 << 40, "fragment 0 has no version 1099511627776 yet"),
-    (|parcel| parcel.say(f32::NAN), "not finite"),
-    (|parcel| parcel.say(f32::NEG_INFINITY), "not finite"),
-    (|parcel| parcel.say(1e30), "its length is 1.000e30, and "),
+    (|parcel| parcel.overwrite(5, &f32::NAN.to_le_bytes()), "not finite"),
+    (|parcel| parcel.overwrite(5, &f32::NEG_INFINITY.to_le_bytes()), "not finite"),
+    (|parcel| parcel.overwrite(5, &1e30f32.to_le_bytes()), "its length is 1.000e30, and "),
     (|parcel| parcel.payload[7] ^= 1, "not those that its name promises"),
 ];
 
@@ -240,6 +240,7 @@ fn every_lie_is_refused_and_told_and_the_run_reaches_its_goal() {
     let mut coordinator = lab.coordinate();
     let mut honest = lab.join("a", &lab.ticket("a"), &[]);
     lab.wait_for("a commit", |report| report.commits > 0);
+    let _logs = Logs(&lab);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let told = runtime.block_on(visit(&lab));
     operator_sees(&lab, &told);
@@ -248,6 +249,17 @@ fn every_lie_is_refused_and_told_and_the_run_reaches_its_goal() {
     assert!(report.state == "finished" && report.tokens >= 1_000_000, "{report:?}");
     samples_went_back(&lab, &told);
     model_is_untouched(&lab, &report);
+}
+
+/// What coordinator and site said, for whoever has to find out why the test fails.
+struct Logs<'a>(&'a Lab);
+
+impl Drop for Logs<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}\n{}", self.0.log("coordinator"), self.0.log("a"));
+        }
+    }
 }
 
 /// Every reason is in `events.jsonl`, the last one in `status.json` and in what `atoll status` prints.
