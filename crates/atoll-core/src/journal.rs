@@ -279,6 +279,12 @@ impl Member {
             None => None,
         }
     }
+
+    /// Whether its latest contribution that is settled was refused.
+    pub fn is_refused(&self) -> bool {
+        let latest = self.settled.last_key_value();
+        latest.is_some_and(|(_, past)| matches!(past.settled, Settled::Refused(_)))
+    }
 }
 
 /// The sum of all entries: the coordinator's lasting state.
@@ -577,7 +583,7 @@ impl Chain {
     }
 
     /// The line that says `json` after all lines so far, entry or not.
-    pub(crate) fn seal(mut self, json: &str) -> String {
+    pub fn seal(mut self, json: &str) -> String {
         self.advance(json);
         format!("{} {json}", &self.0.to_string()[..16])
     }

@@ -74,6 +74,9 @@ impl Tensor {
     }
 }
 
+/// More layers than any model has.
+const LAYERS_MAX: usize = 1 << 12;
+
 /// A preset: its name and what it is for.
 pub const PRESETS: [(&str, &str); 6] = [
     ("nano", "1 M parameters: tests and first steps"),
@@ -131,6 +134,12 @@ impl ModelConfig {
                 problems.push(format!("model.{name} = {value} must be between 1 and {}", 1 << 24));
             }
         }
+        if self.num_hidden_layers > LAYERS_MAX {
+            problems.push(format!("model.num_hidden_layers = {} must be at most {LAYERS_MAX}", self.num_hidden_layers));
+        }
+        if let Some((name, product)) = self.widest_product().filter(|(_, product)| *product > u64::from(u32::MAX)) {
+            problems.push(format!("model: {name} has {product} weights, {} is the most", u32::MAX));
+        }
         if self.num_key_value_heads > 0 && !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             problems.push(format!(
                 "model.num_attention_heads = {} must be a multiple of num_key_value_heads = {}",
@@ -147,6 +156,18 @@ impl ModelConfig {
             problems.push(format!("model.rms_norm_eps = {} must be a positive number", self.rms_norm_eps));
         }
         problems
+    }
+
+    /// The largest kind of tensor and its weights, of which a product of three sizes may be too large to count.
+    fn widest_product(&self) -> Option<(&'static str, u64)> {
+        let product = |sizes: &[usize]| sizes.iter().fold(1u64, |product, &size| product.saturating_mul(size as u64));
+        let kinds = [
+            ("embed_tokens", product(&[self.vocab_size, self.hidden_size])),
+            ("q_proj", product(&[self.num_attention_heads, self.head_dim, self.hidden_size])),
+            ("k_proj", product(&[self.num_key_value_heads, self.head_dim, self.hidden_size])),
+            ("up_proj", product(&[self.intermediate_size, self.hidden_size])),
+        ];
+        kinds.into_iter().max_by_key(|(_, product)| *product)
     }
 
     /// The model's tensors in the order in which Hugging Face's Llama declares them.
@@ -223,5 +244,17 @@ mod tests {
         config.head_dim = 5;
         config.rope_theta = f32::NAN;
         assert_eq!(config.problems().len(), 3);
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_counted_are_problems() {
+        let large = ModelConfig { num_attention_heads: 1 << 24, head_dim: 1 << 24, hidden_size: 1 << 24, ..nano() };
+        assert!(large.problems().iter().any(|problem| problem.contains("q_proj has 18446744073709551615 weights")));
+        let deep = ModelConfig { num_hidden_layers: 1 << 20, ..nano() };
+        assert_eq!(deep.problems(), ["model.num_hidden_layers = 1048576 must be at most 4096"]);
+    }
+
+    fn nano() -> ModelConfig {
+        ModelConfig::preset("nano", 256, 64).unwrap()
     }
 }

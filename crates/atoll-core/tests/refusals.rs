@@ -155,8 +155,9 @@ struct Island {
     weights: Vec<Vec<f32>>,
     leases: Ranges,
     payloads: BTreeMap<Digest, Vec<u8>>,
-    /// What the first contribution is turned into, and what its payload becomes.
+    /// What its contributions up to this number are turned into, and what their payloads become.
     lie: Option<Lie>,
+    lies: u64,
     forged: BTreeMap<Digest, (Digest, Vec<u8>)>,
     /// Reasons that it was told.
     told: Vec<String>,
@@ -183,6 +184,7 @@ impl Island {
             leases: Ranges::new(),
             payloads: BTreeMap::new(),
             lie,
+            lies: 1,
             forged: BTreeMap::new(),
             told: Vec::new(),
             ordered: 0,
@@ -276,7 +278,7 @@ impl Island {
 
     fn report(&mut self, desk: &mut Desk, mut status: Status) {
         if let Some(lie) = self.lie {
-            for receipt in status.outstanding.iter_mut().filter(|receipt| receipt.number == 1) {
+            for receipt in status.outstanding.iter_mut().filter(|receipt| receipt.number <= self.lies) {
                 let own = receipt.payload;
                 let mut bytes = self.payloads[&own].clone();
                 lie(receipt, &mut bytes);
@@ -372,6 +374,20 @@ fn a_wrong_contribution_is_refused_its_samples_go_back_and_the_run_goes_on() {
         assert_eq!(settled, &Settled::Refused(why.clone()));
         desk.replay();
     }
+}
+
+#[test]
+fn a_site_that_only_lies_holds_nobody_up() {
+    let mut desk = Desk::new(&["good", "liar"]);
+    // Two live, so more than half of them are both: a round that waited for the liar would wait for ever.
+    let lie: Lie = |_, bytes| bytes[0] = 9;
+    let liar = Island { lies: u64::MAX, ..Island::new("liar", 1, Some(lie)) };
+    live(&mut desk, &mut [Island::new("good", 1, None), liar]);
+    assert!(desk.refusals().len() > 2, "{:?}", desk.refusals());
+    let book = desk.machine.book();
+    assert_eq!(book.sites[&site("liar")].tokens, 0);
+    assert!(book.tokens >= GOAL && book.sites[&site("good")].tokens == book.tokens);
+    desk.replay();
 }
 
 #[test]

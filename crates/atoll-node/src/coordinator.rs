@@ -2,6 +2,7 @@
 //! are connections ([`gate`]), outer steps on blocking threads, and files. Nothing is told to a site
 //! before the entries it rests on are on disk.
 
+pub(crate) mod arriving;
 mod gate;
 mod outgoing;
 mod shelf;
@@ -35,6 +36,7 @@ use crate::report::Report;
 use crate::run::{Keep, RunConfig, RunDir, Terms, write_atomically};
 use crate::snapshot;
 use crate::store::Store;
+use arriving::Arriving;
 use gate::{House, Input, Knock};
 use outgoing::Outgoings;
 use shelf::Shelf;
@@ -133,7 +135,7 @@ pub async fn coordinate(dir: &RunDir, listen: &str, stop: signal::Receiver<bool>
         shelf: heart.shelf.clone(),
         store: heart.store.clone(),
         fragment_lens: heart.fragment_lens(),
-        arriving: Mutex::default(),
+        arriving: Arriving::new(&heart.fragment_lens()),
         links: Default::default(),
         outgoings: heart.outgoings.clone(),
     });

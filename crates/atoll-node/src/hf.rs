@@ -155,13 +155,21 @@ pub fn save(
     Ok(())
 }
 
+/// Reads the shape of the model in a folder.
+///
+/// # Errors
+/// If `config.json` is missing or damaged, or describes no plain Llama.
+pub fn load_config(folder: &Path) -> Result<ModelConfig, HfError> {
+    config::load(&folder.join("config.json"))
+}
+
 /// Reads a model folder: the shape and one vector per tensor, in the order of `config.tensors()`.
 ///
 /// # Errors
 /// If a file is missing or damaged, the model is no plain Llama, or its weights are not those of its
 /// shape.
 pub fn load(folder: &Path) -> Result<(ModelConfig, Vec<Vec<f32>>), HfError> {
-    let config = config::load(&folder.join("config.json"))?;
+    let config = load_config(folder)?;
     let weights = weights::load(folder, &config)?;
     Ok((config, weights))
 }

@@ -16,10 +16,12 @@
 //! | [`coordinator`] | the coordinator's shell |
 //! | [`site`] | the site's shell |
 //! | [`report`] | what an operator sees |
+//! | [`fuzz`] | what must hold for any bytes from outside |
 
 pub mod coordinator;
 pub mod crew;
 pub mod data;
+pub mod fuzz;
 pub mod hf;
 pub mod identity;
 pub mod journal;

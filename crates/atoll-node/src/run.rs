@@ -172,8 +172,10 @@ impl RunConfig {
     /// Every problem that can be seen without looking at a tokenizer's size.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = [self.sync.problems(), self.training.problems()].concat();
-        if let Err(more) = self.model.resolve(1 << 12, self.training.context) {
-            problems.extend(more);
+        match self.model.resolve(1 << 12, self.training.context) {
+            Ok(model) if problems.is_empty() => problems.extend(self.fragment_problem(&model)),
+            Ok(_) => {}
+            Err(more) => problems.extend(more),
         }
         if self.goal.tokens.is_none() && self.goal.minutes.is_none() {
             problems.push("goal: neither tokens nor minutes is set, so the run would never end".to_string());
@@ -197,6 +199,19 @@ impl RunConfig {
         problems
     }
 
+    /// Why fragments of `model` cannot be written for the wire, if they cannot.
+    fn fragment_problem(&self, model: &ModelConfig) -> Option<String> {
+        let manifest = self.manifest(model);
+        let largest = manifest.fragments().filter_map(|fragment| manifest.fragment_len(fragment)).max()?;
+        (largest > u32::MAX as usize).then(|| {
+            format!(
+                "sync.fragments = {} leaves {largest} weights to one fragment, {} is the most",
+                self.sync.fragments,
+                u32::MAX
+            )
+        })
+    }
+
     /// The manifest of `model` under this configuration.
     pub fn manifest(&self, model: &ModelConfig) -> Manifest {
         Manifest::balanced(model.tensors(), self.sync.fragments)
@@ -210,6 +225,25 @@ pub struct Terms {
     pub config: RunConfig,
     /// The model, with the tokenizer's vocabulary.
     pub model: ModelConfig,
+}
+
+impl Terms {
+    /// Reads what a coordinator says of its run, and finds everything that a site could not work with.
+    ///
+    /// # Errors
+    /// If it is not understood, or describes no run.
+    pub fn read(json: &str) -> Result<Self> {
+        let terms: Self = serde_json::from_str(json).map_err(|error| {
+            anyhow::anyhow!(
+                "the run's terms are not understood: {error}\nhint: site and coordinator need the same version of Atoll"
+            )
+        })?;
+        let problems = [terms.config.problems(), terms.model.problems()].concat();
+        if !problems.is_empty() {
+            bail!("the run's terms describe no run: {}\nhint: tell its operator", problems.join("; "));
+        }
+        Ok(terms)
+    }
 }
 
 /// The folder of a run at its coordinator.

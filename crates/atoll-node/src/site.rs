@@ -118,11 +118,7 @@ pub fn join(
     let Some((welcome, tokenizer)) = runtime.block_on(enlist(&route, options, stop, notice))? else {
         return Ok(Stop::Left);
     };
-    let terms: Terms = serde_json::from_str(&welcome.config).map_err(|error| {
-        anyhow!(
-            "the run's terms are not understood: {error}\nhint: site and coordinator need the same version of Atoll"
-        )
-    })?;
+    let terms = Terms::read(&welcome.config)?;
     let tokenizer = Tokenizer::from_bytes(tokenizer)?;
     let Some(dataset) = open_data(options, &terms, &tokenizer, stop, notice)? else { return Ok(Stop::Left) };
     let dataset = Arc::new(dataset);
@@ -272,7 +268,7 @@ fn open_data(
 }
 
 /// A session number above all earlier ones, even if the clock was set back.
-fn next_session(dir: &Path, known: u64) -> Result<u64> {
+pub(crate) fn next_session(dir: &Path, known: u64) -> Result<u64> {
     let path = dir.join("session");
     let stored = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;

@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use atoll_core::codec::check_finite;
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Book, Chain, Commit, Entry};
 use atoll_core::manifest::Manifest;
@@ -144,10 +145,14 @@ pub fn recover(
             replay(&mut global, commit, store)?;
             payloads.insert(book.entries + 1, addresses(commit));
         }
-        book.apply(&entry).map_err(|error| anyhow!("the journal contradicts itself: {error}"))
+        book.apply(&entry)
+            .map_err(|error| anyhow!("the journal contradicts itself: {error}\nhint: restore it from a backup"))
     })?;
     if Digest::of_all(&global.digests()) != book.digest() {
-        bail!("the snapshot {} does not hold the model that the journal speaks of", newest.display());
+        bail!(
+            "the snapshot {} does not hold the model that the journal speaks of\nhint: move it away; an older one and the journal do as well",
+            newest.display()
+        );
     }
     Ok(Some(Recovered { journal, book, global, payloads }))
 }
@@ -159,7 +164,12 @@ pub fn recover(
 pub fn replay(global: &mut Global, commit: &Commit, store: &Store) -> Result<()> {
     let step = global
         .replay(commit, &|digest| store.get(digest), &Crew)
-        .map_err(|error| anyhow!("{} version {} cannot be computed again: {error}", commit.fragment, commit.version))?;
+        .map_err(|error| {
+            let Commit { fragment, version, .. } = commit;
+            anyhow!(
+                "{fragment} version {version} cannot be computed again: {error}\nhint: restore payloads/ and the journal from a backup"
+            )
+        })?;
     store.put(step.delta, &step.payload)
 }
 
@@ -193,6 +203,7 @@ pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest, seed: u64) 
             "run.toml describes another layout than the run began with\nhint: undo the change to sync.fragments, or begin a new run"
         );
     }
+    place.book.ledger.verify().map_err(anyhow::Error::msg).with_context(whole)?;
     let mut global = Global::new(manifest.clone(), manifest.gather(&tensors));
     let state = fs::read(folder.join("outer.safetensors")).with_context(whole)?;
     restore_outer(&mut global, &state).with_context(whole)?;
@@ -226,7 +237,7 @@ pub fn needed(payloads: &BTreeMap<u64, Vec<Digest>>, book: &Book) -> BTreeSet<Di
     payloads.values().flatten().copied().chain(tails).collect()
 }
 
-fn outer_state(global: &Global) -> Result<Vec<u8>> {
+pub(crate) fn outer_state(global: &Global) -> Result<Vec<u8>> {
     let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|value| value.to_le_bytes()).collect() };
     let rho = global.rho.iter().flat_map(|rho| rho.to_le_bytes()).collect();
     let mut parts: Vec<(String, Vec<u8>)> = (0..global.theta.len())
@@ -247,22 +258,29 @@ fn view<'a>(name: &str, data: &'a [u8]) -> Result<TensorView<'a>> {
     Ok(TensorView::new(kind, vec![data.len() / size], data)?)
 }
 
-fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
+pub(crate) fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
     let tensors = SafeTensors::deserialize(state)?;
-    let values = |name: String| -> Result<Vec<f32>> {
+    let values = |name: &str, index: usize| -> Result<Vec<f32>> {
+        let name = format!("{name}.{index}");
         let tensor = tensors.tensor(&name)?;
-        Ok(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        let values: Vec<f32> =
+            tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        check_finite(&values).with_context(|| name)?;
+        Ok(values)
     };
     let rho = tensors.tensor("rho")?;
-    let rho = rho.data().as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
-    global.rho.iter_mut().zip(rho).for_each(|(rho, kept)| *rho = kept);
-    for index in 0..global.theta.len() {
-        global.momentum[index] = values(format!("momentum.{index}"))?;
-        let residual = values(format!("residual.{index}"))?;
-        if residual.len() != global.theta[index].len() {
-            bail!("residual.{index} has the wrong length");
+    let rho: Vec<f64> = rho.data().as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+    if rho.len() != global.rho.len() || !rho.iter().all(|rho| rho.abs() <= 1.0) {
+        bail!("rho is no cosine of each fragment");
+    }
+    global.rho = rho;
+    for (index, theta) in global.theta.iter().enumerate() {
+        let (momentum, residual) = (values("momentum", index)?, values("residual", index)?);
+        // There is no momentum before the first step.
+        if residual.len() != theta.len() || !(momentum.is_empty() || momentum.len() == theta.len()) {
+            bail!("momentum or residual of fragment {index} has the wrong length");
         }
-        global.residual[index] = residual;
+        (global.momentum[index], global.residual[index]) = (momentum, residual);
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use atoll_core::codec::Codec;
 use atoll_core::data::DatasetId;
 use atoll_core::hash::Digest;
 use atoll_core::rng::Rng;
-use atoll_core::round::{Goal, Setting, Sync};
+use atoll_core::round::{Absent, Goal, Setting, Sync};
 use atoll_sim::toy::{self, Nature, Toys};
 use atoll_sim::{Attendance, Description, Hardships, Link, Outcome, Residence, absences, run};
 
@@ -55,6 +55,18 @@ fn sites_whose_data_differ_meet_at_the_mean() {
     assert_eq!((all.broken.len(), all.by_tokens.len()), (0, 2), "{:?}", all.broken);
     assert!(all.by_tokens.iter().all(|&error| error < 0.1), "{:?}", all.by_tokens);
     assert_eq!(all, absences(&Sync::default(), Attendance::Constant, 0..2), "the same seeds, the same worlds");
+}
+
+#[test]
+fn a_reserve_for_the_absent_keeps_the_model_nearer_to_the_mean() {
+    let median = |absent| {
+        let all = absences(&Sync { absent, ..Sync::default() }, Attendance::Sparse, 0..WORLDS);
+        assert_eq!(all.broken, Vec::<String>::new());
+        all.by_tokens[WORLDS as usize / 2]
+    };
+    const WORLDS: u64 = 9;
+    let (with, without) = (median(Absent::Reserve), median(Absent::Ignore));
+    assert!(with < without, "{with} with the reserve, {without} without");
 }
 
 /// Four sites with these seconds a step, far from each other and never ill.

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -82,6 +82,22 @@ fn unsafe_stays_where_it_is_explained() {
         assert!(!opened || allowed.contains(&name.as_str()), "{name} allows unsafe code");
         let lines = text.lines().count();
         assert!(lines <= 900, "{name} has {lines} lines; what are its two ideas?");
+    }
+}
+
+#[test]
+fn every_decoder_is_fuzzed() {
+    let targets = atoll_core::fuzz::TARGETS.into_iter().chain(atoll_node::fuzz::TARGETS);
+    let names: BTreeSet<String> = targets.map(|target| target.name.to_string()).collect();
+    let mut files = Vec::new();
+    sources(&root().join("fuzz/fuzz_targets"), &mut files);
+    let files = files.iter().map(|file| file.file_stem().unwrap().to_string_lossy().into_owned());
+    assert_eq!(files.collect::<BTreeSet<String>>(), names);
+    let manifest = fs::read_to_string(root().join("fuzz/Cargo.toml")).unwrap();
+    for name in names {
+        let law = fs::read_to_string(root().join(format!("fuzz/fuzz_targets/{name}.rs"))).unwrap();
+        assert!(law.contains(&format!("law(\"{name}\")")), "{name}.rs tries another law");
+        assert!(manifest.contains(&format!("name = \"{name}\"")), "fuzz/Cargo.toml does not name {name}");
     }
 }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::codec::Payload;
 use crate::hash::Digest;
-use crate::journal::{Accepted, Book, Commit, Entry, Evaluated};
+use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Member};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe};
 use crate::plan::{self, Codecs, Link, Load};
@@ -344,16 +344,16 @@ impl Coordinator {
         if here.is_empty() {
             return Waiting::Contributions;
         }
-        let live = self.live(now);
-        let needed = self.quorum(live.len());
+        let awaited = self.awaited(now);
+        let needed = self.quorum(awaited.len());
         if here.len() < needed {
             return Waiting::Quorum { here: here.len(), needed };
         }
-        let end = round.quorum_since.unwrap_or(now).after(self.grace(&live));
-        let missing = live.into_iter().filter(|site| here.binary_search(&site).is_err());
+        let end = round.quorum_since.unwrap_or(now).after(self.grace(&awaited));
+        let missing = awaited.into_iter().filter(|site| here.binary_search(&site).is_err());
         let expected = missing.filter_map(|site| Some((self.expected(&site, index)?, site)));
-        let awaited = expected.filter(|((at, given_up), _)| *at <= end && *given_up > now);
-        let (missing, times): (Vec<SiteId>, Vec<Time>) = awaited.map(|((_, given_up), site)| (site, given_up)).unzip();
+        let in_time = expected.filter(|((at, given_up), _)| *at <= end && *given_up > now);
+        let (missing, times): (Vec<SiteId>, Vec<Time>) = in_time.map(|((_, given_up), site)| (site, given_up)).unzip();
         Waiting::Grace { until: times.into_iter().max().unwrap_or(now), missing }
     }
 
@@ -514,7 +514,8 @@ impl Coordinator {
 
     fn advance_round(&mut self, now: Time, index: usize, orders: &mut Vec<Order>) {
         let here = self.contributors(&self.rounds[index]).len();
-        let needed = self.quorum(self.views.values().filter(|view| view.is_live(now)).count());
+        let awaited = self.views.iter().filter(|(site, view)| self.is_awaited(now, site, view)).count();
+        let needed = self.quorum(awaited);
         let round = &mut self.rounds[index];
         if round.merging.is_some() {
             return;
@@ -623,9 +624,21 @@ impl Coordinator {
         wished.clamp(1, live.max(1))
     }
 
-    /// Sites that can be expected to contribute.
+    /// Sites that take part.
     fn live(&self, now: Time) -> Vec<SiteId> {
         self.views.iter().filter(|(_, view)| view.is_live(now)).map(|(site, _)| site.clone()).collect()
+    }
+
+    /// Sites that a round waits for.
+    fn awaited(&self, now: Time) -> Vec<SiteId> {
+        let awaited = self.views.iter().filter(|(site, view)| self.is_awaited(now, site, view));
+        awaited.map(|(site, _)| site.clone()).collect()
+    }
+
+    /// Whether rounds wait for a site: it takes part, and the latest that came from it was not refused. Whoever sends
+    /// nothing but nonsense would hold up everybody; the next good contribution counts all the same.
+    fn is_awaited(&self, now: Time, site: &SiteId, view: &View) -> bool {
+        view.is_live(now) && !self.book.sites.get(site).is_some_and(Member::is_refused)
     }
 
     fn return_leases_of_the_lost(&mut self, now: Time, orders: &mut Vec<Order>) {
@@ -659,7 +672,8 @@ impl Coordinator {
         let merging = self.rounds.iter().any(|round| round.merging.is_some());
         let pending = self.rounds.iter().any(|round| !round.pending.is_empty());
         let drained = live.iter().all(|site| self.views.get(site).is_some_and(|view| view.status.drained));
-        let patience = live.iter().filter_map(|site| self.round_seconds(site)).fold(SECONDS_AWAY, f64::max);
+        let patience =
+            self.awaited(now).iter().filter_map(|site| self.round_seconds(site)).fold(SECONDS_AWAY, f64::max);
         let late = self.closing_since.is_some_and(|since| now.seconds_since(since) > patience);
         let quiet = !live.is_empty() && drained && !pending && !merging;
         if quiet && self.evaluation.last_look.is_none() {

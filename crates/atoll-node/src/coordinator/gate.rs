@@ -1,13 +1,11 @@
 //! The coordinator's side of each connection: greeting, then either status and standing (control) or
 //! payloads (data). Every connection is a task of its own; what they learn goes to the heart.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, anyhow, bail};
-use atoll_core::codec::{Codec, Payload};
-use atoll_core::data::Ranges;
+use atoll_core::codec::Payload;
 use atoll_core::hash::Digest;
 use atoll_core::round::{Seen, Status};
 use atoll_core::site::SiteId;
@@ -15,8 +13,9 @@ use atoll_core::wire::{Frame, Hello, PROTOCOL, Purpose, Welcome};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 
+use super::arriving::{Added, Arriving};
 use super::outgoing::{Outgoings, Piece};
-use super::shelf::{Shelf, lock};
+use super::shelf::Shelf;
 use crate::crew::Crew;
 use crate::link::{Gate, Link, SILENCE_SECONDS, Traffic, read_frame, within, write_frame};
 use crate::store::Store;
@@ -59,8 +58,8 @@ pub(super) struct House {
     pub(super) store: Store,
     /// Weights of each fragment.
     pub(super) fragment_lens: Vec<usize>,
-    /// Payloads that are arriving, by site.
-    pub(super) arriving: Mutex<BTreeMap<SiteId, BTreeMap<Digest, Assembly>>>,
+    /// Payloads that are under way from sites.
+    pub(super) arriving: Arriving,
     pub(super) links: AtomicU64,
     /// What is to be sent to each site.
     pub(super) outgoings: Arc<Outgoings>,
@@ -136,7 +135,7 @@ async fn refuse(link: &mut Link, why: String) -> Result<()> {
 async fn control(house: &Arc<House>, site: SiteId, link: Link) -> Result<()> {
     let number = house.links.fetch_add(1, Ordering::Relaxed) + 1;
     // What an earlier connection left half sent will be sent again.
-    lock(&house.arriving).remove(&site);
+    house.arriving.drop_all(&site);
     let (outbox, mut frames) = mpsc::channel(OUTBOX);
     let (mut reader, mut writer) = tokio::io::split(link);
     house.inputs.send(Input::Connected { site: site.clone(), link: number, outbox }).await.map_err(|_| closed())?;
@@ -210,12 +209,6 @@ async fn look_up(house: &Arc<House>, digest: Digest, offset: u64, length: u32) -
     })
 }
 
-/// A payload of which some bytes are here.
-pub(super) struct Assembly {
-    buffer: Vec<u8>,
-    here: Ranges,
-}
-
 /// Adds bytes to a payload; when it is whole, checks and keeps it and says so.
 async fn take_in(
     house: &Arc<House>,
@@ -225,7 +218,7 @@ async fn take_in(
     offset: u64,
     bytes: &[u8],
 ) -> Result<Option<Frame>> {
-    let whole = match add(house, site, digest, total, offset, bytes) {
+    let whole = match house.arriving.add(site, digest, total, offset, bytes) {
         Ok(Added::Part) => return Ok(None),
         Ok(Added::NoRoom) => return Ok(Some(Frame::Missing(digest))),
         Ok(Added::Whole(buffer)) => buffer,
@@ -242,46 +235,6 @@ async fn take_in(
     };
     house.inputs.send(input).await.map_err(|_| closed())?;
     Ok(Some(Frame::Have(digest)))
-}
-
-/// What became of some bytes of a payload.
-enum Added {
-    /// There are more to come.
-    Part,
-    /// The site has too many payloads under way.
-    NoRoom,
-    /// All are here.
-    Whole(Vec<u8>),
-}
-
-/// Adds bytes to a payload, or says why there can be no such bytes.
-fn add(house: &House, site: &SiteId, digest: Digest, total: u64, offset: u64, bytes: &[u8]) -> Result<Added, String> {
-    let largest = house.fragment_lens.iter().map(|&len| Codec::F32.payload_len(len) as u64).max().unwrap_or(0);
-    let end = offset.saturating_add(bytes.len() as u64);
-    if total > largest {
-        return Err(format!("it has {total} bytes, and no payload of this model has more than {largest}"));
-    }
-    if end > total {
-        return Err(format!("it has bytes up to {end} and is said to have {total}"));
-    }
-    let mut arriving = lock(&house.arriving);
-    let mine = arriving.entry(site.clone()).or_default();
-    // Two payloads per fragment are more than a site ever has under way.
-    if !mine.contains_key(&digest) && mine.len() >= 2 * house.fragment_lens.len() + 2 {
-        return Ok(Added::NoRoom);
-    }
-    let assembly =
-        mine.entry(digest).or_insert_with(|| Assembly { buffer: vec![0; total as usize], here: Ranges::new() });
-    let announced = assembly.buffer.len() as u64;
-    if announced != total {
-        mine.remove(&digest);
-        return Err(format!("it was said to have {announced} bytes, and then {total}"));
-    }
-    assembly.buffer[offset as usize..end as usize].copy_from_slice(bytes);
-    assembly.here.insert_span(offset, end);
-    let whole = assembly.here.contains_span(0, total);
-    let whole = if whole { mine.remove(&digest) } else { None };
-    Ok(whole.map_or(Added::Part, |assembly| Added::Whole(assembly.buffer)))
 }
 
 /// Keeps a payload on disk and looks at it, or says why it is useless.

@@ -10,8 +10,11 @@
 mod pieces;
 mod sample;
 
+use std::panic::catch_unwind;
+
 use atoll_core::hash::Digest;
 use rayon::prelude::*;
+use serde::de::IgnoredAny;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -49,14 +52,14 @@ impl Tokenizer {
     /// If it is none, or has no token of [`END_OF_TEXT`].
     pub fn from_bytes(json: impl Into<Vec<u8>>) -> Result<Self, DataError> {
         let json = json.into();
-        let mut inner = HfTokenizer::from_bytes(&json).map_err(DataError::bad_tokenizer)?;
+        let mut inner = understand(&json)?;
         inner.with_truncation(None).map_err(DataError::bad_tokenizer)?;
         inner.with_padding(None);
         inner.set_encode_special_tokens(true);
         let named = |&name: &&'static str| inner.token_to_id(name).map(|id| (id, name));
         let end_of_text = END_OF_TEXT.iter().find_map(named).ok_or(DataError::NoEndOfText)?;
         let is_byte_level = pieces::is_byte_level(&json);
-        let token_bytes = pieces::token_bytes(&inner, is_byte_level, end_of_text.0);
+        let token_bytes = pieces::token_bytes(&inner, is_byte_level, end_of_text.0)?;
         let may_cut = is_byte_level && pieces::may_cut(&json);
         Ok(Self { hash: Digest::of(&json), inner, json, end_of_text, token_bytes, may_cut })
     }
@@ -137,6 +140,14 @@ impl Tokenizer {
     pub fn json(&self) -> &[u8] {
         &self.json
     }
+}
+
+/// Asks the library what these bytes say. It panics where it meets some that are no tokenizer, be they no JSON at all or
+/// a damaged normalizer; they come over the network, so that must not end a site.
+fn understand(json: &[u8]) -> Result<HfTokenizer, DataError> {
+    serde_json::from_slice::<IgnoredAny>(json).map_err(DataError::bad_tokenizer)?;
+    let read = catch_unwind(|| HfTokenizer::from_bytes(json));
+    read.unwrap_or_else(|_| Err("one of its parts is damaged".into())).map_err(DataError::bad_tokenizer)
 }
 
 #[cfg(test)]
@@ -231,6 +242,29 @@ mod tests {
         assert!(error.to_string().contains("hint: add one of <|endoftext|>, </s>"), "{error}");
         let error = Tokenizer::from_bytes(b"{}".to_vec()).unwrap_err().to_string();
         assert!(error.starts_with("the tokenizer cannot be used: "), "{error}");
+    }
+
+    /// Found by fuzzing: the library panics at these.
+    #[test]
+    fn what_the_library_panics_at_is_refused() {
+        let json = String::from_utf8(trained().json().to_vec()).unwrap();
+        let (cut, _) = json.split_once("\"decoder\":{\"type").unwrap();
+        let charsmap = json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"});
+        let broken = [
+            Tokenizer::from_bytes(format!("{cut}\"decoder\":{{\"type<")),
+            Tokenizer::from_bytes(json.replacen("\"decoder\":{\"type\":", "\"decoder\":{\"type<\",", 1)),
+            edited(|json| json["normalizer"] = charsmap),
+        ];
+        for error in broken.map(Result::unwrap_err) {
+            let said = error.to_string();
+            assert!(said.starts_with("the tokenizer cannot be used: ") && said.contains("hint: "), "{said}");
+        }
+    }
+
+    #[test]
+    fn no_room_is_made_for_tokens_that_cannot_be() {
+        let error = edited(|json| json["model"]["vocab"]["!"] = json!(u32::MAX)).unwrap_err().to_string();
+        assert!(error.contains("it has a token number 4294967295, and 16777216 is too high"), "{error}");
     }
 
     #[test]

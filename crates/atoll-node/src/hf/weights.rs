@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use atoll_core::codec::check_finite;
 use atoll_core::model::{ModelConfig, Tensor};
 use safetensors::tensor::{TensorView, View};
 use safetensors::{Dtype, SafeTensors};
@@ -130,10 +131,14 @@ fn read(path: &Path, tensor: &Tensor, view: &TensorView<'_>) -> Result<Vec<f32>,
     }
     let (words, _) = view.data().as_chunks::<4>();
     let (halves, _) = view.data().as_chunks::<2>();
-    match view.dtype() {
-        Dtype::F32 => Ok(words.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()),
-        Dtype::BF16 => Ok(halves.iter().map(|&bytes| half::bf16::from_le_bytes(bytes).to_f32()).collect()),
-        Dtype::F16 => Ok(halves.iter().map(|&bytes| half::f16::from_le_bytes(bytes).to_f32()).collect()),
-        other => Err(HfError::WrongType { path, name, dtype: format!("{other:?}") }),
+    let weights: Vec<f32> = match view.dtype() {
+        Dtype::F32 => words.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
+        Dtype::BF16 => halves.iter().map(|&bytes| half::bf16::from_le_bytes(bytes).to_f32()).collect(),
+        Dtype::F16 => halves.iter().map(|&bytes| half::f16::from_le_bytes(bytes).to_f32()).collect(),
+        other => return Err(HfError::WrongType { path, name, dtype: format!("{other:?}") }),
+    };
+    match check_finite(&weights) {
+        Ok(()) => Ok(weights),
+        Err(error) => Err(HfError::damaged(&path, format!("{name}: {error}"))),
     }
 }

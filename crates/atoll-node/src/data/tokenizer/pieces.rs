@@ -2,6 +2,8 @@
 
 use tokenizers::Tokenizer;
 
+use crate::data::DataError;
+
 /// Whether the tokenizer of that `tokenizer.json` maps each byte to one character, as GPT-2's does.
 pub(super) fn is_byte_level(json: &[u8]) -> bool {
     let json: serde_json::Value = serde_json::from_slice(json).unwrap_or_default();
@@ -18,21 +20,30 @@ pub(super) fn may_cut(json: &[u8]) -> bool {
     is_local && !json["pre_tokenizer"].to_string().contains("\"add_prefix_space\":true")
 }
 
+/// More tokens than any model has.
+const TOKENS_MAX: u32 = 1 << 24;
+
 /// The bytes of text that each token stands for. Special tokens stand for none.
-pub(super) fn token_bytes(tokenizer: &Tokenizer, is_byte_level: bool, end_of_text: u32) -> Vec<u32> {
-    let vocabulary = tokenizer.get_vocab(true);
-    let size = vocabulary.values().max().map_or(0, |&last| last as usize + 1);
-    let mut bytes = vec![0; size];
+///
+/// # Errors
+/// If a token's number is out of all proportion.
+pub(super) fn token_bytes(tokenizer: &Tokenizer, is_byte_level: bool, end_of_text: u32) -> Result<Vec<u32>, DataError> {
+    let (vocabulary, added) = (tokenizer.get_vocab(true), tokenizer.get_added_tokens_decoder());
+    let last = vocabulary.values().chain(added.keys()).max().copied().unwrap_or(0);
+    if last >= TOKENS_MAX {
+        return Err(DataError::bad_tokenizer(format!("it has a token number {last}, and {TOKENS_MAX} is too high")));
+    }
+    let mut bytes = vec![0; last as usize + 1];
     let anchor = vocabulary.get("a").copied();
     for (token, &id) in &vocabulary {
         let len = if is_byte_level { bytes_of_characters(token) } else { decoded_len(tokenizer, anchor, token, id) };
         bytes[id as usize] = len as u32;
     }
-    for (&id, added) in &tokenizer.get_added_tokens_decoder() {
+    for (&id, added) in &added {
         bytes[id as usize] = if added.special { 0 } else { added.content.len() as u32 };
     }
     bytes[end_of_text as usize] = 0;
-    bytes
+    Ok(bytes)
 }
 
 /// A byte-level token has one character per byte: the printable ones of Latin-1 are themselves, the
