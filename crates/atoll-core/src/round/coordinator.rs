@@ -499,8 +499,9 @@ impl Coordinator {
         }
         self.reset_empty_rounds();
         self.return_leases_of_the_lost(now, orders);
+        let live = self.views.values().filter(|view| view.is_live(now)).count();
         for index in 0..self.rounds.len() {
-            self.advance_round(now, index, orders);
+            self.advance_round(now, index, live, orders);
         }
         self.advance_phase(now, orders);
     }
@@ -512,9 +513,9 @@ impl Coordinator {
         }
     }
 
-    fn advance_round(&mut self, now: Time, index: usize, orders: &mut Vec<Order>) {
+    fn advance_round(&mut self, now: Time, index: usize, live: usize, orders: &mut Vec<Order>) {
         let here = self.contributors(&self.rounds[index]).len();
-        let needed = self.quorum(self.views.values().filter(|view| view.is_live(now)).count());
+        let needed = self.quorum(live);
         let round = &mut self.rounds[index];
         if round.merging.is_some() {
             return;
