@@ -13,7 +13,7 @@ use crate::hash::Digest;
 use crate::journal::{Accepted, Book, Commit, Entry, Evaluated};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe};
-use crate::plan::{self, Codecs, Link, Load};
+use crate::plan::{self, Codecs, Link, Load, Rung};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
 use pace::Lead;
@@ -187,6 +187,8 @@ pub struct Coordinator {
     started: Option<Time>,
     evaluation: Evaluation,
     pace: Pace,
+    /// Codecs to choose from.
+    ladder: Vec<Rung>,
     lead: Lead,
 }
 
@@ -249,6 +251,7 @@ impl Coordinator {
         let phase = if book.finished { Phase::Finished } else { Phase::Training };
         let seconds = book.seconds;
         let mut machine = Self {
+            ladder: pace::ladder(&sync, &lens),
             sync,
             goal,
             book,
