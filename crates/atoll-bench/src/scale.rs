@@ -28,7 +28,7 @@ use fleet::{Cost, Fleet, Model};
 /// Contributions to a round beside which sites are idle.
 const BESIDE_IDLE: usize = 8;
 /// Rows whose contributions cost less than this share of a step without any do not count in the fitted exponents.
-const TELLING: f64 = 0.25;
+const TELLING: f64 = 1.0;
 /// Share of the free memory that a row may take.
 const MEMORY_SHARE: f64 = 0.8;
 

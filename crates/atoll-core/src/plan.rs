@@ -70,12 +70,21 @@ pub const THINNEST: Codecs = (Codec::Sparse(96), Codec::Sparse(224));
 /// What a link may carry, richest first: each says of a change at once several times more than the next.
 pub const LADDER: [Codecs; 3] = [(Codec::Bf16, Codec::Bf16), (Codec::E3m0, Codec::E3m0), THINNEST];
 
-/// The richest of the `ladder` whose load hides behind `seconds` of computing on that link; the last where none does,
-/// or where nothing is known of the link.
-pub fn richest_hidden(ladder: &[Codecs], link: &Link, seconds: f64, load: impl Fn(Codecs) -> Load) -> Codecs {
+/// Codecs to choose from, and what they move.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rung {
+    /// How weights are written.
+    pub codecs: Codecs,
+    /// How much that is.
+    pub load: Load,
+}
+
+/// Number of the richest rung of the `ladder` whose load hides behind `seconds` of computing on that link; of the last
+/// where none does, or where nothing is known of the link.
+pub fn richest_hidden(ladder: &[Rung], link: &Link, seconds: f64) -> usize {
     let is_known = link.up > 0.0 && link.down > 0.0;
-    let hides = |&codecs: &Codecs| is_known && hiding_seconds(link, &load(codecs)) <= seconds;
-    ladder.iter().copied().find(hides).unwrap_or_else(|| ladder[ladder.len() - 1])
+    let hides = |rung: &Rung| is_known && hiding_seconds(link, &rung.load) <= seconds;
+    ladder.iter().position(hides).unwrap_or(ladder.len().saturating_sub(1))
 }
 
 /// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them.
@@ -132,15 +141,14 @@ mod tests {
     #[test]
     fn a_payload_is_as_rich_as_hides_behind_computing() {
         const WEIGHTS: usize = 30_800_000;
-        let load = |(up, down): Codecs| {
-            let bytes = |codec: Codec| codec.payload_len(WEIGHTS) as u64;
-            Load { up: bytes(up), down: bytes(down), fragments: 4 }
-        };
+        let bytes = |codec: Codec| codec.payload_len(WEIGHTS) as u64;
+        let load = |(up, down): Codecs| Load { up: bytes(up), down: bytes(down), fragments: 4 };
+        let ladder = LADDER.map(|codecs| Rung { codecs, load: load(codecs) });
         let at = |megabits: f64| {
             let link = Link { up: megabits * 1.25e5, down: megabits * 1.25e5, rtt: 0.05 };
-            richest_hidden(&LADDER, &link, 3.2, load)
+            richest_hidden(&ladder, &link, 3.2)
         };
-        assert_eq!([1000.0, 100.0, 10.0, 0.1].map(at), [LADDER[0], LADDER[1], LADDER[2], LADDER[2]]);
-        assert_eq!(richest_hidden(&LADDER, &Link::default(), 3.2, load), LADDER[2], "nothing is known yet");
+        assert_eq!([1000.0, 100.0, 10.0, 0.1].map(at), [0, 1, 2, 2]);
+        assert_eq!(richest_hidden(&ladder, &Link::default(), 3.2), 2, "nothing is known yet");
     }
 }

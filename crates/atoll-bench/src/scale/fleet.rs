@@ -15,7 +15,7 @@ use atoll_core::outer::{Global, Recipe};
 use atoll_core::plan;
 use atoll_core::rng::Rng;
 use atoll_core::round::{
-    Coordinator, Event, Goal, Merge, Merged, Order, Receipt, Seen, Standing, Status, Sync, Vitals,
+    Coordinator, Event, Goal, Merge, Merged, Order, Receipt, Seen, Setting, Standing, Status, Sync, Vitals,
 };
 use atoll_core::site::{SiteId, Time};
 use atoll_node::crew::Crew;
@@ -236,7 +236,9 @@ impl Fleet {
             let islet = Islet::new(&name, lens.len(), index < contributing);
             sites.insert(name, islet);
         }
-        let sync = Sync { quorum: contributing, ..Sync::default() };
+        let (up, down) = plan::THINNEST;
+        let (up, down) = (Setting::Is(up), Setting::Is(down));
+        let sync = Sync { quorum: contributing, up, down, ..Sync::default() };
         let machine = Coordinator::new(sync, Goal::default(), book(model, sites.keys())?, lens);
         let mut fleet = Self { machine, sites, now: Time(1_000_000) };
         // With the first report a site joins, with the second it says which weights it has been told of.

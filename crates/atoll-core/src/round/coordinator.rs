@@ -13,7 +13,7 @@ use crate::hash::Digest;
 use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Member};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe};
-use crate::plan::{self, Codecs, Link, Load};
+use crate::plan::{self, Codecs, Link, Load, Rung};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
 use pace::Lead;
@@ -187,6 +187,8 @@ pub struct Coordinator {
     started: Option<Time>,
     evaluation: Evaluation,
     pace: Pace,
+    /// Codecs to choose from.
+    ladder: Vec<Rung>,
     lead: Lead,
 }
 
@@ -249,6 +251,7 @@ impl Coordinator {
         let phase = if book.finished { Phase::Finished } else { Phase::Training };
         let seconds = book.seconds;
         let mut machine = Self {
+            ladder: pace::ladder(&sync, &lens),
             sync,
             goal,
             book,
@@ -499,8 +502,9 @@ impl Coordinator {
         }
         self.reset_empty_rounds();
         self.return_leases_of_the_lost(now, orders);
+        let awaited = self.views.iter().filter(|(site, view)| self.is_awaited(now, site, view)).count();
         for index in 0..self.rounds.len() {
-            self.advance_round(now, index, orders);
+            self.advance_round(now, index, awaited, orders);
         }
         self.advance_phase(now, orders);
     }
@@ -512,9 +516,8 @@ impl Coordinator {
         }
     }
 
-    fn advance_round(&mut self, now: Time, index: usize, orders: &mut Vec<Order>) {
+    fn advance_round(&mut self, now: Time, index: usize, awaited: usize, orders: &mut Vec<Order>) {
         let here = self.contributors(&self.rounds[index]).len();
-        let awaited = self.views.iter().filter(|(site, view)| self.is_awaited(now, site, view)).count();
         let needed = self.quorum(awaited);
         let round = &mut self.rounds[index];
         if round.merging.is_some() {

@@ -5,8 +5,8 @@ use std::fmt;
 
 use super::{Coordinator, Forecast, View};
 use crate::codec::Codec;
-use crate::plan::{self, Codecs, Load};
-use crate::round::{Phase, Setting};
+use crate::plan::{self, Codecs, Load, Rung};
+use crate::round::{Phase, Setting, Sync};
 use crate::site::{SiteId, Time};
 
 /// Share of a usual round for which those who are there wait for those who are about to come.
@@ -23,13 +23,29 @@ pub(super) struct Lead {
     pub(super) steps: u32,
     /// Seconds per step; 0 if no site has taken one.
     step_seconds: f64,
-    /// The codec of the way down.
-    down: Codec,
+    /// The rung of the ladder that every link carries.
+    rung: usize,
 }
 
 impl Lead {
     /// Before any site is known.
-    pub(super) const NONE: Self = Self { steps: 0, step_seconds: 0.0, down: Codec::F32 };
+    pub(super) const NONE: Self = Self { steps: 0, step_seconds: 0.0, rung: 0 };
+}
+
+/// What there is to choose from for fragments of these lengths, richest first; never nothing.
+pub(super) fn ladder(sync: &Sync, lens: &[usize]) -> Vec<Rung> {
+    let chosen = |setting: Setting<Codec>, rung: Codec| match setting {
+        Setting::Is(codec) => codec,
+        Setting::Auto => rung,
+    };
+    let bytes = |codec: Codec| lens.iter().map(|&len| codec.payload_len(len) as u64).sum();
+    let rung = |(up, down)| {
+        let codecs @ (up, down) = (chosen(sync.up, up), chosen(sync.down, down));
+        Rung { codecs, load: Load { up: bytes(up), down: bytes(down), fragments: lens.len() } }
+    };
+    let mut ladder = plan::LADDER.map(rung).to_vec();
+    ladder.dedup();
+    ladder
 }
 
 impl Coordinator {
@@ -47,7 +63,7 @@ impl Coordinator {
         let is_sent = self.rounds[index].pending.keys().any(|(owner, _)| owner == site);
         let steps = if is_sent { 0 } else { view.status.due.get(index).copied().flatten()? };
         let link = &view.status.vitals.link;
-        let (sending, _) = plan::way_seconds(link, &self.load(site));
+        let (sending, _) = plan::way_seconds(link, &self.load_on(self.rung(site)));
         let way = sending / self.lens.len().max(1) as f64 + link.rtt;
         let seconds = f64::from(steps) * view.step_seconds() + way;
         // It takes what it has just been told between two steps, and reports now and then.
@@ -71,7 +87,8 @@ impl Coordinator {
     pub(super) fn look_who_leads(&mut self) {
         let steps = self.views.values().map(View::step_seconds).filter(|&seconds| seconds > 0.0);
         self.lead.step_seconds = steps.reduce(f64::min).unwrap_or(0.0);
-        self.lead.down = self.carried_by_all();
+        // All sites get the same bytes, so the thinnest link decides.
+        self.lead.rung = self.connected().map(|view| self.rung_of(view)).max().unwrap_or(self.ladder.len() - 1);
         self.lead.steps = self.base_steps();
     }
 
@@ -79,8 +96,8 @@ impl Coordinator {
     fn base_steps(&self) -> u32 {
         let Setting::Auto = self.sync.steps else { return self.steps_wished() };
         let needed = self.connected().map(|view| {
-            let (up, _) = self.carried_by(view);
-            plan::hiding_seconds(&view.status.vitals.link, &self.load_of((up, self.lead.down)))
+            let load = self.load_on(self.rung_of(view));
+            plan::hiding_seconds(&view.status.vitals.link, &load)
         });
         plan::steps_to_hide(needed.fold(0.0, f64::max), self.lead.step_seconds)
     }
@@ -95,12 +112,12 @@ impl Coordinator {
 
     /// The codec in which `site` is to contribute now.
     pub(super) fn up(&self, site: &SiteId) -> Codec {
-        self.last_of_all(self.wished_up(site))
+        self.last_of_all(self.codecs(site).0)
     }
 
     /// The codec in which commits are broadcast now.
     pub(super) fn down(&self) -> Codec {
-        self.last_of_all(self.lead.down)
+        self.last_of_all(self.ladder[self.lead.rung].codecs.1)
     }
 
     /// The last round of a run has no later one to deliver what it leaves out.
@@ -111,56 +128,35 @@ impl Coordinator {
         }
     }
 
-    fn wished_up(&self, site: &SiteId) -> Codec {
-        let (poorest, _) = self.ladder()[self.ladder().len() - 1];
-        self.views.get(site).map_or(poorest, |view| self.carried_by(view).0)
+    /// The codecs for `site` while the run goes on.
+    fn codecs(&self, site: &SiteId) -> Codecs {
+        (self.ladder[self.rung(site)].codecs.0, self.ladder[self.lead.rung].codecs.1)
     }
 
-    /// All sites get the same bytes, so the thinnest link decides.
-    fn carried_by_all(&self) -> Codec {
-        let carried = self.connected().map(|view| self.carried_by(view));
-        let ladder = self.ladder();
-        let rung = carried.filter_map(|codecs| ladder.iter().position(|rung| *rung == codecs)).max();
-        ladder[rung.unwrap_or(ladder.len() - 1)].1
+    fn rung(&self, site: &SiteId) -> usize {
+        self.views.get(site).map_or(self.ladder.len() - 1, |view| self.rung_of(view))
     }
 
-    /// The richest codecs that hide behind a round's computing on a site's link.
-    fn carried_by(&self, view: &View) -> Codecs {
+    /// The richest rung that hides behind a round's computing on a site's link.
+    fn rung_of(&self, view: &View) -> usize {
         let seconds = f64::from(self.steps_wished()) * self.lead.step_seconds;
-        plan::richest_hidden(&self.ladder(), &view.status.vitals.link, seconds, |codecs| self.load_of(codecs))
-    }
-
-    /// What there is to choose from.
-    fn ladder(&self) -> Vec<Codecs> {
-        let chosen = |setting: Setting<Codec>, rung: Codec| match setting {
-            Setting::Is(codec) => codec,
-            Setting::Auto => rung,
-        };
-        let mut ladder: Vec<Codecs> =
-            plan::LADDER.iter().map(|&(up, down)| (chosen(self.sync.up, up), chosen(self.sync.down, down))).collect();
-        ladder.dedup();
-        ladder
+        plan::richest_hidden(&self.ladder, &view.status.vitals.link, seconds)
     }
 
     fn connected(&self) -> impl Iterator<Item = &View> {
         self.views.values().filter(|view| view.connected)
     }
 
-    /// What a site moves while every fragment is synchronized once.
-    fn load(&self, site: &SiteId) -> Load {
-        self.load_of((self.wished_up(site), self.lead.down))
-    }
-
-    fn load_of(&self, (up, down): Codecs) -> Load {
-        let bytes = |codec: Codec| self.lens.iter().map(|&len| codec.payload_len(len) as u64).sum();
-        Load { up: bytes(up), down: bytes(down), fragments: self.lens.len() }
+    /// What a site whose link carries this rung moves while every fragment is synchronized once.
+    fn load_on(&self, rung: usize) -> Load {
+        Load { up: self.ladder[rung].load.up, ..self.ladder[self.lead.rung].load }
     }
 
     /// The arithmetic behind a site's number of steps and its codecs, if it has ever been heard of.
     pub fn forecast(&self, site: &SiteId) -> Option<Forecast> {
         let view = self.views.get(site)?;
-        let codecs = (self.wished_up(site), self.lead.down);
-        let (steps, load, link) = (self.steps_for(site), self.load_of(codecs), view.status.vitals.link);
+        let (codecs, load) = (self.codecs(site), self.load_on(self.rung(site)));
+        let (steps, link) = (self.steps_for(site), view.status.vitals.link);
         let (sending, receiving) = plan::way_seconds(&link, &load);
         let turn = plan::turn_seconds(&link, &load) + self.pace.quorum + self.pace.merge;
         let computing = f64::from(steps) * view.step_seconds();
