@@ -50,7 +50,9 @@ impl Parcel {
 }
 
 /// What is done to a contribution, and what site and operator read of it.
-const LIES: [(fn(&mut Parcel), &str); 10] = [
+type Lie = (fn(&mut Parcel), &'static str);
+
+const LIES: [Lie; 10] = [
     (|parcel| parcel.overwrite(0, &[9]), "codec 9 is unknown"),
     (|parcel| parcel.hold(parcel.payload[..200].to_vec()), "the payload has 200 bytes, expected "),
     (|parcel| parcel.hold(Codec::F32.encode(&[0.0; 3]).unwrap()), "is for 3 values, and no fragment has so many"),
