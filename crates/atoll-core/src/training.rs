@@ -74,7 +74,8 @@ pub struct AdamW {
     /// What multiplies it for embeddings, and for a head that shares their weights: a model that starts from nothing
     /// learns how often each token comes by moving them, and they are far from wide (muP, arXiv 2203.03466, table 8).
     pub embedding_rate: f32,
-    /// Share of the root mean square of an embedding's √v that is added to each √v.
+    /// φ: in embeddings φ √mean(v) is added to each √v, with the mean over the tensor. AdamW makes full steps of the tiny
+    /// gradients of tokens that a batch does not hold; with small batches these are noise, which sites do not share.
     pub embedding_floor: f32,
     /// β₁, decay of the mean gradient.
     pub beta1: f32,

@@ -102,6 +102,7 @@ fn run_toml(arguments: &Arguments) -> String {
         .replace("{seed}", &arguments.seed.to_string())
         .replace("{learning_rate}", learning_rate(&arguments.preset))
         .replace("{embedding_rate}", embedding_rate(&arguments.preset))
+        .replace("{embedding_floor}", embedding_floor(&arguments.preset))
         .replace("{preset}", &toml::Value::String(arguments.preset.clone()).to_string())
         .replace("{presets}", &presets.join("\n"))
         .replace("{goal}", &goal)
@@ -111,8 +112,7 @@ fn run_toml(arguments: &Arguments) -> String {
 /// A learning rate that suits the preset's width.
 fn learning_rate(preset: &str) -> &'static str {
     match preset {
-        "nano" => "3e-3",
-        "mini" => "1.5e-3",
+        "nano" | "mini" => "1.5e-3",
         "small" => "8e-4",
         "medium" => "5e-4",
         "large" => "3e-4",
@@ -122,7 +122,12 @@ fn learning_rate(preset: &str) -> &'static str {
 
 /// What multiplies it for embeddings: the smallest model's `atoll-bench parity` found, the others' are unmeasured.
 fn embedding_rate(preset: &str) -> &'static str {
-    if preset == "nano" { "8.0" } else { "1.0" }
+    if preset == "nano" { "64.0" } else { "1.0" }
+}
+
+/// The embeddings' floor, which goes with their rate.
+fn embedding_floor(preset: &str) -> &'static str {
+    if preset == "nano" { "1.0" } else { "0.0" }
 }
 
 fn folder_name(dir: &Path) -> String {

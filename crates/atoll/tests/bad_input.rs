@@ -52,7 +52,7 @@ fn folders_and_files() {
 #[test]
 fn a_malformed_run_toml() {
     let lab = Lab::new(1000, &[]);
-    lab.change("learning_rate = 3e-3", "learning_rate = -1.0");
+    lab.change("learning_rate = 1.5e-3", "learning_rate = -1.0");
     lab.change("fragments = 4", "fragments = 0");
     fails(&["check", &lab.path("run")], &["2 problems", "learning_rate", "fragments"]);
     lab.change("[sync]", "[sink]");

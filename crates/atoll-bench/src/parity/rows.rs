@@ -54,7 +54,13 @@ pub(super) fn training() -> Training {
         context: 128,
         rows: 8,
         // As `atoll new --preset nano` has it, but for a warm-up that fits runs of some hundred steps.
-        optimizer: AdamW { learning_rate: 3e-3, embedding_rate: 8.0, warmup_steps: 20, ..AdamW::default() },
+        optimizer: AdamW {
+            learning_rate: 1.5e-3,
+            embedding_rate: 64.0,
+            embedding_floor: 1.0,
+            warmup_steps: 20,
+            ..AdamW::default()
+        },
         ..Training::default()
     }
 }
@@ -93,17 +99,10 @@ const TRAINING: &[Knob] = &[
     ("muon", |r| r.training.muon = Some(Muon { learning_rate: 3e-3, ..Muon::default() })),
     ("lr-half", |r| r.training.optimizer.learning_rate *= 0.5),
     ("lr-double", |r| r.training.optimizer.learning_rate *= 2.0),
-    ("embedding-1", |r| r.training.optimizer.embedding_rate = 1.0),
-    ("embedding-4", |r| r.training.optimizer.embedding_rate = 4.0),
-    ("embedding-16", |r| r.training.optimizer.embedding_rate = 16.0),
-    ("floor-0.03", |r| r.training.optimizer.embedding_floor = 0.03),
-    ("floor-0.1", |r| r.training.optimizer.embedding_floor = 0.1),
-    ("floor-0.3", |r| r.training.optimizer.embedding_floor = 0.3),
-    ("floor-1", |r| r.training.optimizer.embedding_floor = 1.0),
-    ("embedding-64", |r| r.training.optimizer.embedding_rate = 64.0),
+    ("embedding-8", |r| r.training.optimizer.embedding_rate = 8.0),
     ("embedding-128", |r| r.training.optimizer.embedding_rate = 128.0),
-    ("embedding-256", |r| r.training.optimizer.embedding_rate = 256.0),
-    ("floor-4", |r| r.training.optimizer.embedding_floor = 4.0),
+    ("floor-0", |r| r.training.optimizer.embedding_floor = 0.0),
+    ("floor-0.1", |r| r.training.optimizer.embedding_floor = 0.1),
     ("beta2-99", |r| r.training.optimizer.beta2 = 0.99),
     ("beta2-999", |r| r.training.optimizer.beta2 = 0.999),
     ("rows-2", |r| r.training.rows = 2),
@@ -134,15 +133,9 @@ const OURS: &[Knob] = &[
     ("own-text", |r| r.share = Share::Own),
     ("ignore", |r| r.sync.absent = Absent::Ignore),
     ("whole", |r| r.sync.fragments = 1),
+    ("inner-half", |r| r.training.optimizer.learning_rate *= 0.5),
     ("inner-double", |r| r.training.optimizer.learning_rate *= 2.0),
     ("inner-beta2-99", |r| r.training.optimizer.beta2 = 0.99),
-    ("inner-beta2-999", |r| r.training.optimizer.beta2 = 0.999),
-    ("inner-half", |r| r.training.optimizer.learning_rate *= 0.5),
-    ("inner-unclipped", |r| r.training.optimizer.clip_norm = 0.0),
-    ("inner-embedding-2", |r| r.training.optimizer.embedding_rate = 2.0),
-    ("inner-embedding-32", |r| r.training.optimizer.embedding_rate = 32.0),
-    ("inner-beta1-98", |r| r.training.optimizer.beta1 = 0.98),
-    ("inner-embedding-16", |r| r.training.optimizer.embedding_rate = 16.0),
     ("step-2", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 2.0, momentum: 0.0 }),
     ("step-1.5", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 1.5, momentum: 0.0 }),
 ];

@@ -1,7 +1,7 @@
 //! The sparse codec's chunks: which weights are kept, where they are, and what they become.
 //!
 //! A chunk of n weights keeps the k of greatest magnitude; equal ones in order of their index. Positions are an
-//! Elias–Fano list (Elias 1974): with l = ⌊log₂ n/k⌋ the lower l bits of each position stand side by side, and the
+//! Elias–Fano list (Elias 1974): with l = ⌊log₂ n/k⌋ of a whole chunk the lower l bits of each position stand side by side, and the
 //! upper bits as a bitmap in which the i-th one stands at bit `upper + i`. That costs at most l + 2 bits a position
 //! (7.3 of 96 in 4,096, where plain 12-bit positions would take 12 and the entropy is 6.9) and always the same.
 //! Kept weights become one of four levels: small or large, negative or positive. The border between small and large
@@ -28,10 +28,10 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// A chunk of `len` weights of which [`CHUNK`] would keep `keep`.
+    /// A chunk of `len` weights of which [`CHUNK`] would keep `keep`. A shorter one has no more bytes in any part.
     pub(super) fn new(keep: u16, len: usize) -> Self {
         let kept = (usize::from(keep) * len).div_ceil(CHUNK).clamp(1, len.max(1));
-        let low_bits = (len / kept).max(1).ilog2() as usize;
+        let low_bits = (CHUNK / usize::from(keep).max(1)).max(1).ilog2() as usize;
         let highs = kept + (len.saturating_sub(1) >> low_bits) + 1;
         Self {
             len,

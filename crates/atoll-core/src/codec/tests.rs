@@ -71,6 +71,19 @@ proptest! {
     }
 }
 
+/// With l from its own n/k, a last chunk of 3,073 weights of which four are kept took a byte more than a whole one, and
+/// was cut off.
+#[test]
+fn a_shorter_chunk_is_no_longer() {
+    for keep in [1, 4, 5, 96, 224, 2048] {
+        let bytes = |len: usize| Codec::Sparse(keep).payload_len(len);
+        assert!((1..CHUNK).all(|len| bytes(len) <= bytes(len + 1)), "{keep}");
+    }
+    let values = normal(0, 3073);
+    let kept = decode(&Codec::Sparse(4).encode(&values).unwrap(), 3073).unwrap();
+    assert_eq!(kept.iter().filter(|value| **value != 0.0).count(), 4);
+}
+
 #[test]
 fn the_bytes_are_these() {
     let chunk: Vec<f32> = (0..16).map(|i| if i % 5 == 2 { i as f32 - 8.0 } else { 0.1 }).collect();
