@@ -113,11 +113,7 @@ impl Liar {
 
     /// Says where it stands, as lively as any site and with the model up to date, and hears where the run stands.
     async fn talk(&mut self, outstanding: &[Receipt]) -> Standing {
-        self.status.number += 1;
-        self.status.vitals.steps += 1;
-        self.status.outstanding = outstanding.to_vec();
-        self.status.unspent = self.held.len();
-        write_frame(&mut self.control, &Frame::Status(Box::new(self.status.clone()))).await.unwrap();
+        self.say(outstanding).await;
         let standing = loop {
             match read_frame(&mut self.control).await.unwrap() {
                 Some(Frame::Standing(standing)) if standing.heard == self.status.number => break *standing,
@@ -132,6 +128,20 @@ impl Liar {
         }
         self.status.fragments = standing.fragments.iter().copied().map(Some).collect();
         standing
+    }
+
+    /// Leaves; nobody answers that.
+    async fn leave(&mut self) {
+        self.status.leaving = true;
+        self.say(&[]).await;
+    }
+
+    async fn say(&mut self, outstanding: &[Receipt]) {
+        self.status.number += 1;
+        self.status.vitals.steps += 1;
+        self.status.outstanding = outstanding.to_vec();
+        self.status.unspent = self.held.len();
+        write_frame(&mut self.control, &Frame::Status(Box::new(self.status.clone()))).await.unwrap();
     }
 
     /// Contributes a lie; returns its samples and what it is told.
@@ -231,8 +241,7 @@ async fn visit(lab: &Lab) -> Vec<(u64, Ranges, String)> {
     while commits(&liar.talk(&[]).await) < before + 8 {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
-    liar.status.leaving = true;
-    liar.talk(&[]).await;
+    liar.leave().await;
     told
 }
 

@@ -85,8 +85,11 @@ fn what_has_come_of_the_model_is_not_fetched_twice_though_the_run_goes_on() {
         report.sites.iter().any(|site| site.name == "b" && site.state == "training")
     });
     assert!(report.commits > begun.commits + 4, "the run stood still: {} commits then, {killed} later", begun.commits);
+    // A commit speaks of a quarter of the weights, in half a bit each instead of 32; a slow machine makes many meanwhile.
+    const COMMIT: f64 = 0.5 / 32.0 / 4.0;
+    let commits = (report.commits - begun.commits) as f64;
     let share = cable.down() as f64 / model as f64;
-    assert!(share < 1.5, "the late site was sent {share:.2} models");
+    assert!(share < 1.5 + commits * COMMIT, "the late site was sent {share:.2} models beside {commits} commits");
 
     common::signal(&late, "INT");
     assert!(wait(&mut late).success(), "{}", lab.log("b"));
