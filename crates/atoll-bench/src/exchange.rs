@@ -39,6 +39,8 @@ const ROWS: [Row; 5] = [
     Row { name: "1gbit_loss", mbit: 1000, loss: 0.1, whole: false, reference: "", quick: false },
 ];
 
+/// The last row: a site that joins.
+const JOINING: &str = "join";
 /// How a joining site gets the model.
 const JOIN: Link = Link { mbit: 1000, loss: 0.1, rtt_ms: RTT_MS };
 const LINK_SHARE_TARGET: f64 = 0.9;
@@ -48,11 +50,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
     lab::heed_interrupts()?;
     introduce()?;
     let mut figures = Figures::new();
-    for row in ROWS.iter().filter(|row| row.quick || !arguments.quick) {
+    let is_wished = |name: &str| arguments.rows.is_empty() || arguments.rows.iter().any(|row| row == name);
+    for row in ROWS.iter().filter(|row| is_wished(row.name) && (row.quick || !arguments.quick)) {
         figures.extend(row.measure(&wanlab, if arguments.quick { 24.0 } else { 60.0 })?);
     }
-    let size = if arguments.quick { Size::M51 } else { Size::M99 };
-    figures.insert("link_share_1gbit".to_string(), link_share(&wanlab, size)?);
+    if is_wished(JOINING) {
+        let size = if arguments.quick { Size::M51 } else { Size::M99 };
+        figures.insert("link_share_1gbit".to_string(), link_share(&wanlab, size)?);
+    }
     Ok(figures)
 }
 

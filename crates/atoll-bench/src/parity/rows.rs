@@ -135,6 +135,7 @@ const OURS: &[Knob] = &[
     ("whole", |r| r.sync.fragments = 1),
     ("inner-half", |r| r.training.optimizer.learning_rate *= 0.5),
     ("inner-double", |r| r.training.optimizer.learning_rate *= 2.0),
+    ("inner-1.4", |r| r.training.optimizer.learning_rate *= 1.4),
     ("inner-beta2-99", |r| r.training.optimizer.beta2 = 0.99),
     ("step-2", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 2.0, momentum: 0.0 }),
     ("step-1.5", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 1.5, momentum: 0.0 }),

@@ -25,6 +25,8 @@ pub(crate) struct Shelf {
     weights: Recent,
     /// Digest of each fragment as last committed.
     current: Mutex<Vec<Digest>>,
+    /// Held while bytes are made: a site asks for the same ones over all its connections at once.
+    making: Mutex<()>,
 }
 
 /// What was asked for lately, newest last.
@@ -45,7 +47,7 @@ impl Shelf {
         let tokenizer = (Digest::of(&tokenizer), Arc::new(tokenizer));
         let recent = |each: usize| Recent { bytes: Mutex::default(), most: each * current.len().max(1) };
         let (payloads, weights) = (recent(PAYLOADS), recent(VERSIONS));
-        Self { global, store, tokenizer, payloads, weights, current: Mutex::new(current) }
+        Self { global, store, tokenizer, payloads, weights, current: Mutex::new(current), making: Mutex::default() }
     }
 
     /// Address and length of the tokenizer.
@@ -73,8 +75,10 @@ impl Shelf {
         self.payloads.again(digest).or_else(|| self.weights.again(digest))
     }
 
-    /// The bytes of that address, or nothing if they are not here (any more). May read the disk.
+    /// The bytes of that address, or nothing if they are not here (any more). May read the disk, and wait for another
+    /// that does.
     pub(crate) fn get(&self, digest: Digest) -> Option<Bytes> {
+        let _making = lock(&self.making);
         if let Some(bytes) = self.at_hand(digest) {
             return Some(bytes);
         }
@@ -90,10 +94,16 @@ impl Shelf {
     /// The bytes of a fragment, if it is at that digest now.
     fn weights(&self, digest: Digest) -> Option<Vec<u8>> {
         let index = lock(&self.current).iter().position(|current| *current == digest)?;
-        let bytes: Vec<u8> = lock(&self.global).theta[index].iter().flat_map(|weight| weight.to_le_bytes()).collect();
+        let bytes = little_endian(&lock(&self.global).theta[index]);
         // A step that is computed but not yet committed may have moved the weights on.
         (Digest::of(&bytes) == digest).then_some(bytes)
     }
+}
+
+fn little_endian(weights: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; 4 * weights.len()];
+    bytes.chunks_exact_mut(4).zip(weights).for_each(|(to, weight)| to.copy_from_slice(&weight.to_le_bytes()));
+    bytes
 }
 
 impl Recent {
