@@ -178,7 +178,10 @@ async fn data(house: &Arc<House>, site: &SiteId, link: Link) -> Result<()> {
     let read = async {
         while let Some(frame) = read_frame(&mut reader).await? {
             match frame {
-                Frame::Get { digest, offset, length } => outgoing.answer(Piece::Answer { digest, offset, length })?,
+                Frame::Get { digest, offset, length } => {
+                    make_ahead(house, digest);
+                    outgoing.answer(Piece::Answer { digest, offset, length })?;
+                }
                 Frame::Put { digest, total, offset, bytes } => {
                     if let Some(answer) = take_in(house, site, digest, total, offset, &bytes).await? {
                         outgoing.say(answer);
@@ -190,6 +193,14 @@ async fn data(house: &Arc<House>, site: &SiteId, link: Link) -> Result<()> {
         anyhow::Ok(())
     };
     tokio::select! { result = write => result, result = read => result }
+}
+
+/// Begins to make bytes that a site has asked for while others are still being sent.
+fn make_ahead(house: &House, digest: Digest) {
+    if house.shelf.wants_making(digest) {
+        let shelf = house.shelf.clone();
+        tokio::task::spawn_blocking(move || shelf.make_ahead(digest));
+    }
 }
 
 /// The bytes that a site has asked for, or word that they are not here.

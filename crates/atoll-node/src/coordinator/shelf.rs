@@ -1,7 +1,7 @@
 //! What the coordinator hands out by content address: deltas of commits, the weights of fragments as
 //! they are now, and the tokenizer.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use atoll_core::hash::Digest;
@@ -27,6 +27,8 @@ pub(crate) struct Shelf {
     current: Mutex<Vec<Digest>>,
     /// Held while bytes are made: a site asks for the same ones over all its connections at once.
     making: Mutex<()>,
+    /// What is being made before its turn to be sent.
+    ahead: Mutex<BTreeSet<Digest>>,
 }
 
 /// What was asked for lately, newest last.
@@ -47,7 +49,16 @@ impl Shelf {
         let tokenizer = (Digest::of(&tokenizer), Arc::new(tokenizer));
         let recent = |each: usize| Recent { bytes: Mutex::default(), most: each * current.len().max(1) };
         let (payloads, weights) = (recent(PAYLOADS), recent(VERSIONS));
-        Self { global, store, tokenizer, payloads, weights, current: Mutex::new(current), making: Mutex::default() }
+        Self {
+            global,
+            store,
+            tokenizer,
+            payloads,
+            weights,
+            current: Mutex::new(current),
+            making: Mutex::default(),
+            ahead: Mutex::default(),
+        }
     }
 
     /// Address and length of the tokenizer.
@@ -65,6 +76,18 @@ impl Shelf {
     /// Puts a commit's payload where it will be asked for soon.
     pub(crate) fn offer(&self, digest: Digest, bytes: Bytes) {
         self.payloads.put(digest, bytes);
+    }
+
+    /// Whether the bytes of that address are to be made ahead of their turn, by a call to [`Self::make_ahead`]: of many
+    /// that ask, one is told so.
+    pub(crate) fn wants_making(&self, digest: Digest) -> bool {
+        self.at_hand(digest).is_none() && lock(&self.ahead).insert(digest)
+    }
+
+    /// Puts the bytes of that address at hand, if they are here. May read the disk.
+    pub(crate) fn make_ahead(&self, digest: Digest) {
+        self.get(digest);
+        lock(&self.ahead).remove(&digest);
     }
 
     /// The bytes of that address if they need no reading from disk and no copying.
