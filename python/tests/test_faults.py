@@ -19,7 +19,7 @@ def test_an_exception_in_training_leaves_the_run_and_the_others_finish_it(lab):
         atoll.join(lab.ticket("torch"), Breaking(atoll.Llama), **lab.options("torch"))
     said = str(left.value)
     assert "training stopped; " in said and "the run goes on without this site" in said
-    assert said.endswith("the engine's train() raised ValueError: the loader has no such shard")
+    assert "the engine's train() raised ValueError: the loader has no such shard\nhint: " in said
     assert isinstance(left.value.__cause__, ValueError)
     assert coordinator.wait() == 0 and native.wait() == 0
     report = lab.report()
@@ -36,7 +36,7 @@ def test_no_memory_is_a_sentence_of_the_run(lab):
         def backward(self, batch, scale):
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB (GPU 0; 79 GiB total capacity)")
 
-    with pytest.raises(atoll.AtollError, match="cpu is out of memory for a step of 4 rows of 32 tokens\nhint: "):
+    with pytest.raises(atoll.AtollError, match="cpu is out of memory for a step of 2 rows of 32 tokens\nhint: "):
         atoll.join(lab.ticket("torch"), Full(atoll.Llama), **lab.options("torch"))
 
 

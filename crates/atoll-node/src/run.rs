@@ -20,6 +20,8 @@ pub struct RunConfig {
     pub name: String,
     /// Seed of first weights and sample order.
     pub seed: u64,
+    /// What becomes of a site whose engine does not compute what the native engine does.
+    pub align: Align,
     /// The model.
     pub model: ModelSection,
     /// Batch, context, inner optimizer.
@@ -39,6 +41,7 @@ impl Default for RunConfig {
         Self {
             name: "run".to_string(),
             seed: 1,
+            align: Align::Warn,
             model: ModelSection::default(),
             training: Training::default(),
             sync: Sync::default(),
@@ -47,6 +50,16 @@ impl Default for RunConfig {
             coordinator: CoordinatorSection::default(),
         }
     }
+}
+
+/// What becomes of a site whose engine does not compute what the native engine does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Align {
+    /// It says so, and takes part.
+    Warn,
+    /// It does not take part.
+    Refuse,
 }
 
 /// The `[model]` table: a preset, and whatever is to be different from it.
