@@ -117,7 +117,7 @@ class Site:
             raise AtollError("this site is not in its run any more\nhint: step only while site.training")
         if self.own_batches:
             self.engine.next_batch()
-        self.hand_back((int(tokens) * self.size, float(loss)))
+        self.hand_back((int(tokens) * self.size, float(loss.detach() if hasattr(loss, "detach") else loss)))
         return self.training
 
     def hand_back(self, progress):
