@@ -46,6 +46,8 @@ pub(crate) struct Arguments {
     seed: u64,
 }
 
+/// Tokens of a sample unless a model is continued that sees fewer.
+const CONTEXT: usize = 256;
 /// Tokens in the vocabulary unless the operator says otherwise.
 const VOCABULARY: usize = 4096;
 
@@ -128,6 +130,7 @@ fn run_toml(arguments: &Arguments, begun: Option<&ModelConfig>) -> String {
         .replace("{learning_rate}", begun.map_or_else(|| learning_rate(&arguments.preset), |_| "2e-4"))
         .replace("{embedding_rate}", embedding_rate(&arguments.preset))
         .replace("{embedding_floor}", embedding_floor(&arguments.preset))
+        .replace("{context}", &begun.map_or(CONTEXT, |model| model.max_position_embeddings.min(CONTEXT)).to_string())
         .replace("preset = {preset}", &model_table(&arguments.preset, begun))
         .replace("{presets}", &presets.join("\n"))
         .replace("{goal}", &goal)
