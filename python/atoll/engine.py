@@ -4,8 +4,6 @@ Inside, it computes in fp32, bf16 or fp16; what it hands over is host fp32. A st
 it starves as a whole or not at all; it looks for anything that is not finite before it touches the weights.
 """
 
-from . import devices  # Before torch: it keeps plug-ins from being imported with it.
-
 import contextlib
 import math
 
@@ -13,7 +11,7 @@ import numpy
 import torch
 from torch.nn import functional
 
-from . import ranks
+from . import devices, ranks
 from ._atoll import AtollError, NonFinite, Starved
 from .llama import Llama
 from .optim import RunOptimizer

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import atoll  # Before torch.
 import numpy
 import pytest
 
