@@ -14,6 +14,8 @@ use crate::run::Run;
 
 /// Names and arrays.
 type Named<'py, Array> = Vec<(String, Bound<'py, Array>)>;
+/// Loss, outputs of modules, gradients of tensors.
+type Traced<'py> = (f64, Named<'py, PyArray2<f32>>, Named<'py, PyArray1<f32>>);
 
 /// The engine that trains on the CPU without Python, in fp32.
 #[pyclass(frozen, module = "atoll")]
@@ -69,11 +71,7 @@ impl NativeEngine {
 
     /// Everything that a step on `batch` computes before the optimizer: the mean loss, each module's output `(N, width)`
     /// in the order of computing, and each tensor's gradient, flat.
-    fn trace<'py>(
-        &self,
-        py: Python<'py>,
-        batch: &PyBatch,
-    ) -> PyResult<(f64, Named<'py, PyArray2<f32>>, Named<'py, PyArray1<f32>>)> {
+    fn trace<'py>(&self, py: Python<'py>, batch: &PyBatch) -> PyResult<Traced<'py>> {
         let batch = batch.to_rust(py)?;
         let tokens = batch.rows * batch.length;
         let (gradients, outputs, names) = py
