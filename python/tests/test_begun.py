@@ -145,6 +145,7 @@ def test_a_run_continues_a_model_and_hands_it_back(golden, lab, tmp_path):
     lab.run = lab.folder / "continued"
     lab.atoll("new", lab.run, "--from", tmp_path / "begun", "--tokens", 20_000)
     lab.change('steps = "auto"', "steps = 8")
+    lab.change("learning_rate = 2e-4", "learning_rate = 3e-3")
     assert "context = 24" in (lab.run / "run.toml").read_text(), "no more than the model sees"
     measured = lambda folder: json.loads(lab.atoll("eval", folder, "--data", lab.text, "--json"))["bits_per_byte"]
     before = measured(tmp_path / "begun")

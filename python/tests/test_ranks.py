@@ -40,8 +40,13 @@ for tokens in site.batches():
 print("finished", site.finished)
 """
 
+try:
+    from torch.distributed.device_mesh import init_device_mesh  # First: old FSDP cannot be imported by every Python.
+    from torch.distributed.fsdp import fully_shard
+except ImportError:
+    init_device_mesh = fully_shard = None
 needs_fsdp2 = pytest.mark.skipif(
-    int(torch.__version__.split(".")[0]) < 2, reason=f"SKIPPED: FSDP2 needs torch >= 2, and this is {torch.__version__}"
+    fully_shard is None, reason=f"SKIPPED: needs torch >= 2 (FSDP2: 2.6), and this is {torch.__version__}"
 )
 PARALLEL = ["ddp", pytest.param("fsdp", marks=needs_fsdp2)]
 
@@ -186,6 +191,29 @@ def test_a_rank_that_dies_takes_its_site_out_and_the_site_comes_back(lab, parall
     assert coordinator.poll() is None and native.poll() is None
 
 
+@pytest.mark.skipif(
+    fully_shard is None, reason=f"SKIPPED: needs torch >= 2 (torchrun of {torch.__version__} fails on this Python)"
+)
+def test_torchrun_brings_a_site_back_by_itself(lab):
+    lab = lab(10_000_000)
+    coordinator = lab.coordinate()
+    (lab.folder / "trains.py").write_text(
+        "import os\nopen(f\"{__file__}.{os.environ['RANK']}.{os.environ['TORCHELASTIC_RESTART_COUNT']}\", 'w').write(str(os.getpid()))\n" + CODE
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--max_restarts", 1, "--master_port", port()]
+    process = lab.spawn("torchrun", [*launcher, lab.folder / "trains.py", lab.ticket("ranks"), lab.text, lab.folder / "ranks", "ddp", 4])
+    steps = lambda: sum(site["steps"] for site in (lab.status() or {"sites": []})["sites"])
+    lab.until("the ranks to train", lambda: steps() > 0 or process.poll() is not None)
+    assert process.poll() is None, lab.log("torchrun")
+    os.kill(int((lab.folder / "trains.py.1.0").read_text()), signal.SIGKILL)
+    lab.until("both ranks to begin again", (lab.folder / "trains.py.1.1").exists)
+    before = steps()
+    lab.until("the ranks to train again", lambda: steps() > before or process.poll() is not None)
+    assert process.poll() is None and coordinator.poll() is None, lab.log("torchrun")
+    process.terminate()
+    process.wait(60)
+
+
 def test_rows_that_cannot_be_shared_are_said_not_to_be(lab):
     lab = lab(60_000)
     lab.coordinate()
@@ -194,6 +222,14 @@ def test_rows_that_cannot_be_shared_are_said_not_to_be(lab):
     said = said_by(lab, 0)
     assert "a micro-batch of 3 rows cannot be shared by 2 ranks\nhint: join with rows= a multiple of 2" in said, said
     assert second.wait(60) != 0
+
+
+@pytest.mark.skipif(fully_shard is not None, reason="this PyTorch has FSDP2")
+def test_an_old_pytorch_is_said_to_have_no_fsdp2():
+    from atoll import ranks
+
+    with pytest.raises(atoll.AtollError, match='parallel="fsdp" needs torch 2.6 or newer, and this is .*\nhint: update torch'):
+        ranks.sharded(torch.nn.Linear(1, 1), torch.device("cpu"))
 
 
 def test_an_unknown_way_to_be_parallel_is_met_with_those_that_are_known():
