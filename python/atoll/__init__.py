@@ -13,6 +13,11 @@
 A ticket comes from `atoll ticket RUN SITE`, at the coordinator.
 """
 
+import os
+
+# PyTorch 2.5 and later would import every installed plug-in with itself, and fail where one has no driver.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
 from ._atoll import AtollError, Batch, Batches, NativeEngine, NonFinite, Starved, __version__
 from .run import Run, Tensor
 from .site import Site, join

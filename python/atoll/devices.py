@@ -5,11 +5,7 @@ itself, and fail it where their driver is missing.
 """
 
 import importlib
-import os
 from dataclasses import dataclass
-
-# PyTorch 2.5 and later would import every installed plug-in with itself.
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
 

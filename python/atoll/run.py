@@ -29,13 +29,15 @@ class Run:
     tensors: list
     fragments: list
     """For each fragment the tensors whose weights it concatenates."""
+    align: str = None
+    """What happens at joining if the engine does not compute what the native one does: "warn", "refuse", or no look at it."""
 
     @classmethod
     def parse(cls, text):
         said = json.loads(text)
         tensors = [Tensor(t["name"], tuple(t["shape"]), t["kind"]) for t in said["tensors"]]
         fragments = [[tensors[index] for index in members] for members in said["fragments"]]
-        return cls(said["model"], said["training"], said["rows"], tensors, fragments)
+        return cls(said["model"], said["training"], said["rows"], tensors, fragments, said["align"])
 
     @property
     def samples(self):

@@ -11,9 +11,12 @@ back; in between the core copies weights out and adds what others have learnt.
 import atexit
 import logging
 import queue
+import signal
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
+from . import align
 from ._atoll import AtollError, Starved, Stop, run_site, site_of
 
 log = logging.getLogger("atoll")
@@ -25,12 +28,13 @@ def join(ticket, engine, *, data=None, dir=None, rows=None, streams=4):
     ticket    what `atoll ticket` printed, or a file that holds it.
     data      text to train on: a file, a folder, or what `atoll ingest` made.
     dir       the site's own folder, for its key and its tokens; without it, `atoll-SITE`.
-    rows      samples per micro-batch, if not the run's.
+    rows      samples per micro-batch, if not the run's; all ranks of a site share them.
     streams   data connections to the coordinator.
 
-    Ctrl-C leaves the run after the present step; the same call comes back to it.
+    Ctrl-C and SIGTERM leave the run after the present step; the same call comes back to it. Under torchrun all ranks
+    make this call, and are one site.
     """
-    with Site(ticket, engine=engine, data=data, dir=dir, rows=rows, streams=streams) as site:
+    with Site(ticket, engine=engine, data=data, dir=dir, rows=rows, streams=streams) as site, interruptible():
         try:
             while site.training:
                 site.hand_back(step(site, engine))
@@ -39,10 +43,25 @@ def join(ticket, engine, *, data=None, dir=None, rows=None, streams=4):
     return site.finished
 
 
+@contextmanager
+def interruptible():
+    """SIGTERM, by which schedulers and torchrun end a process, does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def step(site, engine):
     """One step's tokens and loss; an error leaves the run."""
     try:
         return engine.train(1)
+    except Starved as starved:
+        return starved
     except Exception as error:
         return site.fail(error)
 
@@ -58,7 +77,7 @@ class Site:
     With `own_batches=True` you take your batches from elsewhere and step `while site.training`. A step then uses up
     as many leases as it would have samples, so shares and learning-rate schedules are right, but the ledger cannot know which
     text it was: that no sample is trained on twice is then yours to see to. `data` is still what the held-out loss
-    is measured on.
+    is measured on. Under torchrun every rank drives, each on its own part of a step.
     """
 
     def __init__(self, ticket, model=None, optimizer=None, *, engine=None, own_batches=False, data=None, dir=None,
@@ -66,24 +85,15 @@ class Site:
         if engine is None:
             from .engine import TorchEngine
 
-            engine = TorchEngine(model, optimizer, forward=forward)
-        ticket = text_of(ticket)
+            engine = TorchEngine(model, optimizer, forward=forward, parallel="own")
         self.engine, self.own_batches = engine, own_batches
-        self.finished, self.error = False, None
-        self.baton, self.stop = Baton(engine), Stop()
-        options = dict(
-            dir=Path(dir) if dir is not None else Path(f"atoll-{site_of(ticket)}"),
-            data=None if data is None else Path(data),
-            rows=rows,
-            threads=getattr(engine, "threads", 1),
-            streams=streams,
-            device=engine.describe() if hasattr(engine, "describe") else type(engine).__name__,
-        )
-        self.thread = threading.Thread(target=self._live, args=(ticket, options), name="atoll site", daemon=True)
-        self.thread.start()
+        ranks = getattr(engine, "ranks", None)
+        self.size = ranks.size if ranks else 1
+        is_first = ranks is None or ranks.rank == 0
+        self.life = Life(engine, self.size, ticket, data, dir, rows, streams) if is_first else Following(engine)
         atexit.register(self.leave)  # Before the interpreter ends.
         self.training = False
-        self._await_baton()
+        self._await_step()
 
     @property
     def model(self):
@@ -107,44 +117,84 @@ class Site:
             raise AtollError("this site is not in its run any more\nhint: step only while site.training")
         if self.own_batches:
             self.engine.next_batch()
-        self.hand_back((int(tokens), float(loss)))
+        self.hand_back((int(tokens) * self.size, float(loss.detach() if hasattr(loss, "detach") else loss)))
         return self.training
 
     def hand_back(self, progress):
         """Ends a step; waits until the next may begin, or the run is over."""
         self.training = False
-        self.baton.back.put(progress)
-        self._await_baton()
+        self.life.hand_back(progress)
+        self._await_step()
 
     def fail(self, error):
         """Leaves the run because of an error, and raises it as the run's."""
         self.training = False
-        self.baton.back.put(error)
-        self.thread.join()
-        raise (self.error or error) from error
+        raise self.life.fail(error) from error
 
     def leave(self):
         """Leaves the run, if it is not finished; what was not contributed goes back."""
         self.training = False
-        self.stop.set()
-        self.baton.close()
-        self.thread.join()
+        self.life.leave()
         atexit.unregister(self.leave)
+
+    @property
+    def finished(self):
+        """Whether the run has reached its goal."""
+        return self.life.finished
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, _):
         if isinstance(error, Exception) and self.training:
-            self.baton.back.put(error)
+            self.life.fail(error)
         self.leave()
 
-    def _await_baton(self):
-        self.training = self.baton.asked.get() is not None
-        if not self.training:
-            self.thread.join()
-            if self.error is not None:
-                raise self.error
+    def _await_step(self):
+        self.training = self.life.await_step()
+
+
+class Life:
+    """A site's life in the core, on a thread of its own."""
+
+    def __init__(self, engine, ranks, ticket, data, dir, rows, streams):
+        ticket = text_of(ticket)
+        options = dict(
+            dir=Path(dir) if dir is not None else Path(f"atoll-{site_of(ticket)}"),
+            data=None if data is None else Path(data),
+            rows=rows,
+            threads=getattr(engine, "threads", 1),
+            streams=streams,
+            device=engine.describe() if hasattr(engine, "describe") else type(engine).__name__,
+        )
+        self.finished, self.error, self.stop = False, None, Stop()
+        self.leader = leader_of(engine) if ranks > 1 else None
+        self.baton = Baton(self.leader or engine)
+        self.thread = threading.Thread(target=self._live, args=(ticket, options), name="atoll site", daemon=True)
+        self.thread.start()
+
+    def await_step(self):
+        """Waits for the next step; false if there is none. Raises what ended the site's life."""
+        if self.baton.asked.get() is not None:
+            return True
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        return False
+
+    def hand_back(self, progress):
+        self.baton.back.put(progress)
+
+    def fail(self, error):
+        """Ends because of an error of the owner's; that error as the run's."""
+        self.baton.back.put(error)
+        self.thread.join()
+        return self.error or error
+
+    def leave(self):
+        self.stop.set()
+        self.baton.close()
+        self.thread.join()
 
     def _live(self, ticket, options):
         try:
@@ -152,7 +202,41 @@ class Site:
         except BaseException as error:  # It is raised where the site's owner waits.
             self.error = error
         finally:
+            if self.leader is not None:
+                self.leader.end(self.finished)
             self.baton.asked.put(None)
+
+
+def leader_of(engine):
+    from .ranks import Leader  # It needs PyTorch, which not every engine does.
+
+    return Leader(engine)
+
+
+class Following:
+    """The part of a rank that is not the first in its site's life: it does what the first says."""
+
+    def __init__(self, engine):
+        from .ranks import Follower
+
+        self.follower = Follower(engine)
+
+    @property
+    def finished(self):
+        return self.follower.finished
+
+    def await_step(self):
+        return self.follower.await_step()
+
+    def hand_back(self, progress):
+        """Rank 0 counts the whole site's progress."""
+
+    def fail(self, error):
+        """The first rank notices that this one is gone."""
+        return error
+
+    def leave(self):
+        """The same."""
 
 
 class Baton:
@@ -160,8 +244,14 @@ class Baton:
 
     def __init__(self, engine):
         self.asked, self.back, self.closed = queue.SimpleQueue(), queue.SimpleQueue(), False
-        for method in ("open", "staging", "read", "write", "add", "evaluate"):
+        self.engine, self.announce = engine, getattr(engine, "announce", lambda: None)
+        for method in ("staging", "read", "write", "add", "evaluate"):
             setattr(self, method, getattr(engine, method))
+
+    def open(self, run, batches):
+        """Opens the engine, and sees that it computes what the run's other engines do."""
+        self.engine.open(run, batches)
+        align.at_joining(self.engine, run)
 
     def close(self):
         """Nobody will take a step any more."""
@@ -173,6 +263,7 @@ class Baton:
         for _ in range(steps):
             if self.closed:
                 raise Starved("the site leaves")
+            self.announce()
             self.asked.put(1)
             answer = self.back.get()
             if isinstance(answer, Exception):

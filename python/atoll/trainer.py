@@ -21,7 +21,7 @@ class AtollCallback(TrainerCallback):
         self.tokens, self.loss = 0, 0.0
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **_):
-        rows = args.per_device_train_batch_size
+        rows = args.per_device_train_batch_size * getattr(args, "world_size", 1)  # Of all ranks.
         options = dict(rows=rows, own_batches=True) | self.options
         self.site = Site(self.ticket, unwrapped(model), optimizer, **options)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ._atoll import AtollError
+from .ranks import local
 
 # What wrappers put before a parameter's name.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -12,7 +13,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 @dataclass
 class Piece:
-    """A parameter's place in its fragment."""
+    """A parameter, and the place of what this rank holds of it in its vector of the fragment."""
 
     parameter: torch.nn.Parameter
     start: int
@@ -20,7 +21,7 @@ class Piece:
 
 
 class Weights:
-    """Reads, writes and adds to the weights of `model`, fragment by fragment.
+    """Reads, writes and adds to the weights of `model`, fragment by fragment. Of sharded parameters, to this rank's part.
 
     A parameter in bf16 or fp16 cannot hold what the run's fp32 says. What its rounding lost is kept beside it, so that
     reading gives back what was written, and small commits add up.
@@ -32,42 +33,45 @@ class Weights:
         for members in run.fragments:
             pieces, start = [], 0
             for tensor in members:
-                pieces.append(Piece(self.parameters[tensor.name], start, start + tensor.len))
-                start += tensor.len
+                parameter = self.parameters[tensor.name]
+                end = start + local(parameter).numel()
+                pieces.append(Piece(parameter, start, end))
+                start = end
             self.fragments.append(pieces)
+        self.lens = [pieces[-1].end if pieces else 0 for pieces in self.fragments]
         self.lost = {}
 
     def pieces(self, fragment, array):
-        """The parameters of a fragment, each with its part of `array` in its shape."""
+        """What this rank holds of a fragment's parameters, the parameters, and their parts of `array` in the same shape."""
         host = torch.from_numpy(array)
         for piece in self.fragments[fragment]:
-            yield piece.parameter, host[piece.start : piece.end].view(piece.parameter.shape)
+            own = local(piece.parameter.detach())
+            yield own, piece.parameter, host[piece.start : piece.end].view(own.shape)
 
     @torch.no_grad()
     def read(self, fragment, weights):
-        for parameter, host in self.pieces(fragment, weights):
-            host.copy_(self.exact(parameter))
+        for own, parameter, host in self.pieces(fragment, weights):
+            host.copy_(self.exact(own, parameter))
 
     @torch.no_grad()
     def write(self, fragment, weights):
-        for parameter, host in self.pieces(fragment, weights):
-            self.put(parameter, host.to(parameter.device))
+        for own, parameter, host in self.pieces(fragment, weights):
+            self.put(own, parameter, host.to(own.device))
 
     @torch.no_grad()
     def add(self, fragment, change):
-        for parameter, host in self.pieces(fragment, change):
-            self.put(parameter, self.exact(parameter) + host.to(parameter.device))
+        for own, parameter, host in self.pieces(fragment, change):
+            self.put(own, parameter, self.exact(own, parameter) + host.to(own.device))
 
-    def exact(self, parameter):
-        """The parameter in fp32, with what its rounding lost."""
-        wide = parameter.detach().float()
+    def exact(self, own, parameter):
+        """A parameter's own part in fp32, with what its rounding lost."""
         lost = self.lost.get(parameter)
-        return wide if lost is None else wide + lost
+        return own.float() if lost is None else own.float() + lost
 
-    def put(self, parameter, wide):
-        parameter.copy_(wide)
-        if parameter.dtype != torch.float32:
-            self.lost[parameter] = wide - parameter.float()
+    def put(self, own, parameter, wide):
+        own.copy_(wide)
+        if own.dtype != torch.float32:
+            self.lost[parameter] = wide - own.float()
 
 
 def match(run, model):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import atoll  # Before torch.
 import numpy
 import pytest
 
@@ -134,10 +135,10 @@ def lab(tmp_path):
     labs = []
 
     def make(tokens, changes=()):
-        labs.append(Lab(tmp_path / f"lab{len(labs)}", tokens, changes))
+        (folder := tmp_path / f"lab{len(labs)}").mkdir()
+        labs.append(Lab(folder, tokens, changes))
         return labs[-1]
 
-    (tmp_path / "lab0").mkdir()
     yield make
     for each in labs:
         each.end()

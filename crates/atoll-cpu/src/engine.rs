@@ -8,7 +8,7 @@ use atoll_core::model::ModelConfig;
 use atoll_core::training::{AdamW, Muon};
 
 use crate::layout::Layout;
-use crate::llama::{Directions, Llama, Windows};
+use crate::llama::{Directions, Llama, Output, Windows};
 use crate::optimizer::{Moments, Settings, clip_factor, squares};
 use crate::pool::Pool;
 use crate::words::Precision;
@@ -111,6 +111,11 @@ impl CpuEngine {
         let nats = self.accumulate(batch, batch.rows)?;
         let tensors = self.llama.layout.tensors.iter().map(|place| self.gradient[place.clone()].to_vec()).collect();
         Ok(Gradients { loss: nats / (batch.rows * batch.length) as f64, tensors })
+    }
+
+    /// What each module gave for the last micro-batch, in the order of computing, to compare with other frameworks.
+    pub fn outputs(&self) -> Vec<Output> {
+        self.llama.outputs(&self.weights)
     }
 
     /// One inner step; returns the tokens and their summed loss.

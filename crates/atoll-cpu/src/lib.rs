@@ -50,5 +50,6 @@ mod words;
 pub use engine::{CpuEngine, Gradients, NoFeed, Options};
 pub use gemm::peak;
 pub use generate::{Batched, Generator, Sampling, Tokens};
+pub use llama::Output;
 pub use pool::Pool;
 pub use words::Precision;

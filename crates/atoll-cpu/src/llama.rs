@@ -26,6 +26,7 @@
 mod backward;
 mod forward;
 mod kept;
+mod outputs;
 
 use atoll_core::model::ModelConfig;
 
@@ -37,6 +38,7 @@ use crate::pool::Pool;
 use crate::rope::Rope;
 use crate::words::Precision;
 use kept::{Kept, Work};
+pub use outputs::Output;
 
 /// A micro-batch: `rows` windows of `length + 1` tokens.
 #[derive(Clone, Copy)]

@@ -609,9 +609,25 @@ impl Heart {
     }
 }
 
+/// The weights that a run begins with: those in its folder, else random ones.
+fn first_weights(dir: &RunDir, config: &RunConfig, model: &ModelConfig) -> Result<Vec<Vec<f32>>> {
+    let folder = dir.first();
+    if !folder.exists() {
+        return Ok(model.initial_weights(config.seed));
+    }
+    let (stored, weights) = hf::load(&folder)?;
+    if &stored != model {
+        bail!(
+            "{} holds another model than run.toml describes\nhint: undo the change to [model], or make the run anew with `atoll new --from`",
+            folder.display()
+        );
+    }
+    Ok(weights)
+}
+
 /// The first entries and the first snapshot of a run.
 fn begin(dir: &RunDir, config: &RunConfig, model: &ModelConfig, manifest: &Manifest) -> Result<snapshot::Recovered> {
-    let global = Global::new(manifest.clone(), manifest.gather(&model.initial_weights(config.seed)));
+    let global = Global::new(manifest.clone(), manifest.gather(&first_weights(dir, config, model)?));
     let began = Entry::Began {
         run: config.name.clone(),
         seed: config.seed,

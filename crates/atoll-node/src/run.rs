@@ -20,6 +20,8 @@ pub struct RunConfig {
     pub name: String,
     /// Seed of first weights and sample order.
     pub seed: u64,
+    /// What becomes of a site whose engine does not compute what the native engine does.
+    pub align: Align,
     /// The model.
     pub model: ModelSection,
     /// Batch, context, inner optimizer.
@@ -39,6 +41,7 @@ impl Default for RunConfig {
         Self {
             name: "run".to_string(),
             seed: 1,
+            align: Align::Warn,
             model: ModelSection::default(),
             training: Training::default(),
             sync: Sync::default(),
@@ -49,18 +52,31 @@ impl Default for RunConfig {
     }
 }
 
+/// What becomes of a site whose engine does not compute what the native engine does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Align {
+    /// It says so, and takes part.
+    Warn,
+    /// It does not take part.
+    Refuse,
+}
+
 /// The `[model]` table: a preset, and whatever is to be different from it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[expect(missing_docs, reason = "the fields are those of ModelConfig")]
 pub struct ModelSection {
     pub preset: String,
+    /// If it is more than the tokenizer's, as in models that others began.
+    pub vocab_size: Option<usize>,
     pub hidden_size: Option<usize>,
     pub intermediate_size: Option<usize>,
     pub num_hidden_layers: Option<usize>,
     pub num_attention_heads: Option<usize>,
     pub num_key_value_heads: Option<usize>,
     pub head_dim: Option<usize>,
+    pub max_position_embeddings: Option<usize>,
     pub rope_theta: Option<f32>,
     pub rms_norm_eps: Option<f32>,
     pub tie_word_embeddings: Option<bool>,
@@ -70,12 +86,14 @@ impl Default for ModelSection {
     fn default() -> Self {
         Self {
             preset: "micro".to_string(),
+            vocab_size: None,
             hidden_size: None,
             intermediate_size: None,
             num_hidden_layers: None,
             num_attention_heads: None,
             num_key_value_heads: None,
             head_dim: None,
+            max_position_embeddings: None,
             rope_theta: None,
             rms_norm_eps: None,
             tie_word_embeddings: None,
@@ -84,6 +102,24 @@ impl Default for ModelSection {
 }
 
 impl ModelSection {
+    /// The table that says every size of `model`.
+    pub fn of(model: &ModelConfig) -> Self {
+        Self {
+            vocab_size: Some(model.vocab_size),
+            hidden_size: Some(model.hidden_size),
+            intermediate_size: Some(model.intermediate_size),
+            num_hidden_layers: Some(model.num_hidden_layers),
+            num_attention_heads: Some(model.num_attention_heads),
+            num_key_value_heads: Some(model.num_key_value_heads),
+            head_dim: Some(model.head_dim),
+            max_position_embeddings: Some(model.max_position_embeddings),
+            rope_theta: Some(model.rope_theta),
+            rms_norm_eps: Some(model.rms_norm_eps),
+            tie_word_embeddings: Some(model.tie_word_embeddings),
+            ..Self::default()
+        }
+    }
+
     /// The model for a vocabulary and a context, or every reason why there is none.
     ///
     /// # Errors
@@ -96,6 +132,8 @@ impl ModelSection {
         fn set<T: Copy>(field: &mut T, wish: Option<T>) {
             *field = wish.unwrap_or(*field);
         }
+        set(&mut model.vocab_size, self.vocab_size);
+        set(&mut model.max_position_embeddings, self.max_position_embeddings);
         set(&mut model.hidden_size, self.hidden_size);
         set(&mut model.intermediate_size, self.intermediate_size);
         set(&mut model.num_hidden_layers, self.num_hidden_layers);
@@ -105,7 +143,16 @@ impl ModelSection {
         set(&mut model.rope_theta, self.rope_theta);
         set(&mut model.rms_norm_eps, self.rms_norm_eps);
         set(&mut model.tie_word_embeddings, self.tie_word_embeddings);
-        let problems = model.problems();
+        let mut problems = model.problems();
+        for (name, least, wish) in [
+            ("vocab_size", vocab_size, self.vocab_size),
+            ("max_position_embeddings", context, self.max_position_embeddings),
+        ] {
+            if let Some(wish) = wish.filter(|&wish| wish < least) {
+                let needs = if name == "vocab_size" { "the tokenizer has" } else { "training.context is" };
+                problems.push(format!("model.{name} = {wish} is too small: {needs} {least}"));
+            }
+        }
         if problems.is_empty() { Ok(model) } else { Err(problems) }
     }
 }
@@ -172,7 +219,7 @@ impl RunConfig {
     /// Every problem that can be seen without looking at a tokenizer's size.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = [self.sync.problems(), self.training.problems()].concat();
-        match self.model.resolve(1 << 12, self.training.context) {
+        match self.model.resolve(self.model.vocab_size.unwrap_or(1 << 12), self.training.context) {
             Ok(model) if problems.is_empty() => problems.extend(self.fragment_problem(&model)),
             Ok(_) => {}
             Err(more) => problems.extend(more),
@@ -262,6 +309,10 @@ impl RunDir {
 
     pub fn tokenizer(&self) -> PathBuf {
         self.0.join("tokenizer.json")
+    }
+
+    pub fn first(&self) -> PathBuf {
+        self.0.join("first")
     }
 
     pub fn tickets(&self) -> PathBuf {
@@ -360,6 +411,15 @@ mod tests {
         let text = "[model]\npreset = 'huge'\n[sync]\nsteps = 0\nfragments = 0\n[goal]\nminutes = -1.0\n";
         let config: RunConfig = toml::from_str(text).unwrap();
         assert_eq!(config.problems().len(), 4, "{:?}", config.problems());
+    }
+
+    #[test]
+    fn a_model_that_others_began_keeps_its_sizes() {
+        let model = ModelConfig { vocab_size: 4000, ..ModelConfig::preset("nano", 300, 512).unwrap() };
+        let section = ModelSection::of(&model);
+        assert_eq!(section.resolve(300, 64).unwrap(), model);
+        assert_eq!(section.resolve(4001, 1024).unwrap_err().len(), 2);
+        assert_eq!(toml::from_str::<ModelSection>(&toml::to_string(&section).unwrap()).unwrap(), section);
     }
 
     #[test]

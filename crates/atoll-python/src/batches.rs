@@ -71,7 +71,26 @@ impl Batches {
     }
 }
 
+#[pymethods]
 impl PyBatch {
+    /// A batch of your own.
+    #[new]
+    #[pyo3(signature = (tokens, starts = None, progress = 0.0))]
+    fn of(tokens: Py<PyArray2<i64>>, starts: Option<Py<PyArray2<i64>>>, progress: f32) -> Self {
+        Self { tokens, starts, progress }
+    }
+}
+
+impl PyBatch {
+    /// The batch as engines in Rust read it; they check what it says.
+    pub(crate) fn to_rust(&self, py: Python<'_>) -> PyResult<Batch> {
+        let mut batch = from_numpy(&self.tokens.bind(py).try_readonly()?, self.progress)?;
+        if let Some(starts) = &self.starts {
+            batch.starts = words(starts.bind(py).try_readonly()?.as_array().iter())?;
+        }
+        Ok(batch)
+    }
+
     pub(crate) fn new(py: Python<'_>, batch: &Batch) -> PyResult<Self> {
         let shape = |words: &[u32], width: usize| {
             let words: Vec<i64> = words.iter().map(|&word| i64::from(word)).collect();
@@ -86,14 +105,19 @@ impl PyBatch {
 pub(crate) fn from_numpy(tokens: &PyReadonlyArray2<'_, i64>, progress: f32) -> PyResult<Batch> {
     let array = tokens.as_array();
     let (rows, width) = array.dim();
-    let word = |&token: &i64| {
-        u32::try_from(token).map_err(|_| AtollError::new_err(format!("{token} is no token\nhint: tokens count from 0")))
-    };
-    let tokens = array.iter().map(word).collect::<PyResult<_>>()?;
+    let tokens = words(array.iter())?;
     if rows == 0 || width < 2 {
         return Err(AtollError::new_err(format!("tokens of shape ({rows}, {width}) have nothing to predict")));
     }
     Ok(Batch { rows, length: width - 1, tokens, progress, ..Batch::default() })
+}
+
+fn words<'a>(numbers: impl Iterator<Item = &'a i64>) -> PyResult<Vec<u32>> {
+    let word = |&number: &i64| {
+        u32::try_from(number)
+            .map_err(|_| AtollError::new_err(format!("{number} is no token\nhint: tokens count from 0")))
+    };
+    numbers.map(word).collect()
 }
 
 struct Listed(std::vec::IntoIter<Batch>);

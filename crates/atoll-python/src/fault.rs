@@ -34,5 +34,7 @@ pub(crate) fn to_rust(py: Python<'_>, method: &str, error: &PyErr, wanted: usize
     }
     let kind = error.get_type(py).name().map_or_else(|_| "an exception".to_string(), |name| name.to_string());
     let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or("it says nothing more");
-    EngineError::Device(format!("the engine's {method}() raised {kind}: {first}"))
+    EngineError::Device(format!(
+        "the engine's {method}() raised {kind}: {first}\nhint: its traceback says where; once it is mended the same call comes back to the run"
+    ))
 }

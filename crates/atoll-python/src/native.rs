@@ -5,12 +5,17 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use atoll_core::engine::Engine;
 use atoll_core::manifest::FragmentId;
 use atoll_cpu::{CpuEngine, Options, Precision};
-use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 
-use crate::batches::{Batches, from_numpy};
+use crate::batches::{Batches, PyBatch, from_numpy};
 use crate::fault::to_python;
 use crate::run::Run;
+
+/// Names and arrays.
+type Named<'py, Array> = Vec<(String, Bound<'py, Array>)>;
+/// Loss, outputs of modules, gradients of tensors.
+type Traced<'py> = (f64, Named<'py, PyArray2<f32>>, Named<'py, PyArray1<f32>>);
 
 /// The engine that trains on the CPU without Python, in fp32.
 #[pyclass(frozen, module = "atoll")]
@@ -22,7 +27,7 @@ impl NativeEngine {
     #[new]
     #[pyo3(signature = (model, training, fragments, batches, threads = 1))]
     fn new(model: &str, training: &str, fragments: usize, batches: &Batches, threads: usize) -> PyResult<Self> {
-        let Run { model, training, manifest, rows } = Run::parse(model, training, fragments)?;
+        let Run { model, training, manifest, rows, .. } = Run::parse(model, training, fragments)?;
         let options = Options {
             model,
             optimizer: training.optimizer,
@@ -62,6 +67,31 @@ impl NativeEngine {
     fn evaluate(&self, tokens: PyReadonlyArray2<'_, i64>) -> PyResult<f64> {
         let batch = from_numpy(&tokens, 0.0)?;
         self.lock().evaluate(&batch).map(|evaluation| evaluation.nats).map_err(|error| to_python(&error))
+    }
+
+    /// Everything that a step on `batch` computes before the optimizer: the mean loss, each module's output `(N, width)`
+    /// in the order of computing, and each tensor's gradient, flat.
+    fn trace<'py>(&self, py: Python<'py>, batch: &PyBatch) -> PyResult<Traced<'py>> {
+        let batch = batch.to_rust(py)?;
+        let tokens = batch.rows * batch.length;
+        let (gradients, outputs, names) = py
+            .detach(|| {
+                let mut engine = self.lock();
+                let gradients = engine.gradients(&batch)?;
+                let names: Vec<String> = engine.manifest().tensors().iter().map(|tensor| tensor.name.clone()).collect();
+                Ok((gradients, engine.outputs(), names))
+            })
+            .map_err(|error| to_python(&error))?;
+        let output = |output: atoll_cpu::Output| {
+            let width = output.values.len() / tokens;
+            Ok((output.module, PyArray1::from_vec(py, output.values).reshape([tokens, width])?))
+        };
+        let gradient = |(name, values)| (name, PyArray1::from_vec(py, values));
+        Ok((
+            gradients.loss,
+            outputs.into_iter().map(output).collect::<PyResult<_>>()?,
+            names.into_iter().zip(gradients.tensors).map(gradient).collect(),
+        ))
     }
 }
 

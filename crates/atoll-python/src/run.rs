@@ -3,6 +3,7 @@
 use atoll_core::manifest::Manifest;
 use atoll_core::model::{ModelConfig, Tensor};
 use atoll_core::training::Training;
+use atoll_node::run::Align;
 use pyo3::prelude::*;
 use serde::Serialize;
 
@@ -15,6 +16,8 @@ pub(crate) struct Run {
     pub(crate) manifest: Manifest,
     /// Samples per micro-batch at this site.
     pub(crate) rows: usize,
+    /// What the run wants if the engine does not compute what the native one does; nothing where there is no run.
+    pub(crate) align: Option<Align>,
 }
 
 impl Run {
@@ -30,7 +33,7 @@ impl Run {
             return Err(refuse("these settings cannot train", problems.join("; ")));
         }
         let manifest = Manifest::balanced(model.tensors(), fragments);
-        Ok(Self { rows: training.rows, model, training, manifest })
+        Ok(Self { rows: training.rows, model, training, manifest, align: None })
     }
 
     /// The description: see [`Said`].
@@ -41,6 +44,7 @@ impl Run {
             training: &self.training,
             rows: self.rows,
             tensors: self.manifest.tensors(),
+            align: self.align,
             fragments: self.manifest.fragments().map(tensors_of).collect(),
         };
         serde_json::to_string(&said).expect("a run is plain data")
@@ -54,6 +58,7 @@ struct Said<'a> {
     training: &'a Training,
     rows: usize,
     tensors: &'a [Tensor],
+    align: Option<Align>,
     /// For each fragment its tensors, as indices.
     fragments: Vec<Vec<usize>>,
 }

@@ -11,7 +11,7 @@ use atoll_node::site::{Parts, SiteOptions, join};
 use pyo3::prelude::*;
 
 use crate::engine::PyEngine;
-use crate::fault::from_anyhow;
+use crate::fault::{from_anyhow, to_rust};
 use crate::run::Run;
 
 /// A flag that makes a site leave its run after the present step.
@@ -80,6 +80,8 @@ pub(crate) fn run_site(
 
 fn make_engine(py: Python<'_>, object: Py<PyAny>, parts: Parts) -> Result<Box<dyn Engine>> {
     let Parts { terms, manifest, rows, feed } = parts;
-    let run = Run { model: terms.model, training: terms.config.training, manifest, rows };
-    Ok(Box::new(PyEngine::open(py, object, run, feed)?))
+    let run =
+        Run { model: terms.model, training: terms.config.training, manifest, rows, align: Some(terms.config.align) };
+    let engine = PyEngine::open(py, object, run, feed).map_err(|error| to_rust(py, "open", &error, 0))?;
+    Ok(Box::new(engine))
 }

@@ -3,6 +3,7 @@
 //! Each subcommand is a module; they call `atoll-node` for files, sockets and rounds and `atoll-cpu`
 //! for the engine. `demo` calls the other subcommands as processes and nothing else, but for its links.
 
+mod align;
 mod check;
 mod coordinate;
 mod demo;
@@ -45,6 +46,8 @@ enum Command {
     New(new::Arguments),
     /// Show the resolved configuration of a run folder, or everything that is wrong with it.
     Check(check::Arguments),
+    /// Prove that a model in PyTorch computes what the native engine does, or find the first layer that differs.
+    Align(align::Arguments),
     /// Coordinate a run: merge what the sites contribute and commit it.
     Coordinate(coordinate::Arguments),
     /// Print a ticket: what one site needs to join.
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
     let result = match arguments.command {
+        Command::Align(arguments) => return exit(align::run(&arguments)),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::New(arguments) => new::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
@@ -92,13 +96,14 @@ fn main() -> ExitCode {
         Command::Ingest(arguments) => ingest::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            complain(&error);
-            ExitCode::FAILURE
-        }
-    }
+    exit(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        complain(&error);
+        ExitCode::FAILURE
+    })
 }
 
 /// The sentences first, outermost to innermost, then the hint of the innermost that has one.
