@@ -172,7 +172,7 @@ def test_a_loop_of_ones_own_runs_on_every_rank(lab):
 
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_a_rank_that_dies_takes_its_site_out_and_the_site_comes_back(lab, parallel):
-    lab = lab(10_000_000)
+    lab = lab(1_000_000_000)
     coordinator, ticket = lab.coordinate(), lab.ticket("ranks")
     (first, second), native = ranks(lab, parallel, ticket=ticket), joined_later(lab)
     second.kill()
@@ -195,9 +195,10 @@ def test_a_rank_that_dies_takes_its_site_out_and_the_site_comes_back(lab, parall
     fully_shard is None, reason=f"SKIPPED: needs torch >= 2 (torchrun of {torch.__version__} fails on this Python)"
 )
 def test_torchrun_brings_a_site_back_by_itself(lab):
-    lab = lab(10_000_000)
+    lab = lab(1_000_000_000)
     coordinator = lab.coordinate()
     (lab.folder / "trains.py").write_text(
+        f"import sys; sys.path[:] = {sys.path!r}\n"
         "import os\nopen(f\"{__file__}.{os.environ['RANK']}.{os.environ['TORCHELASTIC_RESTART_COUNT']}\", 'w').write(str(os.getpid()))\n" + CODE
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--max_restarts", 1, "--master_port", port()]
