@@ -101,7 +101,8 @@ class TorchEngine:
         for _ in range(steps):
             batch = self.next_batch()
             count = batch.tokens[:, 1:].numel() * self.ranks.size
-            with self.memory(f"a step of {self.rows} rows of {batch.tokens.shape[1] - 1} tokens"):
+            what = f"a step of {self.rows} rows of {batch.tokens.shape[1] - 1} tokens"
+            with self.memory(what), ranks.unbroken(self.ranks.rank):
                 nats += count * self.step(batch)
             tokens += count
         return tokens, nats / max(tokens, 1)
@@ -110,7 +111,7 @@ class TorchEngine:
         whole = self.ranks.share(None if batch is None else Batch.of(batch))
         total = torch.zeros(1, dtype=torch.float64)
         self.model.eval()
-        with torch.no_grad(), self.memory("evaluation"):
+        with torch.no_grad(), self.memory("evaluation"), ranks.unbroken(self.ranks.rank):
             for part, counts in whole.dealt(self.ranks, self.rows):
                 total += counts * self.nats(part).double().cpu()
         ranks.forget_gathered(self.model)
@@ -193,7 +194,7 @@ class TorchEngine:
         total = torch.zeros((), device=self.device)
         parts = list(batch.parts(self.rows))
         for number, part in enumerate(parts, 1):
-            with ranks.gather_later(self.model, number == len(parts)), ranks.unbroken(self.ranks.rank):
+            with ranks.gather_later(self.model, number == len(parts)):
                 nats = self.nats(part)
                 (nats * scale).backward()
             total += nats.detach()

@@ -110,7 +110,7 @@ def unbroken(rank):
         other = "another rank" if rank == 0 else "rank 0"
         raise AtollError(
             f"{other} of this site is gone, and the site with it\nhint: what it said last tells why; the same torchrun command "
-            "brings the site back, --max-restarts does so by itself"
+            "brings the site back"
         ) from None
 
 

@@ -191,30 +191,6 @@ def test_a_rank_that_dies_takes_its_site_out_and_the_site_comes_back(lab, parall
     assert coordinator.poll() is None and native.poll() is None
 
 
-@pytest.mark.skipif(
-    fully_shard is None, reason=f"SKIPPED: needs torch >= 2 (torchrun of {torch.__version__} fails on this Python)"
-)
-def test_torchrun_brings_a_site_back_by_itself(lab):
-    lab = lab(1_000_000_000)
-    coordinator = lab.coordinate()
-    (lab.folder / "trains.py").write_text(
-        f"import sys; sys.path[:] = {sys.path!r}\n"
-        "import os\nopen(f\"{__file__}.{os.environ['RANK']}.{os.environ['TORCHELASTIC_RESTART_COUNT']}\", 'w').write(str(os.getpid()))\n" + CODE
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--max_restarts", 1, "--master_port", port()]
-    process = lab.spawn("torchrun", [*launcher, lab.folder / "trains.py", lab.ticket("ranks"), lab.text, lab.folder / "ranks", "ddp", 4])
-    steps = lambda: sum(site["steps"] for site in (lab.status() or {"sites": []})["sites"])
-    lab.until("the ranks to train", lambda: steps() > 0 or process.poll() is not None)
-    assert process.poll() is None, lab.log("torchrun")
-    os.kill(int((lab.folder / "trains.py.1.0").read_text()), signal.SIGKILL)
-    lab.until("both ranks to begin again", (lab.folder / "trains.py.1.1").exists)
-    before = steps()
-    lab.until("the ranks to train again", lambda: steps() > before or process.poll() is not None)
-    assert process.poll() is None and coordinator.poll() is None, lab.log("torchrun")
-    process.terminate()
-    process.wait(60)
-
-
 def test_rows_that_cannot_be_shared_are_said_not_to_be(lab):
     lab = lab(60_000)
     lab.coordinate()
