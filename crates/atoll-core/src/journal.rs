@@ -223,6 +223,9 @@ pub struct FragmentBook {
     pub usual: BTreeMap<SiteId, f64>,
     /// Length of the longest contribution so far.
     pub longest: f64,
+    /// The greatest length per inner step of a contribution so far.
+    #[serde(default)]
+    pub fastest: f64,
     /// The payload of each site's last contribution.
     #[serde(default)]
     pub delivered: BTreeMap<SiteId, Digest>,
@@ -241,6 +244,7 @@ impl FragmentBook {
             let most = if *usual > 0.0 { USUAL_MAX * *usual } else { f64::INFINITY };
             *usual = plan::smooth(*usual, accepted.work().min(most), USUAL_SHARE);
             self.longest = self.longest.max(accepted.norm);
+            self.fastest = self.fastest.max(accepted.norm / accepted.steps.max(1) as f64);
         }
     }
 }
@@ -416,6 +420,7 @@ impl Book {
             tail: VecDeque::new(),
             usual: BTreeMap::new(),
             longest: 0.0,
+            fastest: 0.0,
             delivered: BTreeMap::new(),
         };
         self.fragments = theta.iter().map(fragment).collect();

@@ -515,3 +515,21 @@ fn vitals_that_cannot_be_are_not_listened_to() {
     desk.handle(Event::Heard(name, status));
     assert_eq!(desk.told.len(), 1);
 }
+
+/// The first contribution of a run may be a single step at the foot of the schedule; a site that had to wait then comes with
+/// many, and large ones.
+#[test]
+fn a_contribution_may_be_as_much_longer_as_it_has_more_steps() {
+    let mut desk = Desk::new(&["a"]);
+    desk.handle(status(&desk, 1, Vec::new()));
+    let mut is_refused = |number: u64, steps: u64, value: f32, ranges: Ranges| {
+        let bytes = f32s(64, value);
+        desk.handle(status(&desk, number + 1, vec![Receipt { steps, ..receipt(number, 0, &bytes, ranges) }]));
+        desk.arrive(&site("a"), Digest::of(&bytes), &bytes);
+        desk.refusals().iter().any(|(_, refused, ..)| *refused == number)
+    };
+    assert!(!is_refused(1, 1, 1e-3, Ranges::span(0, 1)));
+    assert!(is_refused(2, 1, 0.15, Ranges::span(1, 5)), "a single step is not 150 times as long");
+    assert!(!is_refused(3, 4, 0.15, Ranges::span(5, 9)), "four are");
+    desk.replay();
+}

@@ -300,8 +300,8 @@ fn samples_went_back(lab: &Lab, told: &[(u64, Ranges, String)]) {
     for entry in entries(&lab.run()) {
         book.apply(&entry).unwrap();
         assert_eq!(book.ledger.verify(), Ok(()));
-        if let Entry::Refused { site, number, ranges, .. } = &entry {
-            assert_eq!((site.to_string(), ranges), ("liar".to_string(), told[number]));
+        if let Entry::Refused { site, number, ranges, why, .. } = &entry {
+            assert_eq!((site.to_string(), ranges), ("liar".to_string(), told[number]), "{why}");
             assert!(book.ledger.pool(dataset).unwrap().returned.contains(ranges));
             refusals += 1;
         }

@@ -11,7 +11,8 @@ use crate::manifest::FragmentId;
 use crate::round::{Receipt, Status};
 use crate::site::SiteId;
 
-/// A contribution this many times as long as the longest so far is no training.
+/// A contribution this many times as long as the longest so far is no training, unless it has as many more steps: while
+/// the learning rate still rises, the first one may hold a single tiny step and the next all those of a busy minute.
 const NORM_TIMES_MAX: f64 = 100.0;
 /// … and neither is one whose weights would move by this much on average, whatever came before.
 const MOVE_MAX: f64 = 1e3;
@@ -172,21 +173,27 @@ impl Coordinator {
     fn judge(&mut self, payload: Digest, orders: &mut Vec<Order>) {
         let Some(seen) = self.arrived.get(&payload).copied() else { return };
         for index in 0..self.rounds.len() {
-            if let Some(why) = self.misfit(index, seen) {
-                self.turn_down(index, &why, |_, receipt| receipt.payload == payload, orders);
+            let receipts = self.rounds[index].pending.iter().filter(|(_, receipt)| receipt.payload == payload);
+            let misfit = |(key, receipt): (&(SiteId, u64), &Receipt)| {
+                Some((key.clone(), self.misfit(index, seen, receipt.steps)?))
+            };
+            let misfits: Vec<_> = receipts.filter_map(misfit).collect();
+            for ((owner, number), why) in misfits {
+                self.turn_down(index, &why, |site, receipt| *site == owner && receipt.number == number, orders);
             }
         }
     }
 
-    /// Why a payload can be no contribution to fragment number `index`, if it cannot.
-    fn misfit(&self, index: usize, Seen { weights, norm }: Seen) -> Option<String> {
+    /// Why a payload can be no contribution of so many steps to fragment number `index`, if it cannot.
+    fn misfit(&self, index: usize, Seen { weights, norm }: Seen, steps: u64) -> Option<String> {
         let len = self.lens.get(index).copied().unwrap_or(0);
         if weights != len {
             return Some(format!("its payload is for {weights} weights, and {} has {len}", FragmentId(index as u16)));
         }
-        let longest = self.book.fragments[index].longest;
+        let book = &self.book.fragments[index];
+        let usual = book.longest.max(book.fastest * steps as f64);
         let most = MOVE_MAX * (len as f64).sqrt();
-        let most = if longest > 0.0 { most.min(NORM_TIMES_MAX * longest) } else { most };
+        let most = if usual > 0.0 { most.min(NORM_TIMES_MAX * usual) } else { most };
         let explained = norm.is_finite() && norm <= most;
         (!explained).then(|| format!("its length is {norm:.3e}, and {most:.3e} is the most that training can explain"))
     }
