@@ -55,6 +55,13 @@ pub enum Entry {
         /// Hash of the ticket's secret, used up hereby.
         ticket: Digest,
     },
+    /// The operator took a site's key off the list for good. What the site holds goes back with an entry of its own.
+    Revoked {
+        /// The site.
+        site: SiteId,
+        /// Fingerprint of the key.
+        key: Digest,
+    },
     /// A site began a session; whatever an earlier session held is back in the pool.
     Joined {
         /// The site.
@@ -306,6 +313,9 @@ pub struct Book {
     pub sites: BTreeMap<SiteId, Member>,
     /// Tickets used up.
     pub tickets: BTreeSet<Digest>,
+    /// Keys that were revoked, and whose they were.
+    #[serde(default)]
+    pub revoked: BTreeMap<Digest, SiteId>,
     /// Which samples are in the model.
     pub ledger: Ledger,
     /// Tokens in the model.
@@ -349,6 +359,11 @@ impl Book {
         self.sites.iter().find(|(_, member)| member.key == key).map(|(site, _)| site)
     }
 
+    /// Whether the key that `site` has was revoked.
+    pub fn is_revoked(&self, site: &SiteId) -> bool {
+        self.sites.get(site).is_some_and(|member| self.revoked.contains_key(&member.key))
+    }
+
     /// The samples that `site` holds on lease.
     pub fn held(&self, site: &SiteId) -> Ranges {
         let dataset = self.sites.get(site).and_then(|member| member.dataset);
@@ -363,6 +378,7 @@ impl Book {
         match entry {
             Entry::Began { run, seed, context, layout, theta } => self.begin(run, *seed, *context, *layout, theta)?,
             Entry::Admitted { site, key, ticket } => self.admit(site, *key, *ticket)?,
+            Entry::Revoked { site, key } => self.revoke(site, *key)?,
             Entry::Joined { site, session, dataset, samples } => {
                 self.release_all(site)?;
                 self.ledger.declare(*dataset, *samples);
@@ -423,6 +439,9 @@ impl Book {
     }
 
     fn admit(&mut self, site: &SiteId, key: Digest, ticket: Digest) -> Result<(), BookError> {
+        if self.revoked.contains_key(&key) {
+            return out_of_order(format!("the key of {site} was revoked"));
+        }
         if !self.tickets.insert(ticket) {
             return out_of_order(format!("the ticket of {site} was used before"));
         }
@@ -439,6 +458,16 @@ impl Book {
         });
         member.key = key;
         Ok(())
+    }
+
+    fn revoke(&mut self, site: &SiteId, key: Digest) -> Result<(), BookError> {
+        if self.member(site)?.key != key {
+            return out_of_order(format!("{site} has another key"));
+        }
+        match self.revoked.insert(key, site.clone()) {
+            None => Ok(()),
+            Some(_) => out_of_order(format!("the key of {site} was revoked before")),
+        }
     }
 
     fn commit(&mut self, commit: &Commit) -> Result<(), BookError> {

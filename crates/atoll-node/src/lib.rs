@@ -7,6 +7,7 @@
 //! | [`hf`] | Hugging Face folders |
 //! | [`run`] | the run folder and `run.toml` |
 //! | [`identity`] | keys and tickets |
+//! | [`revocation`] | how an operator takes a key off the list |
 //! | [`link`] | TLS connections that carry frames |
 //! | [`wan`] | a thin, long, lossy link for trying things out |
 //! | [`journal`] | the journal on disk |
@@ -27,6 +28,7 @@ pub mod identity;
 pub mod journal;
 pub mod link;
 pub mod report;
+pub mod revocation;
 pub mod run;
 pub mod site;
 pub mod snapshot;

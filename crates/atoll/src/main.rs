@@ -13,6 +13,7 @@ mod model;
 mod new;
 mod precision;
 mod replay;
+mod revoke;
 mod speak;
 mod status;
 mod stop;
@@ -49,6 +50,8 @@ enum Command {
     Coordinate(coordinate::Arguments),
     /// Print a ticket: what one site needs to join.
     Ticket(ticket::Arguments),
+    /// Take a site's key off the list, at once and for good; its tickets too.
+    Revoke(revoke::Arguments),
     /// Join a run as a site and train.
     Join(join::Arguments),
     /// Look at a run, living or finished.
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Coordinate(arguments) => coordinate::run(&arguments),
         Command::Ticket(arguments) => ticket::run(&arguments),
+        Command::Revoke(arguments) => revoke::run(&arguments),
         Command::Join(arguments) => join::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Generate(arguments) => speak::generate(&arguments),
