@@ -106,6 +106,18 @@ pub enum Entry {
     Committed(Commit),
     /// Held-out loss of the global model.
     Evaluated(Evaluated),
+    /// The operator took the run back to an earlier commit; this journal goes on from there. Every session is over, so
+    /// that sites with later weights start over.
+    RolledBack {
+        /// Commits that the run had.
+        from: u64,
+        /// Commits that it has now.
+        to: u64,
+        /// Hash over all lines of the journal that was set aside.
+        journal: Digest,
+        /// The latest session of each site there.
+        sessions: BTreeMap<SiteId, u64>,
+    },
     /// The run reached its goal.
     Finished,
 }
@@ -415,6 +427,7 @@ impl Book {
                 let first = self.evaluations.map_or(*evaluated, |(first, _)| first);
                 self.evaluations = Some((first, *evaluated));
             }
+            Entry::RolledBack { to, sessions, .. } => self.roll_back(*to, sessions)?,
             Entry::Finished => self.finished = true,
         }
         self.entries += 1;
@@ -468,6 +481,20 @@ impl Book {
             None => Ok(()),
             Some(_) => out_of_order(format!("the key of {site} was revoked before")),
         }
+    }
+
+    fn roll_back(&mut self, to: u64, sessions: &BTreeMap<SiteId, u64>) -> Result<(), BookError> {
+        if to != self.commits() {
+            return out_of_order(format!("the run is at commit {}, not {to}", self.commits()));
+        }
+        let sites: Vec<SiteId> = self.sites.keys().cloned().collect();
+        for site in &sites {
+            self.release_all(site)?;
+            let latest = sessions.get(site).copied().unwrap_or(0);
+            let member = self.member(site)?;
+            (member.session, member.open) = (member.session.max(latest), false);
+        }
+        Ok(())
     }
 
     fn commit(&mut self, commit: &Commit) -> Result<(), BookError> {

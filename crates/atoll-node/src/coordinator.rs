@@ -34,6 +34,7 @@ use crate::journal::JournalFile;
 use crate::link::Gate;
 use crate::report::Report;
 use crate::revocation;
+use crate::rollback;
 use crate::run::{Keep, RunConfig, RunDir, Terms, write_atomically};
 use crate::snapshot;
 use crate::store::Store;
@@ -116,6 +117,7 @@ impl Prepared {
 pub async fn coordinate(dir: &RunDir, listen: &str, stop: signal::Receiver<bool>) -> Result<Ending> {
     let prepared = Prepared::read(dir)?;
     let _hold = dir.hold()?;
+    rollback::finish(dir)?;
     let identity = Identity::load(&dir.key())?;
     let listener = TcpListener::bind(listen).await.with_context(|| {
         format!("the address {listen} cannot be listened on\nhint: is another process using the port? choose one with --listen")
@@ -476,7 +478,11 @@ impl Heart {
                 tracing::info!("held-out bits per byte: {:.4}", evaluated.bits_per_byte());
             }
             Entry::Finished => tracing::info!("the run has reached its goal"),
-            Entry::Began { .. } | Entry::Admitted { .. } | Entry::Joined { .. } | Entry::Leased { .. } => {}
+            Entry::Began { .. }
+            | Entry::Admitted { .. }
+            | Entry::Joined { .. }
+            | Entry::Leased { .. }
+            | Entry::RolledBack { .. } => {}
         }
     }
 

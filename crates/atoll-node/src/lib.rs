@@ -13,6 +13,7 @@
 //! | [`journal`] | the journal on disk |
 //! | [`store`] | payloads on disk, by content address |
 //! | [`snapshot`] | the model and the book on disk; recovery |
+//! | [`rollback`] | back to an earlier commit |
 //! | [`crew`] | threads for work that falls into parts |
 //! | [`coordinator`] | the coordinator's shell |
 //! | [`site`] | the site's shell |
@@ -29,6 +30,7 @@ pub mod journal;
 pub mod link;
 pub mod report;
 pub mod revocation;
+pub mod rollback;
 pub mod run;
 pub mod site;
 pub mod snapshot;

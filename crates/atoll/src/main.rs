@@ -14,6 +14,7 @@ mod new;
 mod precision;
 mod replay;
 mod revoke;
+mod rollback;
 mod speak;
 mod status;
 mod stop;
@@ -64,6 +65,8 @@ enum Command {
     Export(speak::ExportArguments),
     /// Turn text into token shards.
     Ingest(ingest::Arguments),
+    /// Take a stopped run back to an earlier commit; what came later is set aside.
+    Rollback(rollback::Arguments),
     /// Compute a run's commits again from its journal and compare.
     Replay(replay::Arguments),
 }
@@ -94,6 +97,7 @@ fn main() -> ExitCode {
         Command::Eval(arguments) => speak::eval(&arguments),
         Command::Export(arguments) => speak::export(&arguments),
         Command::Ingest(arguments) => ingest::run(&arguments),
+        Command::Rollback(arguments) => rollback::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
     };
     match result {
