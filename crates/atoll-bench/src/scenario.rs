@@ -208,7 +208,7 @@ impl Scenario {
         let mut tasks = vec![(HUB.to_string(), serde_json::to_string(&coordinator)?)];
         for (seed, name) in (1..).zip(self.names()) {
             let site: SiteId = name.parse()?;
-            let ticket = Ticket::issue(dir, &config.name, site, vec![format!("{HUB}:{PORT}")], key.fingerprint)?;
+            let ticket = Ticket::issue(dir, &config.name, site, vec![format!("{HUB}:{PORT}")], key.fingerprint, None)?;
             let role = SiteRole {
                 dir: folder.join(&name),
                 ticket: ticket.to_text(),

@@ -55,6 +55,13 @@ pub enum Entry {
         /// Hash of the ticket's secret, used up hereby.
         ticket: Digest,
     },
+    /// The operator took a site's key off the list for good. What the site holds goes back with an entry of its own.
+    Revoked {
+        /// The site.
+        site: SiteId,
+        /// Fingerprint of the key.
+        key: Digest,
+    },
     /// A site began a session; whatever an earlier session held is back in the pool.
     Joined {
         /// The site.
@@ -99,6 +106,18 @@ pub enum Entry {
     Committed(Commit),
     /// Held-out loss of the global model.
     Evaluated(Evaluated),
+    /// The operator took the run back to an earlier commit; this journal goes on from there. Every session is over, so
+    /// that sites with later weights start over.
+    RolledBack {
+        /// Commits that the run had.
+        from: u64,
+        /// Commits that it has now.
+        to: u64,
+        /// Hash over all lines of the journal that was set aside.
+        journal: Digest,
+        /// The latest session of each site there.
+        sessions: BTreeMap<SiteId, u64>,
+    },
     /// The run reached its goal.
     Finished,
 }
@@ -310,6 +329,9 @@ pub struct Book {
     pub sites: BTreeMap<SiteId, Member>,
     /// Tickets used up.
     pub tickets: BTreeSet<Digest>,
+    /// Keys that were revoked, and whose they were.
+    #[serde(default)]
+    pub revoked: BTreeMap<Digest, SiteId>,
     /// Which samples are in the model.
     pub ledger: Ledger,
     /// Tokens in the model.
@@ -353,6 +375,11 @@ impl Book {
         self.sites.iter().find(|(_, member)| member.key == key).map(|(site, _)| site)
     }
 
+    /// Whether the key that `site` has was revoked.
+    pub fn is_revoked(&self, site: &SiteId) -> bool {
+        self.sites.get(site).is_some_and(|member| self.revoked.contains_key(&member.key))
+    }
+
     /// The samples that `site` holds on lease.
     pub fn held(&self, site: &SiteId) -> Ranges {
         let dataset = self.sites.get(site).and_then(|member| member.dataset);
@@ -367,6 +394,7 @@ impl Book {
         match entry {
             Entry::Began { run, seed, context, layout, theta } => self.begin(run, *seed, *context, *layout, theta)?,
             Entry::Admitted { site, key, ticket } => self.admit(site, *key, *ticket)?,
+            Entry::Revoked { site, key } => self.revoke(site, *key)?,
             Entry::Joined { site, session, dataset, samples } => {
                 self.release_all(site)?;
                 self.ledger.declare(*dataset, *samples);
@@ -403,6 +431,7 @@ impl Book {
                 let first = self.evaluations.map_or(*evaluated, |(first, _)| first);
                 self.evaluations = Some((first, *evaluated));
             }
+            Entry::RolledBack { to, sessions, .. } => self.roll_back(*to, sessions)?,
             Entry::Finished => self.finished = true,
         }
         self.entries += 1;
@@ -428,6 +457,9 @@ impl Book {
     }
 
     fn admit(&mut self, site: &SiteId, key: Digest, ticket: Digest) -> Result<(), BookError> {
+        if self.revoked.contains_key(&key) {
+            return out_of_order(format!("the key of {site} was revoked"));
+        }
         if !self.tickets.insert(ticket) {
             return out_of_order(format!("the ticket of {site} was used before"));
         }
@@ -443,6 +475,30 @@ impl Book {
             tokens: 0,
         });
         member.key = key;
+        Ok(())
+    }
+
+    fn revoke(&mut self, site: &SiteId, key: Digest) -> Result<(), BookError> {
+        if self.member(site)?.key != key {
+            return out_of_order(format!("{site} has another key"));
+        }
+        match self.revoked.insert(key, site.clone()) {
+            None => Ok(()),
+            Some(_) => out_of_order(format!("the key of {site} was revoked before")),
+        }
+    }
+
+    fn roll_back(&mut self, to: u64, sessions: &BTreeMap<SiteId, u64>) -> Result<(), BookError> {
+        if to != self.commits() {
+            return out_of_order(format!("the run is at commit {}, not {to}", self.commits()));
+        }
+        let sites: Vec<SiteId> = self.sites.keys().cloned().collect();
+        for site in &sites {
+            self.release_all(site)?;
+            let latest = sessions.get(site).copied().unwrap_or(0);
+            let member = self.member(site)?;
+            (member.session, member.open) = (member.session.max(latest), false);
+        }
         Ok(())
     }
 

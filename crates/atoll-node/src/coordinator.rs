@@ -20,7 +20,7 @@ use atoll_core::journal::{Book, Chain, Entry};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Global, StepError};
-use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase, Status};
+use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase, Refusal, Status};
 use atoll_core::site::{SiteId, Time};
 use atoll_core::wire::{Frame, Welcome};
 use tokio::net::TcpListener;
@@ -29,10 +29,12 @@ use tokio::sync::{mpsc, watch as signal};
 use crate::crew::Crew;
 use crate::data::Tokenizer;
 use crate::hf;
-use crate::identity::{Identity, Ticket};
+use crate::identity::{Claim, Identity, Ticket};
 use crate::journal::JournalFile;
 use crate::link::Gate;
 use crate::report::Report;
+use crate::revocation;
+use crate::rollback;
 use crate::run::{Keep, RunConfig, RunDir, Terms, write_atomically};
 use crate::snapshot;
 use crate::store::Store;
@@ -115,6 +117,7 @@ impl Prepared {
 pub async fn coordinate(dir: &RunDir, listen: &str, stop: signal::Receiver<bool>) -> Result<Ending> {
     let prepared = Prepared::read(dir)?;
     let _hold = dir.hold()?;
+    rollback::finish(dir)?;
     let identity = Identity::load(&dir.key())?;
     let listener = TcpListener::bind(listen).await.with_context(|| {
         format!("the address {listen} cannot be listened on\nhint: is another process using the port? choose one with --listen")
@@ -138,6 +141,7 @@ pub async fn coordinate(dir: &RunDir, listen: &str, stop: signal::Receiver<bool>
         arriving: Arriving::new(&heart.fragment_lens()),
         links: Default::default(),
         outgoings: heart.outgoings.clone(),
+        revoked: heart.revoked.subscribe(),
     });
     tracing::info!("listening on {address}");
     let server = tokio::spawn(gate::serve(house, listener));
@@ -197,6 +201,8 @@ struct Heart {
     kept: BTreeSet<Digest>,
     /// Sites that have been connected since the run finished.
     told: BTreeSet<SiteId>,
+    /// Keys that are off the list, for all connections to see.
+    revoked: signal::Sender<BTreeSet<Digest>>,
     watch: Watch,
 }
 
@@ -247,6 +253,7 @@ impl Heart {
             kept: snapshot::needed(&payloads, machine.book()),
             payloads,
             told: BTreeSet::new(),
+            revoked: signal::Sender::new(machine.book().revoked.keys().copied().collect()),
             machine,
             watch,
         })
@@ -269,7 +276,7 @@ impl Heart {
                 _ = stop.wait_for(|stop| *stop) => return self.end("stopped").await.map(Ending::Stopped),
                 Some(done) = self.done.1.recv() => self.finish(done)?,
                 Some(input) = incoming.recv() => self.take(input)?,
-                _ = status.tick() => self.write_status()?,
+                _ = status.tick() => self.look_around()?,
                 () = tokio::time::sleep(sleep) => self.handle(Event::Tick)?,
             }
             self.look_after_snapshot();
@@ -293,6 +300,8 @@ impl Heart {
     fn take(&mut self, input: Input) -> Result<()> {
         match input {
             Input::Knock(knock) => self.answer(knock),
+            // It was on its way when its key was revoked; its connection ends as well.
+            Input::Connected { site, .. } if self.machine.book().is_revoked(&site) => Ok(()),
             Input::Connected { site, link, outbox } => {
                 tracing::info!("{site} is connected");
                 self.note(serde_json::json!({"event": "connected", "site": site}));
@@ -300,7 +309,10 @@ impl Heart {
                 // What was on its way over an earlier connection is lost.
                 if before.is_some() { self.handle(Event::Gone(site)) } else { Ok(()) }
             }
-            Input::Heard { site, status } => {
+            Input::Heard { site, link, .. } if self.controls.get(&site).is_none_or(|(living, _)| *living != link) => {
+                Ok(()) // A newer connection has taken over, or there is to be none.
+            }
+            Input::Heard { site, status, .. } => {
                 self.hear(&site, &status);
                 self.handle(Event::Heard(site, status))
             }
@@ -335,9 +347,14 @@ impl Heart {
 
     /// Lets a site in or tells it why not.
     fn answer(&mut self, knock: Knock) -> Result<()> {
-        let claim = knock.hello.secret.and_then(|secret| Ticket::claim(&self.dir, &secret));
-        let forged = knock.hello.secret.is_some() && claim.is_none();
-        let answer = match self.machine.admit(knock.key, claim) {
+        self.take_up_revocations()?;
+        let now = self.clock.now().0 / 1_000_000;
+        let claim = knock.hello.secret.map(|secret| Ticket::claim(&self.dir, &secret, now));
+        let good = match &claim {
+            Some(Claim::Good(site, hash)) => Some((site.clone(), *hash)),
+            _ => None,
+        };
+        let answer = match self.machine.admit(knock.key, good) {
             Ok((site, entry)) => {
                 if let Some(entry) = entry {
                     self.journal.append(std::slice::from_ref(&entry))?;
@@ -353,13 +370,24 @@ impl Heart {
                     _ => Ok(self.welcome(site, &knock)),
                 }
             }
-            Err(_) if forged => {
-                Err("the ticket is not one of this run's\nhint: ask the operator for a new one, `atoll ticket`"
-                    .to_string())
-            }
-            Err(refusal) => Err(refusal.to_string()),
+            Err(refusal) => Err(match (refusal, claim) {
+                (Refusal::UnknownKey, Some(Claim::Expired(site))) => format!(
+                    "the ticket of {site} has expired\nhint: ask the operator for a new one, `atoll ticket`"
+                ),
+                (Refusal::UnknownKey, Some(Claim::Unknown)) => "the ticket is not one of this run's, or was withdrawn\nhint: ask the operator for a new one, `atoll ticket`".to_string(),
+                (refusal, _) => refusal.to_string(),
+            }),
         };
         let _ = knock.reply.send(answer); // The peer may have hung up meanwhile.
+        Ok(())
+    }
+
+    /// Takes keys off the list that the operator does not want on it any more.
+    fn take_up_revocations(&mut self) -> Result<()> {
+        for (site, key) in revocation::pending(&self.dir)? {
+            self.handle(Event::Revoked(site.clone(), key))?;
+            revocation::done(&self.dir, &site)?;
+        }
         Ok(())
     }
 
@@ -435,6 +463,12 @@ impl Heart {
                     "samples_returned": ranges.len(),
                 }));
             }
+            Entry::Revoked { site, key } => {
+                tracing::warn!("the key of {site} was revoked; its connections end");
+                self.controls.remove(site);
+                self.revoked.send_modify(|keys| keys.extend([*key]));
+                self.note(serde_json::json!({"event": "revoked", "site": site}));
+            }
             Entry::Returned { site, why } => {
                 tracing::info!("{site}: {why}");
                 self.note(serde_json::json!({"event": "returned", "site": site, "why": why}));
@@ -444,7 +478,11 @@ impl Heart {
                 tracing::info!("held-out bits per byte: {:.4}", evaluated.bits_per_byte());
             }
             Entry::Finished => tracing::info!("the run has reached its goal"),
-            Entry::Began { .. } | Entry::Admitted { .. } | Entry::Joined { .. } | Entry::Leased { .. } => {}
+            Entry::Began { .. }
+            | Entry::Admitted { .. }
+            | Entry::Joined { .. }
+            | Entry::Leased { .. }
+            | Entry::RolledBack { .. } => {}
         }
     }
 
@@ -591,6 +629,12 @@ impl Heart {
     fn look(&mut self, state: &str) {
         let (now, controls) = (self.clock.now(), &self.controls);
         self.watch.look(now, state, &self.machine, &|site| controls.contains_key(site));
+    }
+
+    /// What is done twice a second.
+    fn look_around(&mut self) -> Result<()> {
+        self.take_up_revocations()?;
+        self.write_status()
     }
 
     fn write_status(&mut self) -> Result<()> {

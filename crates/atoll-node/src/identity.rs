@@ -92,38 +92,83 @@ pub struct Ticket {
     pub coordinator: Digest,
     /// Lets one key in.
     pub secret: Digest,
+    /// Until when, in seconds since 1970; none for ever. What counts is what the coordinator remembers.
+    #[serde(default)]
+    pub expires: Option<u64>,
+}
+
+/// What a secret is worth.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claim {
+    /// It lets a key in as this site; with its hash, by which it is known to be used up.
+    Good(SiteId, Digest),
+    /// It did so until it expired.
+    Expired(SiteId),
+    /// No ticket of this run has it, or it was withdrawn.
+    Unknown,
 }
 
 /// What the run folder remembers of a ticket: not its secret.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stub {
     site: SiteId,
+    #[serde(default)]
+    expires: Option<u64>,
+}
+
+impl Stub {
+    fn read(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(path).ok()?).ok()
+    }
 }
 
 const PREFIX: &str = "atoll1.";
 
 impl Ticket {
-    /// Makes a ticket and notes the hash of its secret in the run folder.
+    /// Makes a ticket that is good until `expires` (seconds since 1970), and notes the hash of its secret in the run folder.
     ///
     /// # Errors
     /// If the folder cannot be written.
-    pub fn issue(dir: &RunDir, run: &str, site: SiteId, addresses: Vec<String>, coordinator: Digest) -> Result<Self> {
+    pub fn issue(
+        dir: &RunDir,
+        run: &str,
+        site: SiteId,
+        addresses: Vec<String>,
+        coordinator: Digest,
+        expires: Option<u64>,
+    ) -> Result<Self> {
         let mut secret = [0u8; 32];
         SystemRandom::new().fill(&mut secret).map_err(|_| anyhow!("the system gives no randomness for a secret"))?;
-        let ticket = Self { run: run.to_string(), site: site.clone(), addresses, coordinator, secret: Digest(secret) };
+        let (run, secret) = (run.to_string(), Digest(secret));
+        let ticket = Self { run, site: site.clone(), addresses, coordinator, secret, expires };
         let folder = dir.tickets();
         fs::create_dir_all(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
-        let stub = serde_json::to_vec(&Stub { site })?;
-        write_atomically(&folder.join(format!("{}.json", Digest::of(&secret))), &stub)?;
+        let stub = serde_json::to_vec(&Stub { site, expires })?;
+        write_atomically(&folder.join(format!("{}.json", Digest::of(&secret.0))), &stub)?;
         Ok(ticket)
     }
 
-    /// The site that the ticket with this secret was issued to, and the secret's hash.
-    pub fn claim(dir: &RunDir, secret: &[u8; 32]) -> Option<(SiteId, Digest)> {
+    /// What the ticket with this secret is worth `now`, in seconds since 1970.
+    pub fn claim(dir: &RunDir, secret: &[u8; 32], now: u64) -> Claim {
         let hash = Digest::of(secret);
-        let stub = fs::read(dir.tickets().join(format!("{hash}.json"))).ok()?;
-        let stub: Stub = serde_json::from_slice(&stub).ok()?;
-        Some((stub.site, hash))
+        match Stub::read(&dir.tickets().join(format!("{hash}.json"))) {
+            Some(stub) if stub.expires.is_some_and(|expires| expires <= now) => Claim::Expired(stub.site),
+            Some(stub) => Claim::Good(stub.site, hash),
+            None => Claim::Unknown,
+        }
+    }
+
+    /// Withdraws all tickets that were issued to `site`, and says how many. Keys that they have let in stay in.
+    ///
+    /// # Errors
+    /// If one cannot be removed.
+    pub fn withdraw(dir: &RunDir, site: &SiteId) -> Result<usize> {
+        let tickets = fs::read_dir(dir.tickets()).into_iter().flatten().flatten().map(|file| file.path());
+        let theirs: Vec<_> = tickets.filter(|path| Stub::read(path).is_some_and(|stub| stub.site == *site)).collect();
+        for path in &theirs {
+            fs::remove_file(path).with_context(|| format!("{} cannot be removed", path.display()))?;
+        }
+        Ok(theirs.len())
     }
 
     /// One line of text to hand over.
@@ -168,11 +213,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir(folder.path().to_path_buf());
         let site: SiteId = "oslo".parse().unwrap();
-        let ticket = Ticket::issue(&dir, "r", site.clone(), vec!["[::1]:1".into()], Digest::of(b"k")).unwrap();
+        let (at, key) = (vec!["[::1]:1".to_string()], Digest::of(b"k"));
+        let ticket = Ticket::issue(&dir, "r", site.clone(), at, key, Some(100)).unwrap();
         let text = ticket.to_text();
         assert_eq!(Ticket::from_text(&text).unwrap(), ticket);
-        assert_eq!(Ticket::claim(&dir, &ticket.secret.0).map(|claim| claim.0), Some(site));
-        assert_eq!(Ticket::claim(&dir, &[0; 32]), None);
+        let good = Claim::Good(site.clone(), Digest::of(&ticket.secret.0));
+        assert_eq!(Ticket::claim(&dir, &ticket.secret.0, 99), good);
+        assert_eq!(Ticket::claim(&dir, &ticket.secret.0, 100), Claim::Expired(site.clone()));
+        assert_eq!(Ticket::claim(&dir, &[0; 32], 99), Claim::Unknown);
+        assert_eq!(Ticket::withdraw(&dir, &"rome".parse().unwrap()).unwrap(), 0);
+        assert_eq!(Ticket::withdraw(&dir, &site).unwrap(), 1);
+        assert_eq!(Ticket::claim(&dir, &ticket.secret.0, 99), Claim::Unknown);
         for bad in ["", "hello", &text[..text.len() - 3], &text.replace("atoll1.", "atoll1.A")] {
             let error = Ticket::from_text(bad).unwrap_err().to_string();
             assert!(error.contains("hint:"), "{error}");

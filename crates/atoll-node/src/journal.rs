@@ -92,19 +92,38 @@ impl JournalFile {
 ///
 /// # Errors
 /// If the file cannot be read or is damaged.
-pub fn read_entries(path: &Path, offset: u64, mut chain: Chain) -> Result<Vec<Entry>> {
+pub fn read_entries(path: &Path, offset: u64, chain: Chain) -> Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    read_on(path, offset, chain, |entry, _, _| {
+        entries.push(entry);
+        Ok(())
+    })?;
+    Ok(entries)
+}
+
+/// Like [`read_entries`], one by one; with each entry the hash and the length of the journal behind it.
+///
+/// # Errors
+/// If the file cannot be read or is damaged, or `visit` says so.
+pub fn read_on(
+    path: &Path,
+    mut offset: u64,
+    mut chain: Chain,
+    mut visit: impl FnMut(Entry, Chain, u64) -> Result<()>,
+) -> Result<()> {
     let place = || format!("the journal {}", path.display());
     let mut reader = BufReader::new(File::open(path).with_context(place)?);
     reader.seek(SeekFrom::Start(offset)).with_context(place)?;
-    let (mut entries, mut line) = (Vec::new(), String::new());
+    let mut line = String::new();
     while reader.read_line(&mut line).with_context(place)? > 0 && line.ends_with('\n') {
         let entry = chain
             .read(line.trim_end_matches('\n'))
-            .map_err(|error| anyhow::anyhow!("{} is damaged behind entry {}: {error}", place(), entries.len()))?;
-        entries.push(entry);
+            .map_err(|error| anyhow::anyhow!("{} is damaged at byte {offset}: {error}", place()))?;
+        offset += line.len() as u64;
         line.clear();
+        visit(entry, chain, offset)?;
     }
-    Ok(entries)
+    Ok(())
 }
 
 #[cfg(test)]

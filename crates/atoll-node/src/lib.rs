@@ -7,11 +7,13 @@
 //! | [`hf`] | Hugging Face folders |
 //! | [`run`] | the run folder and `run.toml` |
 //! | [`identity`] | keys and tickets |
+//! | [`revocation`] | how an operator takes a key off the list |
 //! | [`link`] | TLS connections that carry frames |
 //! | [`wan`] | a thin, long, lossy link for trying things out |
 //! | [`journal`] | the journal on disk |
 //! | [`store`] | payloads on disk, by content address |
 //! | [`snapshot`] | the model and the book on disk; recovery |
+//! | [`rollback`] | back to an earlier commit |
 //! | [`crew`] | threads for work that falls into parts |
 //! | [`coordinator`] | the coordinator's shell |
 //! | [`site`] | the site's shell |
@@ -27,6 +29,8 @@ pub mod identity;
 pub mod journal;
 pub mod link;
 pub mod report;
+pub mod revocation;
+pub mod rollback;
 pub mod run;
 pub mod site;
 pub mod snapshot;

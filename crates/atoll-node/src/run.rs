@@ -319,6 +319,10 @@ impl RunDir {
         self.0.join("tickets")
     }
 
+    pub fn revocations(&self) -> PathBuf {
+        self.0.join("revocations")
+    }
+
     pub fn journal(&self) -> PathBuf {
         self.0.join("journal.jsonl")
     }

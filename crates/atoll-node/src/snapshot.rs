@@ -190,8 +190,7 @@ pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest, seed: u64) 
             "run.toml describes another model than the run began with\nhint: undo the change to [model] or the tokenizer, or begin a new run"
         );
     }
-    let place = fs::read(folder.join("book.json")).with_context(whole)?;
-    let place: Place = serde_json::from_slice(&place).with_context(whole)?;
+    let place = place(folder).with_context(whole)?;
     if place.book.seed != seed {
         bail!(
             "run.toml has seed {seed}, the run began with {}\nhint: undo the change; the order of samples follows from the seed",
@@ -208,6 +207,16 @@ pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest, seed: u64) 
     let state = fs::read(folder.join("outer.safetensors")).with_context(whole)?;
     restore_outer(&mut global, &state).with_context(whole)?;
     Ok((global, place))
+}
+
+/// The book of a snapshot, without the model.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn place(folder: &Path) -> Result<Place> {
+    let path = folder.join("book.json");
+    let bytes = fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
 }
 
 fn addresses(commit: &Commit) -> Vec<Digest> {

@@ -14,6 +14,8 @@ mod model;
 mod new;
 mod precision;
 mod replay;
+mod revoke;
+mod rollback;
 mod speak;
 mod status;
 mod stop;
@@ -52,6 +54,8 @@ enum Command {
     Coordinate(coordinate::Arguments),
     /// Print a ticket: what one site needs to join.
     Ticket(ticket::Arguments),
+    /// Take a site's key off the list, at once and for good; its tickets too.
+    Revoke(revoke::Arguments),
     /// Join a run as a site and train.
     Join(join::Arguments),
     /// Look at a run, living or finished.
@@ -64,6 +68,8 @@ enum Command {
     Export(speak::ExportArguments),
     /// Turn text into token shards.
     Ingest(ingest::Arguments),
+    /// Take a stopped run back to an earlier commit; what came later is set aside.
+    Rollback(rollback::Arguments),
     /// Compute a run's commits again from its journal and compare.
     Replay(replay::Arguments),
 }
@@ -88,12 +94,14 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Coordinate(arguments) => coordinate::run(&arguments),
         Command::Ticket(arguments) => ticket::run(&arguments),
+        Command::Revoke(arguments) => revoke::run(&arguments),
         Command::Join(arguments) => join::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Generate(arguments) => speak::generate(&arguments),
         Command::Eval(arguments) => speak::eval(&arguments),
         Command::Export(arguments) => speak::export(&arguments),
         Command::Ingest(arguments) => ingest::run(&arguments),
+        Command::Rollback(arguments) => rollback::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
     };
     exit(result.map(|()| ExitCode::SUCCESS))

@@ -8,6 +8,7 @@ use atoll_core::hash::Digest;
 use atoll_core::journal::Entry;
 use atoll_node::coordinator::Prepared;
 use atoll_node::journal::read_entries;
+use atoll_node::rollback;
 use atoll_node::run::RunDir;
 use atoll_node::snapshot;
 use atoll_node::store::Store;
@@ -20,6 +21,7 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let dir = RunDir(arguments.dir.clone());
+    rollback::check_finished(&dir)?;
     let prepared = Prepared::read(&dir)?;
     let store = Store::open(dir.payloads())?;
     let Some((_, oldest)) = snapshot::list(&dir).into_iter().next() else {

@@ -1,6 +1,8 @@
 //! `atoll ticket`: what one site needs to join.
 
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, bail};
 use atoll_core::site::SiteId;
@@ -17,6 +19,38 @@ pub(crate) struct Arguments {
     /// Where the site finds the coordinator, host:port; may be given several times.
     #[arg(long, value_name = "HOST:PORT")]
     address: Vec<String>,
+    /// How long the ticket may wait for its site: so many s, m, h or d, or "never" expires. A site that it let in stays.
+    #[arg(long, value_name = "TIME", default_value = "7d")]
+    expires: Lifetime,
+}
+
+/// Seconds for which a ticket is good; none for ever.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Lifetime(Option<u64>);
+
+impl FromStr for Lifetime {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "never" {
+            return Ok(Self(None));
+        }
+        let seconds = [("s", 1), ("m", 60), ("h", 3600), ("d", 86400)].into_iter().find_map(|(unit, seconds)| {
+            text.strip_suffix(unit)?.parse().ok().and_then(|count: u64| count.checked_mul(seconds))
+        });
+        match seconds {
+            Some(seconds) if seconds > 0 => Ok(Self(Some(seconds))),
+            _ => Err("a time is a whole number above 0 with s, m, h or d, such as 7d; or never".to_string()),
+        }
+    }
+}
+
+impl Lifetime {
+    /// When it ends if it begins now, in seconds since 1970.
+    fn end(self) -> Option<u64> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        self.0.map(|seconds| now.saturating_add(seconds))
+    }
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
@@ -24,7 +58,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let config = RunConfig::load(&dir.config())?;
     let key = Identity::load(&dir.key())?;
     let addresses = addresses(arguments, &config, &dir)?;
-    let ticket = Ticket::issue(&dir, &config.name, arguments.site.clone(), addresses, key.fingerprint)?;
+    let (site, expires) = (arguments.site.clone(), arguments.expires.end());
+    let ticket = Ticket::issue(&dir, &config.name, site, addresses, key.fingerprint, expires)?;
     println!("{}", ticket.to_text());
     Ok(())
 }
@@ -43,5 +78,20 @@ fn addresses(arguments: &Arguments, config: &RunConfig, dir: &RunDir) -> Result<
             "nobody knows where sites can reach the coordinator\nhint: give --address HOST:PORT, or set coordinator.advertise in {}",
             dir.config().display()
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read() {
+        assert_eq!("90s".parse(), Ok(Lifetime(Some(90))));
+        assert_eq!("7d".parse(), Ok(Lifetime(Some(604_800))));
+        assert_eq!("never".parse(), Ok(Lifetime(None)));
+        for bad in ["", "7", "0d", "-1d", "1.5h", "d", "99999999999999999999d", "9999999999999999999d"] {
+            assert!(bad.parse::<Lifetime>().is_err(), "{bad}");
+        }
     }
 }

@@ -353,7 +353,9 @@ pub(super) fn journals() -> Vec<Vec<u8>> {
         Entry::Committed(commit),
         refused,
         Entry::Evaluated(Evaluated { commits: 1, nats: 1.0, tokens: 1, bytes: 1 }),
-        Entry::Returned { site, why: "gone".into() },
+        Entry::Returned { site: site.clone(), why: "gone".into() },
+        Entry::RolledBack { from: 3, to: 1, journal: digest, sessions: [(site.clone(), 2)].into() },
+        Entry::Revoked { site, key: digest },
         Entry::Finished,
     ];
     let lines: Vec<String> =

@@ -2,6 +2,7 @@
 //! until a quorum and a grace window have passed, then it is merged and becomes a commit. A
 //! contribution that comes too late is simply early for the next round.
 
+mod members;
 mod pace;
 mod receipts;
 mod weights;
@@ -16,6 +17,7 @@ use crate::outer::{Measures, Recipe};
 use crate::plan::{self, Codecs, Link, Load, Rung};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
+pub use members::Refusal;
 use pace::Lead;
 
 /// What happened.
@@ -29,6 +31,8 @@ pub enum Event {
     Arrived(SiteId, Digest, Seen),
     /// A site's payload is here in full and is useless.
     Useless(SiteId, Digest, String),
+    /// The operator wants this key of that site off the list.
+    Revoked(SiteId, Digest),
     /// A merge that was ordered is done.
     Merged(Merged),
     /// A merge that was ordered failed on this payload.
@@ -117,24 +121,6 @@ pub struct Forecast {
     pub receiving: f64,
     /// Seconds from a contribution of one fragment to its commit being applied, as expected.
     pub turn: f64,
-}
-
-/// Why a site may not come in.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// The key is on no list and no ticket came with it.
-    #[error(
-        "this key does not belong to the run\nhint: a site needs its own ticket; the operator prints one with `atoll ticket`"
-    )]
-    UnknownKey,
-    /// The ticket was used by another key.
-    #[error(
-        "the ticket was already used by another key\nhint: each ticket admits one site once; ask the operator for a new one"
-    )]
-    TicketUsed,
-    /// The name belongs to another key.
-    #[error("the name {0} belongs to a site with another key\nhint: ask the operator for a ticket with another name")]
-    NameTaken(SiteId),
 }
 
 /// Why a round is not merged yet.
@@ -284,26 +270,6 @@ impl Coordinator {
         self.phase
     }
 
-    /// Which site has this key; with a claim (a ticket's name and hash) also lets a new one in.
-    ///
-    /// # Errors
-    /// A sentence for the site's operator.
-    pub fn admit(&mut self, key: Digest, claim: Option<(SiteId, Digest)>) -> Result<(SiteId, Option<Entry>), Refusal> {
-        if let Some(site) = self.book.site_of(key) {
-            return Ok((site.clone(), None));
-        }
-        let (site, ticket) = claim.ok_or(Refusal::UnknownKey)?;
-        if self.book.tickets.contains(&ticket) {
-            return Err(Refusal::TicketUsed);
-        }
-        if self.book.sites.contains_key(&site) {
-            return Err(Refusal::NameTaken(site));
-        }
-        let entry = Entry::Admitted { site: site.clone(), key, ticket };
-        self.book.apply(&entry).map_err(|_| Refusal::TicketUsed)?;
-        Ok((site, Some(entry)))
-    }
-
     /// Takes in what happened and says what to do.
     pub fn handle(&mut self, now: Time, event: Event) -> Vec<Order> {
         let mut orders = Vec::new();
@@ -317,6 +283,7 @@ impl Coordinator {
             }
             Event::Arrived(site, payload, seen) => self.arrive(&site, payload, seen, &mut orders),
             Event::Useless(site, payload, why) => self.arrive_useless(&site, payload, why, &mut orders),
+            Event::Revoked(site, key) => self.revoke(&site, key, &mut orders),
             Event::Merged(merged) => self.commit(now, &merged, &mut orders),
             Event::Unmergeable(fragment, payload, why) => self.give_up_merge(fragment, payload, &why, &mut orders),
             Event::Tick => {}
@@ -391,7 +358,7 @@ impl Coordinator {
     // ---- a status comes in ----
 
     fn hear(&mut self, now: Time, site: &SiteId, status: Status, orders: &mut Vec<Order>) {
-        let Some(member) = self.book.sites.get(site) else { return };
+        let Some(member) = self.book.sites.get(site).filter(|_| !self.book.is_revoked(site)) else { return };
         if !status.vitals.are_sane() {
             return; // Nothing can be planned on these; a site that says so is as good as silent.
         }
@@ -501,6 +468,7 @@ impl Coordinator {
             return;
         }
         self.reset_empty_rounds();
+        self.return_leases_of_the_revoked(orders);
         self.return_leases_of_the_lost(now, orders);
         let awaited = self.views.iter().filter(|(site, view)| self.is_awaited(now, site, view)).count();
         for index in 0..self.rounds.len() {

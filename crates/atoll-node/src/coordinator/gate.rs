@@ -1,6 +1,7 @@
 //! The coordinator's side of each connection: greeting, then either status and standing (control) or
 //! payloads (data). Every connection is a task of its own; what they learn goes to the heart.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,7 +12,7 @@ use atoll_core::round::{Seen, Status};
 use atoll_core::site::SiteId;
 use atoll_core::wire::{Frame, Hello, PROTOCOL, Purpose, Welcome};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch as signal};
 
 use super::arriving::{Added, Arriving};
 use super::outgoing::{Outgoings, Piece};
@@ -30,6 +31,7 @@ pub(super) enum Input {
     },
     Heard {
         site: SiteId,
+        link: u64,
         status: Box<Status>,
     },
     Gone {
@@ -63,6 +65,8 @@ pub(super) struct House {
     pub(super) links: AtomicU64,
     /// What is to be sent to each site.
     pub(super) outgoings: Arc<Outgoings>,
+    /// Keys that are off the list: their connections end.
+    pub(super) revoked: signal::Receiver<BTreeSet<Digest>>,
 }
 
 /// Frames that may wait for a slow reader; further standings are dropped, since the next says it all.
@@ -114,9 +118,16 @@ async fn receive(house: &Arc<House>, tcp: TcpStream) -> Result<()> {
         house.outgoings.open(&site); // Before the site learns that it may open data connections.
     }
     write_frame(&mut link, &Frame::Welcome(Box::new(welcome))).await?;
-    match purpose {
-        Purpose::Control => control(house, site, link).await,
-        Purpose::Data | Purpose::Enlist => data(house, &site, link).await,
+    let mut revoked = house.revoked.clone();
+    let serve = async {
+        match purpose {
+            Purpose::Control => control(house, site.clone(), link).await,
+            Purpose::Data | Purpose::Enlist => data(house, &site, link).await,
+        }
+    };
+    tokio::select! {
+        result = serve => result,
+        Ok(_) = revoked.wait_for(|keys| keys.contains(&key)) => bail!("the key of {site} was revoked"),
     }
 }
 
@@ -149,7 +160,7 @@ async fn control(house: &Arc<House>, site: SiteId, link: Link) -> Result<()> {
         // A living site says something every second.
         while let Some(frame) = within(SILENCE_SECONDS, read_frame(&mut reader)).await?? {
             let Frame::Status(status) = frame else { bail!("a control connection carries statuses") };
-            house.inputs.send(Input::Heard { site: site.clone(), status }).await.map_err(|_| closed())?;
+            house.inputs.send(Input::Heard { site: site.clone(), link: number, status }).await.map_err(|_| closed())?;
         }
         anyhow::Ok(())
     };

@@ -157,6 +157,7 @@ impl Watch {
             let mut seen = self.peers.get_mut(site).map(Peer::look).unwrap_or_default();
             (seen.name, seen.tokens, seen.contributions) = (site.to_string(), member.tokens, member.contributions);
             seen.state = match (connected(site), live.get(site)) {
+                _ if book.is_revoked(site) => "revoked",
                 (false, _) => "away",
                 (true, None) => "loading",
                 (true, Some(true)) => "training",

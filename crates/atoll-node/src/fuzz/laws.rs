@@ -21,7 +21,7 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use crate::coordinator::arriving::{Added, Arriving};
 use crate::data::shards::{Shard, ShardInfo};
 use crate::data::{Dataset, IngestOptions, Sample, Source, Split, TextField, Tokenizer, ingest};
-use crate::identity::{Identity, Ticket};
+use crate::identity::{Claim, Identity, Ticket};
 use crate::link::read_frame;
 use crate::report::Report;
 use crate::run::{RunConfig, RunDir, Terms};
@@ -126,7 +126,7 @@ pub(super) fn tickets() -> Vec<Vec<u8>> {
     let digest = Digest::of(b"x");
     let site: SiteId = "oslo".parse().expect("a good name");
     let addresses = vec!["[::1]:1".into(), "host:7000".into()];
-    let ticket = Ticket { run: "r".into(), site, addresses, coordinator: digest, secret: digest };
+    let ticket = Ticket { run: "r".into(), site, addresses, coordinator: digest, secret: digest, expires: Some(1) };
     vec![ticket.to_text().into_bytes(), serde_json::to_vec(&ticket).expect("a ticket is plain data")]
 }
 
@@ -451,7 +451,7 @@ pub(super) fn site_files(bytes: &[u8]) {
     }
     let stub = format!("tickets/{}.json", Digest::of(&secret));
     in_folder(&[(&stub, bytes)], |folder| {
-        if let Some((_, hash)) = Ticket::claim(&RunDir(folder.to_path_buf()), &secret) {
+        if let Claim::Good(_, hash) = Ticket::claim(&RunDir(folder.to_path_buf()), &secret, 0) {
             assert_eq!(hash, Digest::of(&secret));
         }
     });

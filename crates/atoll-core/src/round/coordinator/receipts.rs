@@ -200,7 +200,7 @@ impl Coordinator {
 
     /// Turns down the contributions in the round of fragment number `index` that `is_meant`, and tells whether there
     /// was one; what is being merged is beyond recall.
-    fn turn_down(
+    pub(super) fn turn_down(
         &mut self,
         index: usize,
         why: &str,
