@@ -2,10 +2,14 @@
 //!
 //! Each subcommand is a module; they call `atoll-node` for files, sockets and rounds and `atoll-cpu`
 //! for the engine. `demo` calls the other subcommands as processes and nothing else, but for its links.
+//!
+//! The command is a library so that it can be built with more [`Devices`] than the CPU, as `gpu/command` does.
 
 mod check;
 mod coordinate;
+mod cpu;
 mod demo;
+mod devices;
 mod ingest;
 mod join;
 mod links;
@@ -22,6 +26,9 @@ mod view;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+pub use devices::{Device, Devices, Listing, Offer, OnlyCpu};
+pub use precision::Wish;
 
 /// Trains one language model across several data centers, and serves it from them.
 ///
@@ -51,6 +58,8 @@ enum Command {
     Ticket(ticket::Arguments),
     /// Join a run as a site and train.
     Join(join::Arguments),
+    /// List what this machine can train on, with memory and a measured rate of matrix products.
+    Devices(devices::Arguments),
     /// Look at a run, living or finished.
     Status(status::Arguments),
     /// Continue a text with the model.
@@ -65,7 +74,8 @@ enum Command {
     Replay(replay::Arguments),
 }
 
-fn main() -> ExitCode {
+/// Does what the command line says, on the CPU or on one of `devices`.
+pub fn run(devices: &dyn Devices) -> ExitCode {
     let arguments = Arguments::parse();
     let level = match arguments.verbose {
         0 => tracing::Level::INFO,
@@ -84,7 +94,8 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Coordinate(arguments) => coordinate::run(&arguments),
         Command::Ticket(arguments) => ticket::run(&arguments),
-        Command::Join(arguments) => join::run(&arguments),
+        Command::Join(arguments) => join::run(&arguments, devices),
+        Command::Devices(arguments) => devices::run(&arguments, devices),
         Command::Status(arguments) => status::run(&arguments),
         Command::Generate(arguments) => speak::generate(&arguments),
         Command::Eval(arguments) => speak::eval(&arguments),
