@@ -8,6 +8,7 @@
 pub mod conformance;
 
 use crate::manifest::{FragmentId, Manifest};
+use crate::model::ModelConfig;
 use crate::training::Packing;
 
 /// Trains one model in place.
@@ -101,6 +102,31 @@ impl Batch {
                     start = position + 1;
                 }
             }
+        }
+    }
+
+    /// Whether an engine with this model can read the batch.
+    ///
+    /// # Errors
+    /// [`EngineError::Data`] if there are no tokens, or tokens or starts are too many, too few or out of range.
+    pub fn check(&self, model: &ModelConfig) -> Result<(), EngineError> {
+        let Self { rows, length, .. } = *self;
+        let wrong = |what: String| Err(EngineError::Data(what));
+        if rows == 0 || length == 0 || self.tokens.len() != rows * (length + 1) {
+            return wrong(format!("{} tokens are not {rows} windows of {length} + 1", self.tokens.len()));
+        }
+        if length > model.max_position_embeddings {
+            return wrong(format!("windows of {length} tokens for a context of {}", model.max_position_embeddings));
+        }
+        let in_order = |(index, &start): (usize, &u32)| start as usize <= index % length;
+        if !self.starts.is_empty()
+            && (self.starts.len() != rows * length || !self.starts.iter().enumerate().all(in_order))
+        {
+            return wrong(format!("{} document starts do not fit {rows} windows of {length}", self.starts.len()));
+        }
+        match self.tokens.iter().find(|&&token| token as usize >= model.vocab_size) {
+            Some(token) => wrong(format!("token {token} is outside of the vocabulary of {}", model.vocab_size)),
+            None => Ok(()),
         }
     }
 }

@@ -12,7 +12,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use crate::hash::Digest;
-use crate::model::Tensor;
+use crate::model::{ModelConfig, Tensor};
 
 /// Names a fragment: `0..manifest.fragments()`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -110,6 +110,18 @@ impl Manifest {
         self.fingerprint
     }
 
+    /// The first tensor in which this layout is not the model's, in words.
+    pub fn difference(&self, model: &ModelConfig) -> Option<String> {
+        let (ours, theirs) = (model.tensors(), self.tensors());
+        let first = ours.iter().zip(theirs).find(|(ours, theirs)| ours != theirs);
+        let describe = |(ours, theirs): (&Tensor, &Tensor)| {
+            let ((a, b), (c, d)) = ((&ours.name, &ours.shape), (&theirs.name, &theirs.shape));
+            format!("the manifest has {c} {d:?} where the model has {a} {b:?}")
+        };
+        let count = || format!("the manifest has {} tensors, the model {}", theirs.len(), ours.len());
+        first.map(describe).or_else(|| (ours.len() != theirs.len()).then(count))
+    }
+
     /// Splits per-tensor weights (one vector per tensor, in manifest order) into per-fragment weights.
     ///
     /// # Panics
@@ -156,7 +168,6 @@ fn fingerprint(tensors: &[Tensor], fragments: &[Vec<usize>]) -> Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ModelConfig;
 
     #[test]
     fn fragments_are_balanced_and_cover_every_weight_once() {

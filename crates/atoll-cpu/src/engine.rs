@@ -142,7 +142,7 @@ impl CpuEngine {
 
     /// Writes the gradient of the mean loss of `batch`, `rows` rows at a time; returns the summed loss.
     fn accumulate(&mut self, batch: &Batch, rows: usize) -> Result<f64, EngineError> {
-        check_batch(&self.options.model, batch)?;
+        batch.check(&self.options.model)?;
         self.pack(Directions::Both);
         let Self { pool, llama, weights, gradient, .. } = self;
         let scale = 1.0 / (batch.rows * batch.length) as f32;
@@ -222,7 +222,7 @@ impl Engine for CpuEngine {
     }
 
     fn evaluate(&mut self, batch: &Batch) -> Result<Evaluation, EngineError> {
-        check_batch(&self.options.model, batch)?;
+        batch.check(&self.options.model)?;
         self.pack(Directions::Forward);
         let Self { options, pool, llama, weights, .. } = self;
         let nats = micro_batches(batch, options.rows).map(|windows| llama.nats(pool, weights, windows)).sum();
@@ -264,40 +264,7 @@ fn check(options: &Options, manifest: &Manifest) -> Result<(), EngineError> {
         }
     }
     if problems.is_empty() {
-        problems.extend(difference(&options.model, manifest));
+        problems.extend(manifest.difference(&options.model));
     }
     if problems.is_empty() { Ok(()) } else { Err(EngineError::Device(problems.join("\n"))) }
-}
-
-/// The first tensor in which the manifest is not the model's.
-fn difference(model: &ModelConfig, manifest: &Manifest) -> Option<String> {
-    let (ours, theirs) = (model.tensors(), manifest.tensors());
-    let first = ours.iter().zip(theirs).find(|(ours, theirs)| ours != theirs);
-    let describe = |(ours, theirs): (&atoll_core::model::Tensor, &atoll_core::model::Tensor)| {
-        let ((a, b), (c, d)) = ((&ours.name, &ours.shape), (&theirs.name, &theirs.shape));
-        format!("the manifest has {c} {d:?} where the model has {a} {b:?}")
-    };
-    let count = || format!("the manifest has {} tensors, the model {}", theirs.len(), ours.len());
-    first.map(describe).or_else(|| (ours.len() != theirs.len()).then(count))
-}
-
-fn check_batch(model: &ModelConfig, batch: &Batch) -> Result<(), EngineError> {
-    let Batch { rows, length, .. } = *batch;
-    let wrong = |what: String| Err(EngineError::Data(what));
-    if rows == 0 || length == 0 || batch.tokens.len() != rows * (length + 1) {
-        return wrong(format!("{} tokens are not {rows} windows of {length} + 1", batch.tokens.len()));
-    }
-    if length > model.max_position_embeddings {
-        return wrong(format!("windows of {length} tokens for a context of {}", model.max_position_embeddings));
-    }
-    let in_order = |(index, &start): (usize, &u32)| start as usize <= index % length;
-    if !batch.starts.is_empty()
-        && (batch.starts.len() != rows * length || !batch.starts.iter().enumerate().all(in_order))
-    {
-        return wrong(format!("{} document starts do not fit {rows} windows of {length}", batch.starts.len()));
-    }
-    match batch.tokens.iter().find(|&&token| token as usize >= model.vocab_size) {
-        Some(token) => wrong(format!("token {token} is outside of the vocabulary of {}", model.vocab_size)),
-        None => Ok(()),
-    }
 }

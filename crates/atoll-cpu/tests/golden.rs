@@ -4,83 +4,28 @@
 
 mod common;
 
+use atoll_core::engine::Engine;
 use atoll_core::engine::weights;
-use atoll_core::engine::{Batch, Engine};
 use atoll_core::manifest::Manifest;
-use atoll_core::model::ModelConfig;
 use atoll_core::training::{AdamW, Muon};
 use atoll_cpu::{CpuEngine, Generator, NoFeed, Options, Precision};
-use safetensors::SafeTensors;
-use serde_json::Value;
 
+use common::golden::Golden;
 use common::{ListFeed, engine};
 
-struct Golden {
-    numbers: Value,
-    bytes: Vec<u8>,
-    model: ModelConfig,
-}
-
-impl Golden {
-    fn load(name: &str) -> Self {
-        let file = |end: &str| format!("{}/tests/golden/{name}.{end}", env!("CARGO_MANIFEST_DIR"));
-        let numbers: Value = serde_json::from_slice(&std::fs::read(file("json")).unwrap()).unwrap();
-        let model = serde_json::from_value(numbers["model"].clone()).unwrap();
-        Self { numbers, bytes: std::fs::read(file("safetensors")).unwrap(), model }
-    }
-
-    fn words(&self, name: &str) -> Vec<[u8; 4]> {
-        let tensors = SafeTensors::deserialize(&self.bytes).unwrap();
-        tensors.tensor(name).unwrap().data().as_chunks().0.to_vec()
-    }
-
-    fn floats(&self, name: &str) -> Vec<f32> {
-        self.words(name).into_iter().map(f32::from_le_bytes).collect()
-    }
-
-    /// Weights or gradients, one vector per tensor.
-    fn tensors(&self, what: &str) -> Vec<Vec<f32>> {
-        self.model.tensors().iter().map(|tensor| self.floats(&format!("{what}.{}", tensor.name))).collect()
-    }
-
-    fn number(&self, key: &str) -> usize {
-        self.numbers[key].as_u64().unwrap() as usize
-    }
-
-    fn list(&self, key: &str) -> Vec<f64> {
-        self.numbers[key].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
-    }
-
-    /// The batch of each step; step i of n is at progress i/n.
-    fn batches(&self) -> Vec<Batch> {
-        let tokens: Vec<u32> = self.words("tokens").into_iter().map(u32::from_le_bytes).collect();
-        let (rows, length) = (self.number("rows"), self.number("length"));
-        let steps = tokens.chunks(rows * (length + 1));
-        let count = steps.len() as f32;
-        let batch = |(step, tokens): (usize, &[u32])| Batch {
-            rows,
-            length,
-            tokens: tokens.to_vec(),
-            progress: step as f32 / count,
-            ..Batch::default()
-        };
-        steps.enumerate().map(batch).collect()
-    }
-
-    fn engine(&self, feed: Box<dyn atoll_core::engine::Feed>) -> CpuEngine {
-        let optimizer: AdamW = serde_json::from_value(self.numbers["optimizer"].clone()).unwrap();
-        let muon: Option<Muon> = serde_json::from_value(self.numbers["muon"].clone()).unwrap();
-        let options = Options {
-            model: self.model.clone(),
-            optimizer,
-            muon,
-            precision: Precision::F32,
-            rows: self.number("rows"),
-            accumulate: 1,
-            threads: 2,
-        };
-        engine(options, &self.tensors("weight"), feed)
-    }
+fn golden_engine(golden: &Golden, feed: Box<dyn atoll_core::engine::Feed>) -> CpuEngine {
+    let optimizer: AdamW = serde_json::from_value(golden.numbers["optimizer"].clone()).unwrap();
+    let muon: Option<Muon> = serde_json::from_value(golden.numbers["muon"].clone()).unwrap();
+    let options = Options {
+        model: golden.model.clone(),
+        optimizer,
+        muon,
+        precision: Precision::F32,
+        rows: golden.number("rows"),
+        accumulate: 1,
+        threads: 2,
+    };
+    engine(options, &golden.tensors("weight"), feed)
 }
 
 fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {
@@ -89,7 +34,7 @@ fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {
 }
 
 fn check(name: &str) {
-    let golden = Golden::load(name);
+    let golden = Golden::load(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden"), name);
     forward_and_backward(&golden);
     training(&golden);
 }
@@ -102,7 +47,7 @@ fn forward_and_backward(golden: &Golden) {
     let apart = farthest(&logits, &golden.floats("logits"));
     assert!(apart < 1e-5, "logits are {apart} apart");
 
-    let gradients = golden.engine(Box::new(NoFeed)).gradients(&batch).unwrap();
+    let gradients = golden_engine(golden, Box::new(NoFeed)).gradients(&batch).unwrap();
     let loss = golden.numbers["loss"].as_f64().unwrap();
     assert!((gradients.loss - loss).abs() < 1e-6, "{} is not {loss}", gradients.loss);
     for ((ours, theirs), tensor) in gradients.tensors.iter().zip(golden.tensors("gradient")).zip(golden.model.tensors())
@@ -113,7 +58,7 @@ fn forward_and_backward(golden: &Golden) {
 }
 
 fn training(golden: &Golden) {
-    let mut engine = golden.engine(Box::new(ListFeed(golden.batches().into_iter())));
+    let mut engine = golden_engine(golden, Box::new(ListFeed(golden.batches().into_iter())));
     for (step, theirs) in golden.list("losses").into_iter().enumerate() {
         let ours = engine.train(1).unwrap().loss;
         assert!((ours - theirs).abs() < 1e-5, "step {step}: loss {ours} is not {theirs}");

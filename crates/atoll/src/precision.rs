@@ -1,4 +1,4 @@
-//! `--precision`: what the CPU engine multiplies matrices in.
+//! `--precision`: what an engine multiplies matrices in.
 
 use std::fmt;
 
@@ -12,10 +12,10 @@ pub(crate) struct Arguments {
     precision: Wish,
 }
 
-/// What the operator asks for.
+/// What an operator wants factors of matrix products rounded to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-enum Wish {
-    /// bf16 where the processor has instructions for it, else f32.
+pub enum Wish {
+    /// bf16 where the processor has instructions for it, else f32; on GPUs f32.
     #[default]
     Auto,
     /// Factors in f32: processors differ by the rounding of sums alone.
@@ -25,6 +25,11 @@ enum Wish {
 }
 
 impl Arguments {
+    /// As it was said.
+    pub(crate) fn wish(self) -> Wish {
+        self.precision
+    }
+
     /// What the engine is to use on this machine; says so if that will be slow.
     pub(crate) fn resolve(self) -> Precision {
         if self.precision == Wish::Bf16 && Precision::best() != Precision::Bf16 {

@@ -11,11 +11,15 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
-/// Atoll's crates and their dependencies, tests' aside.
+/// Atoll's crates and their dependencies, tests' aside. Those for GPUs are a workspace of their own.
 fn dependencies() -> BTreeMap<String, Vec<String>> {
+    [root(), root().join("gpu")].iter().flat_map(|workspace| dependencies_in(workspace)).collect()
+}
+
+fn dependencies_in(workspace: &Path) -> BTreeMap<String, Vec<String>> {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--no-deps", "--offline", "--format-version", "1"])
-        .current_dir(root())
+        .current_dir(workspace)
         .output()
         .unwrap();
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -30,13 +34,15 @@ fn dependencies() -> BTreeMap<String, Vec<String>> {
 
 #[test]
 fn floors_hold() {
-    let floors: [(&str, &[&str]); 7] = [
+    let floors: [(&str, &[&str]); 9] = [
         ("atoll-core", &[]),
         ("atoll-node", &["atoll-core"]),
         ("atoll-cpu", &["atoll-core"]),
+        ("atoll-burn", &["atoll-core"]),
         ("atoll-sim", &["atoll-core"]),
         ("atoll", &["atoll-core", "atoll-node", "atoll-cpu"]),
         ("atoll-python", &["atoll-core", "atoll-node", "atoll-cpu"]),
+        ("atoll-gpu", &["atoll-core", "atoll-node", "atoll-burn", "atoll"]),
         ("atoll-bench", &["atoll-core", "atoll-node", "atoll-cpu", "atoll-sim"]),
     ];
     let found = dependencies();
@@ -74,6 +80,8 @@ fn unsafe_stays_where_it_is_explained() {
         ["crates/atoll-cpu/src/gemm/avx512.rs", "crates/atoll-cpu/src/pool.rs", "crates/atoll-node/src/data/map.rs"];
     let mut files = Vec::new();
     sources(&root().join("crates"), &mut files);
+    sources(&root().join("gpu/engine"), &mut files);
+    sources(&root().join("gpu/command"), &mut files);
     assert!(files.len() > 30, "the sources were not found");
     for file in files {
         let name = file.strip_prefix(root()).unwrap().to_string_lossy().into_owned();
@@ -107,4 +115,12 @@ fn pages_stay_readable() {
         let lines = fs::read_to_string(root().join(page)).unwrap().lines().count();
         assert!(lines <= most, "{page} has {lines} lines, {most} are enough");
     }
+}
+
+/// Burn's hundreds of crates stay out of what everybody builds, and out of the lock file that the default corpus reads.
+#[test]
+fn burn_is_only_in_the_workspace_for_gpus() {
+    let holds_burn = |lock: &str| fs::read_to_string(root().join(lock)).unwrap().contains("name = \"burn-core\"");
+    assert!(!holds_burn("Cargo.lock"));
+    assert!(holds_burn("gpu/Cargo.lock"));
 }

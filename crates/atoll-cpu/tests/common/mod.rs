@@ -1,6 +1,8 @@
 //! What the tests share: a tiny model, feeds, and an engine of both.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod golden;
+
 use atoll_core::engine::{Batch, EngineError, Feed};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
