@@ -171,10 +171,10 @@ impl Past {
             (past.chain, past.offset) = (chain, offset);
             past.book.apply(&entry).map_err(|error| anyhow!("the journal contradicts itself: {error}"))
         })?;
-        past.is_reached(dir, to)
+        past.checked(dir, to)
     }
 
-    fn is_reached(self, dir: &RunDir, to: u64) -> Result<Self> {
+    fn checked(self, dir: &RunDir, to: u64) -> Result<Self> {
         let latest = self.commits();
         if to > latest {
             return Err(unreachable(dir, to, latest));
