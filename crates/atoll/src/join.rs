@@ -52,9 +52,9 @@ pub(crate) fn run(arguments: &Arguments, devices: &dyn Devices) -> Result<()> {
     if arguments.rows == Some(0) {
         bail!("--rows must be at least 1");
     }
+    let device = device(arguments, devices)?;
     let ticket = ticket(&arguments.ticket)?;
     let dir = arguments.dir.clone().unwrap_or_else(|| PathBuf::from(format!("atoll-{}", ticket.site)));
-    let device = device(arguments, devices)?;
     let options = SiteOptions {
         dir,
         ticket,

@@ -4,12 +4,13 @@
 //! there are is decided when the crate is built, by its features; the same card may be there under several.
 
 use std::fs;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use burn::tensor::{Device as Handle, DeviceType, FloatDType, Tensor};
 
-use crate::arithmetic::{Precision, total};
+use crate::arithmetic::Precision;
 
 /// An interface through which devices are reached: a feature of this crate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +65,10 @@ impl Api {
         }
     }
 }
+
+/// Widths of the squares that are multiplied to measure a device: the widest takes 64 MiB, and drivers refuse more
+/// than 128 in one piece.
+const SQUARES: Range<usize> = 256..4096;
 
 /// A device that can train.
 #[derive(Debug, Clone)]
@@ -151,32 +156,37 @@ impl Device {
     /// product takes a twentieth of a second.
     ///
     /// # Errors
-    /// If the driver fails.
+    /// If the driver fails, or its products are wrong.
     pub fn rate(&self, precision: Precision) -> Result<f64, String> {
-        guarded(&self.name, || {
-            let mut size = 256;
-            loop {
-                let seconds = self.product_seconds(precision, size);
-                if seconds > 0.05 || size == 8192 {
-                    return 2.0 * (size as f64).powi(3) / seconds;
-                }
-                size *= 2;
+        let mut size = SQUARES.start;
+        loop {
+            let seconds = guarded(&self.name, || self.product_seconds(precision, size))??;
+            if seconds > 0.05 || size >= SQUARES.end {
+                return Ok(2.0 * (size as f64).powi(3) / seconds);
             }
-        })
+            size *= 2;
+        }
     }
 
     /// The shortest of some products of squares.
-    fn product_seconds(&self, precision: Precision, size: usize) -> f64 {
+    fn product_seconds(&self, precision: Precision, size: usize) -> Result<f64, String> {
         let square = Tensor::<2>::ones([size, size], &self.handle);
-        let once = |_| {
-            let began = Instant::now();
-            // One number of the result: it cannot be there before the product is.
-            let product = precision.product(square.clone(), square.clone());
-            total(product.narrow(0, 0, 1).narrow(1, 0, 1)).into_data();
-            began.elapsed()
-        };
+        let mut shortest = f64::INFINITY;
         // The first compiles kernels.
-        (0..4).map(once).skip(1).min().unwrap_or(Duration::MAX).as_secs_f64()
+        for turn in 0..4 {
+            let began = Instant::now();
+            let product = precision.product(square.clone(), square.clone());
+            // One number of it: it cannot be there before the product is.
+            let last = product.narrow(0, size - 1, 1).narrow(1, size - 1, 1);
+            let last: f32 = last.try_into_scalar().map_err(|error| format!("{} failed: {error}", self.name))?;
+            if last != size as f32 {
+                return Err(format!("{} multiplies wrongly: {last} is not {size}", self.name));
+            }
+            if turn > 0 {
+                shortest = shortest.min(began.elapsed().as_secs_f64());
+            }
+        }
+        Ok(shortest)
     }
 
     /// Burn's handle.
