@@ -8,7 +8,7 @@ use common::{Lab, atoll, signal, text, wait};
 
 #[test]
 fn sites_of_different_shape_hold_the_same_model() {
-    let lab = Lab::new(60_000, &[]);
+    let lab = Lab::new(240_000, &[]);
     let mut coordinator = lab.coordinate();
     let shapes: [(&str, &[&str]); 3] = [
         ("a", &["--rows", "2"]),
@@ -20,7 +20,7 @@ fn sites_of_different_shape_hold_the_same_model() {
     for (site, (name, _)) in sites.iter_mut().zip(shapes) {
         assert!(wait(site).success(), "{}", lab.log(name));
     }
-    assert!(report.tokens >= 60_000 && report.commits > 0, "{report:?}");
+    assert!(report.tokens >= 240_000 && report.commits > 0, "{report:?}");
     assert_eq!(report.sites.iter().map(|site| site.tokens).sum::<u64>(), report.tokens);
     for site in &report.sites {
         assert!(site.contributions > 0 && site.tokens > 0, "{} brought nothing: {report:?}", site.name);
