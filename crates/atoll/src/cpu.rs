@@ -22,7 +22,7 @@ impl Cpu {
         Self { threads, precision, share }
     }
 
-    /// All cores, measured: two tenths of a minute at most.
+    /// All cores, measured, which takes some seconds.
     pub(crate) fn offer() -> Offer {
         let gflops = |precision| peak(precision, cores()) / 1e9;
         Offer {

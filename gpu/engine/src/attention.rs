@@ -104,7 +104,7 @@ pub(crate) fn forward(precision: Precision, mask: &Mask, q: Tensor<4>, k: Tensor
 }
 
 /// The gradients of queries, keys and values, for the results' `(B,H,T,d)`.
-pub(crate) fn backward(precision: Precision, mask: &Mask, kept: &Kept, dout: Tensor<4>) -> [Tensor<4>; 3] {
+pub(crate) fn backward(precision: Precision, mask: &Mask, kept: &Kept, dout: &Tensor<4>) -> [Tensor<4>; 3] {
     let Kept { q, k, v, out, logarithms } = kept;
     let [_, heads, length, width] = q.dims();
     let (shared, scale) = (k.dims()[1], scale(width));
@@ -114,7 +114,7 @@ pub(crate) fn backward(precision: Precision, mask: &Mask, kept: &Kept, dout: Ten
         let before = 0..block.end;
         let (keys, values) = (rows(k, &before), rows(v, &before));
         let weights = (scores(precision, mask, q, k, &block) - rows(logarithms, &block)).exp();
-        let dblock = share(rows(&dout, &block), shared);
+        let dblock = share(rows(dout, &block), shared);
         let dweights = precision.product(dblock.clone(), values.swap_dims(2, 3));
         let dscores = weights.clone() * (unshare(dweights, heads) - rows(&along, &block)).mul_scalar(scale);
         let (weights, dscores) = (share(weights, shared), share(dscores, shared));

@@ -154,7 +154,7 @@ impl Llama {
         let y = norm(&x, attention_gain, eps);
         let dresult = self.split(inputs, precision.back(dmiddle.clone(), o));
         let do_ = precision.slope(dmiddle.clone(), join(attention.out.clone()));
-        let [dq, dk, dv] = attention::backward(precision, &inputs.mask, &attention, dresult);
+        let [dq, dk, dv] = attention::backward(precision, &inputs.mask, &attention, &dresult);
         let (dq, dk, dv) = (join(self.rope.turn_back(dq)), join(self.rope.turn_back(dk)), join(dv));
         let dy = precision.back(dq.clone(), q) + precision.back(dk.clone(), k) + precision.back(dv.clone(), v);
         let [dq, dk, dv] = [dq, dk, dv].map(|d| precision.slope(d, y.clone()));
