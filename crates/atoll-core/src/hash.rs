@@ -1,6 +1,7 @@
 //! Content addresses. Every block of bytes that travels between sites is named by its BLAKE3 hash,
 //! so that what arrives can be verified, stored once and asked for again by name.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
@@ -16,6 +17,14 @@ pub struct Digest(pub [u8; 32]);
 /// Bytes that a team's member hashes at a time. A power of two, so that they are a subtree of BLAKE3's tree.
 const SUBTREE: usize = 1 << 18;
 
+/// Weights as they are stored, sent and hashed: little-endian `f32`. On most machines they lie in memory like that.
+pub fn little_endian(weights: &[f32]) -> Cow<'_, [u8]> {
+    if cfg!(target_endian = "little") {
+        return Cow::Borrowed(bytemuck::cast_slice(weights));
+    }
+    Cow::Owned(weights.iter().flat_map(|weight| weight.to_le_bytes()).collect())
+}
+
 impl Digest {
     /// The name of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
@@ -25,11 +34,7 @@ impl Digest {
     /// The name of a slice of weights: the hash of their little-endian `f32` bytes. It is therefore
     /// also the content address of those bytes on the wire.
     pub fn of_weights(weights: &[f32]) -> Self {
-        if cfg!(target_endian = "little") {
-            return Self::of(bytemuck::cast_slice(weights));
-        }
-        let bytes: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
-        Self::of(&bytes)
+        Self::of(&little_endian(weights))
     }
 
     /// [`of_weights`](Self::of_weights), shared out.

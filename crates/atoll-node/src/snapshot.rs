@@ -5,13 +5,14 @@
 //! Recovery takes the newest whole snapshot and computes every later commit again from its payloads,
 //! comparing digests: the coordinator is rebuilt bit for bit or says what is missing.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::codec::check_finite;
-use atoll_core::hash::Digest;
+use atoll_core::hash::{Digest, little_endian};
 use atoll_core::journal::{Book, Chain, Commit, Entry};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
@@ -247,15 +248,14 @@ pub fn needed(payloads: &BTreeMap<u64, Vec<Digest>>, book: &Book) -> BTreeSet<Di
 }
 
 pub(crate) fn outer_state(global: &Global) -> Result<Vec<u8>> {
-    let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|value| value.to_le_bytes()).collect() };
     let rho = global.rho.iter().flat_map(|rho| rho.to_le_bytes()).collect();
-    let mut parts: Vec<(String, Vec<u8>)> = (0..global.theta.len())
+    let mut parts: Vec<(String, Cow<'_, [u8]>)> = (0..global.theta.len())
         .flat_map(|index| {
             [("momentum", &global.momentum[index]), ("residual", &global.residual[index])]
-                .map(|(name, values)| (format!("{name}.{index}"), bytes(values)))
+                .map(|(name, values)| (format!("{name}.{index}"), little_endian(values)))
         })
         .collect();
-    parts.push(("rho".to_string(), rho));
+    parts.push(("rho".to_string(), Cow::Owned(rho)));
     let views: Vec<(&String, TensorView<'_>)> =
         parts.iter().map(|(name, data)| Ok((name, view(name, data)?))).collect::<Result<_>>()?;
     Ok(safetensors::serialize(views, None)?)

@@ -17,7 +17,7 @@
 //! stops in an orderly way writes `Left` twice: as its last contribution leaves it, and as it is without that one.
 
 use crate::codec::Payload;
-use crate::hash::Digest;
+use crate::hash::{Digest, little_endian};
 use crate::team::Alone;
 
 /// What is owed to the model, and the contribution, by its payload's address, that left it.
@@ -41,7 +41,7 @@ pub fn file(layout: Digest) -> Vec<u8> {
 /// The part that says what a contribution has left.
 pub fn left(Residual { after, values }: &Residual) -> Vec<u8> {
     let mut part = head(LEFT, *after, Digest::of_weights(values), 4 * values.len());
-    part.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    part.extend_from_slice(&little_endian(values));
     part
 }
 

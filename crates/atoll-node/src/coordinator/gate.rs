@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch as signal};
 
 use super::arriving::{Added, Arriving};
 use super::outgoing::{Outgoings, Piece};
-use super::shelf::Shelf;
+use super::shelf::{Bytes, Shelf};
 use crate::crew::Crew;
 use crate::link::{Gate, Link, SILENCE_SECONDS, Traffic, read_frame, within, write_frame};
 use crate::store::Store;
@@ -190,8 +190,11 @@ async fn data(house: &Arc<House>, site: &SiteId, link: Link) -> Result<()> {
         while let Some(frame) = read_frame(&mut reader).await? {
             match frame {
                 Frame::Get { digest, offset, length } => {
-                    make_ahead(house, digest);
-                    outgoing.answer(Piece::Answer { digest, offset, length })?;
+                    // They are made, if they must be, while what was asked for before is being sent.
+                    match fetch(house, digest).await? {
+                        Some(_) => outgoing.answer(Piece::Answer { digest, offset, length })?,
+                        None => outgoing.say(Frame::Missing(digest)),
+                    }
                 }
                 Frame::Put { digest, total, offset, bytes } => {
                     if let Some(answer) = take_in(house, site, digest, total, offset, &bytes).await? {
@@ -206,22 +209,21 @@ async fn data(house: &Arc<House>, site: &SiteId, link: Link) -> Result<()> {
     tokio::select! { result = write => result, result = read => result }
 }
 
-/// Begins to make bytes that a site has asked for while others are still being sent.
-fn make_ahead(house: &House, digest: Digest) {
-    if house.shelf.wants_making(digest) {
-        let shelf = house.shelf.clone();
-        tokio::task::spawn_blocking(move || shelf.make_ahead(digest));
+/// The bytes of that address, made or read if they are not at hand; none if they are not here.
+async fn fetch(house: &House, digest: Digest) -> Result<Option<Bytes>> {
+    match house.shelf.at_hand(digest) {
+        Some(bytes) => Ok(Some(bytes)),
+        None => {
+            let shelf = house.shelf.clone();
+            Ok(tokio::task::spawn_blocking(move || shelf.get(digest)).await?)
+        }
     }
 }
 
 /// The bytes that a site has asked for, or word that they are not here.
 async fn look_up(house: &Arc<House>, digest: Digest, offset: u64, length: u32) -> Result<Frame> {
-    let shelf = house.shelf.clone();
-    let bytes = match house.shelf.at_hand(digest) {
-        Some(bytes) => Some(bytes),
-        None => tokio::task::spawn_blocking(move || shelf.get(digest)).await?,
-    };
-    let range = |bytes: &Arc<Vec<u8>>| {
+    let bytes = fetch(house, digest).await?;
+    let range = |bytes: &Bytes| {
         let start = usize::try_from(offset).ok()?;
         bytes.get(start..start.checked_add(length as usize)?).map(<[u8]>::to_vec)
     };

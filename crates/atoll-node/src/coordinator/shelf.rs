@@ -1,10 +1,10 @@
 //! What the coordinator hands out by content address: deltas of commits, the weights of fragments as
 //! they are now, and the tokenizer.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use atoll_core::hash::Digest;
+use atoll_core::hash::{Digest, little_endian};
 use atoll_core::outer::Global;
 
 use crate::store::Store;
@@ -27,8 +27,6 @@ pub(crate) struct Shelf {
     current: Mutex<Vec<Digest>>,
     /// Held while bytes are made: a site asks for the same ones over all its connections at once.
     making: Mutex<()>,
-    /// What is being made before its turn to be sent.
-    ahead: Mutex<BTreeSet<Digest>>,
 }
 
 /// What was asked for lately, newest last.
@@ -49,16 +47,7 @@ impl Shelf {
         let tokenizer = (Digest::of(&tokenizer), Arc::new(tokenizer));
         let recent = |each: usize| Recent { bytes: Mutex::default(), most: each * current.len().max(1) };
         let (payloads, weights) = (recent(PAYLOADS), recent(VERSIONS));
-        Self {
-            global,
-            store,
-            tokenizer,
-            payloads,
-            weights,
-            current: Mutex::new(current),
-            making: Mutex::default(),
-            ahead: Mutex::default(),
-        }
+        Self { global, store, tokenizer, payloads, weights, current: Mutex::new(current), making: Mutex::default() }
     }
 
     /// Address and length of the tokenizer.
@@ -76,18 +65,6 @@ impl Shelf {
     /// Puts a commit's payload where it will be asked for soon.
     pub(crate) fn offer(&self, digest: Digest, bytes: Bytes) {
         self.payloads.put(digest, bytes);
-    }
-
-    /// Whether the bytes of that address are to be made ahead of their turn, by a call to [`Self::make_ahead`]: of many
-    /// that ask, one is told so.
-    pub(crate) fn wants_making(&self, digest: Digest) -> bool {
-        self.at_hand(digest).is_none() && lock(&self.ahead).insert(digest)
-    }
-
-    /// Puts the bytes of that address at hand, if they are here. May read the disk.
-    pub(crate) fn make_ahead(&self, digest: Digest) {
-        self.get(digest);
-        lock(&self.ahead).remove(&digest);
     }
 
     /// The bytes of that address if they need no reading from disk and no copying.
@@ -117,16 +94,10 @@ impl Shelf {
     /// The bytes of a fragment, if it is at that digest now.
     fn weights(&self, digest: Digest) -> Option<Vec<u8>> {
         let index = lock(&self.current).iter().position(|current| *current == digest)?;
-        let bytes = little_endian(&lock(&self.global).theta[index]);
+        let bytes = little_endian(&lock(&self.global).theta[index]).into_owned();
         // A step that is computed but not yet committed may have moved the weights on.
         (Digest::of(&bytes) == digest).then_some(bytes)
     }
-}
-
-fn little_endian(weights: &[f32]) -> Vec<u8> {
-    let mut bytes = vec![0; 4 * weights.len()];
-    bytes.chunks_exact_mut(4).zip(weights).for_each(|(to, weight)| to.copy_from_slice(&weight.to_le_bytes()));
-    bytes
 }
 
 impl Recent {

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use atoll_core::codec::check_finite;
+use atoll_core::hash::little_endian;
 use atoll_core::model::{ModelConfig, Tensor};
 use safetensors::tensor::{TensorView, View};
 use safetensors::{Dtype, SafeTensors};
@@ -35,7 +36,7 @@ impl View for Stored<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.weights.iter().flat_map(|weight| weight.to_le_bytes()).collect())
+        little_endian(self.weights)
     }
 
     fn data_len(&self) -> usize {

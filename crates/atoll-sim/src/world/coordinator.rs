@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use atoll_core::codec::Payload;
-use atoll_core::hash::Digest;
+use atoll_core::hash::{Digest, little_endian};
 use atoll_core::journal::{Book, Chain, Entry};
 use atoll_core::outer::Global;
 use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Seen};
@@ -224,7 +224,7 @@ impl Head {
     fn bytes(&self, digest: Digest) -> Option<Rc<Vec<u8>>> {
         let weights = || {
             let fragment = self.global.theta.iter().find(|fragment| Digest::of_weights(fragment) == digest)?;
-            Some(Rc::new(fragment.iter().flat_map(|weight| weight.to_le_bytes()).collect()))
+            Some(Rc::new(little_endian(fragment).into_owned()))
         };
         self.deltas.get(&digest).cloned().or_else(weights)
     }
