@@ -217,19 +217,17 @@ impl Past {
 
 /// The newest snapshot that is not later than commit number `to`.
 fn snapshot_for(dir: &RunDir, to: u64) -> Result<PathBuf> {
-    let snapshots = snapshot::list(dir);
-    let mut found = None;
-    for (_, folder) in &snapshots {
-        if snapshot::place(folder)?.book.commits() <= to {
-            found = Some(folder.clone());
+    let mut newest = None;
+    for (_, folder) in snapshot::list(dir).into_iter().rev() {
+        let commits = snapshot::place(&folder)?.book.commits();
+        if commits <= to {
+            return Ok(folder);
         }
+        newest.get_or_insert(commits);
     }
-    let Some((_, newest)) = snapshots.last() else {
-        bail!("{} has no snapshot to go back to\nhint: the run has not begun", dir.0.display());
-    };
-    match found {
-        Some(folder) => Ok(folder),
-        None => Err(unreachable(dir, to, snapshot::place(newest)?.book.commits())),
+    match newest {
+        Some(newest) => Err(unreachable(dir, to, newest)),
+        None => bail!("{} has no snapshot to go back to\nhint: the run has not begun", dir.0.display()),
     }
 }
 
