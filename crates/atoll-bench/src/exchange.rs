@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::lab::{self, Link};
 use crate::scenario::{SETTLE_SECONDS, STEP_MS, Scenario, Size, congestion_name, middle};
@@ -46,12 +46,17 @@ const JOIN: Link = Link { mbit: 1000, loss: 0.1, rtt_ms: RTT_MS };
 const LINK_SHARE_TARGET: f64 = 0.9;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
+    let known = || ROWS.iter().map(|row| row.name).chain([JOINING]);
+    if let Some(name) = arguments.rows.iter().find(|name| known().all(|known| known != **name)) {
+        bail!("there is no row '{name}'\nhint: rows are {}", known().collect::<Vec<_>>().join(", "));
+    }
     let Some(wanlab) = lab::ready("exchange") else { return Ok(Figures::new()) };
     lab::heed_interrupts()?;
     introduce()?;
     let mut figures = Figures::new();
     let is_wished = |name: &str| arguments.rows.is_empty() || arguments.rows.iter().any(|row| row == name);
-    for row in ROWS.iter().filter(|row| is_wished(row.name) && (row.quick || !arguments.quick)) {
+    let is_time = |row: &Row| row.quick || !arguments.quick || !arguments.rows.is_empty();
+    for row in ROWS.iter().filter(|row| is_wished(row.name) && is_time(row)) {
         figures.extend(row.measure(&wanlab, if arguments.quick { 24.0 } else { 60.0 })?);
     }
     if is_wished(JOINING) {
