@@ -55,8 +55,7 @@ impl Emulated {
         seed: u64,
         diary: Diary,
     ) -> Self {
-        let zeros = |fragment| vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)];
-        let weights = manifest.fragments().map(zeros).collect();
+        let weights = manifest.zeros();
         Self { manifest, weights, feed, batch: Batch::default(), rows, step, steps: 0, noise: Noise::new(seed), diary }
     }
 

@@ -140,9 +140,8 @@ const AGREEMENT_SHARE: f64 = 0.2;
 impl Local {
     /// Copies for a layout, all zero until [`install`](Self::install).
     pub fn new(manifest: &Manifest, follow: Follow, feedback: Feedback) -> Self {
-        let zeros = |fragment| vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)];
-        let copies = |fragment| Copies { theta: zeros(fragment), ..Copies::default() };
-        Self { fragments: manifest.fragments().map(copies).collect(), follow, feedback, scratch: Vec::new() }
+        let copies = |theta| Copies { theta, ..Copies::default() };
+        Self { fragments: manifest.zeros().into_iter().map(copies).collect(), follow, feedback, scratch: Vec::new() }
     }
 
     /// This site's copy of the global model.

@@ -9,7 +9,7 @@ pub mod conformance;
 
 use crate::manifest::{FragmentId, Manifest};
 use crate::model::ModelConfig;
-use crate::training::Packing;
+use crate::training::{AdamW, Muon, Packing};
 
 /// Trains one model in place.
 pub trait Engine: Send {
@@ -69,6 +69,44 @@ pub fn weights(engine: &mut dyn Engine) -> Result<Vec<Vec<f32>>, EngineError> {
     Ok(all)
 }
 
+/// Every reason why an engine with this model and these settings cannot train in that layout; empty when it can.
+pub fn problems(
+    manifest: &Manifest,
+    model: &ModelConfig,
+    optimizer: &AdamW,
+    muon: Option<&Muon>,
+    rows: usize,
+    accumulate: usize,
+) -> Vec<String> {
+    let mut problems = model.problems();
+    problems.extend(optimizer.problems());
+    problems.extend(muon.into_iter().flat_map(Muon::problems));
+    for (name, value) in [("rows", rows), ("accumulate", accumulate)] {
+        if value == 0 {
+            problems.push(format!("{name} = 0 must be at least 1"));
+        }
+    }
+    if problems.is_empty() {
+        problems.extend(manifest.difference(model));
+    }
+    problems
+}
+
+/// Whether `fragments`, one vector per fragment, are weights in that layout.
+///
+/// # Errors
+/// [`EngineError::Device`] if there are too many or too few, [`EngineError::Layout`] if one has another length.
+pub fn check_weights(manifest: &Manifest, fragments: &[Vec<f32>]) -> Result<(), EngineError> {
+    let (have, want) = (fragments.len(), manifest.fragments().len());
+    if have != want {
+        return Err(EngineError::Device(format!("{have} fragments of weights for a manifest of {want}")));
+    }
+    match manifest.fragments().zip(fragments).find(|(id, part)| manifest.fragment_len(*id) != Some(part.len())) {
+        Some((fragment, part)) => Err(EngineError::Layout { fragment, len: part.len() }),
+        None => Ok(()),
+    }
+}
+
 /// Samples for one micro-batch: each row is a window of `length + 1` tokens, of which the first
 /// `length` are inputs and the last `length` are targets.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -103,6 +141,13 @@ impl Batch {
                 }
             }
         }
+    }
+
+    /// Tokens and starts of pieces of at most `rows` rows.
+    pub fn micro_batches(&self, rows: usize) -> impl Iterator<Item = (&[u32], &[u32])> {
+        let (rows, length) = (rows.max(1), self.length);
+        let starts = self.starts.chunks(rows * length).chain(std::iter::repeat(&[][..]));
+        self.tokens.chunks(rows * (length + 1)).zip(starts)
     }
 
     /// Whether an engine with this model can read the batch.
@@ -150,6 +195,22 @@ pub struct Progress {
     pub tokens: u64,
     /// Mean loss per token in nats over these steps.
     pub loss: f64,
+}
+
+impl Progress {
+    /// Takes `steps` steps, each of which returns its tokens and their summed loss.
+    ///
+    /// # Errors
+    /// Those of the first step that fails.
+    pub fn of(steps: u32, mut step: impl FnMut() -> Result<(u64, f64), EngineError>) -> Result<Self, EngineError> {
+        let (mut tokens, mut nats) = (0, 0.0);
+        for _ in 0..steps {
+            let step = step()?;
+            tokens += step.0;
+            nats += step.1;
+        }
+        Ok(Self { steps, tokens, loss: nats / tokens.max(1) as f64 })
+    }
 }
 
 /// Loss on given tokens.

@@ -100,6 +100,11 @@ impl Manifest {
         Some(members.iter().map(|&tensor| self.tensors[tensor].len()).sum())
     }
 
+    /// Weights of zero in this layout, a vector per fragment.
+    pub fn zeros(&self) -> Vec<Vec<f32>> {
+        self.fragments().map(|fragment| vec![0.0; self.fragment_len(fragment).unwrap_or(0)]).collect()
+    }
+
     /// Number of parameters of the whole model.
     pub fn parameters(&self) -> usize {
         self.tensors.iter().map(Tensor::len).sum()

@@ -2,7 +2,7 @@
 //! whole or not at all; then it adds up the gradients of its micro-batches, looks for anything that is
 //! not finite, and only then touches weights and moments.
 
-use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress};
+use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress, check_weights, problems};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::training::{AdamW, Muon};
@@ -81,8 +81,10 @@ impl CpuEngine {
         feed: Box<dyn Feed>,
     ) -> Result<Self, EngineError> {
         check(&options, &manifest)?;
+        check_weights(&manifest, &fragments)?;
         let layout = Layout::by_fragment(&options.model, &manifest);
-        let weights = join(&manifest, fragments)?;
+        let mut weights = Vec::with_capacity(manifest.parameters());
+        fragments.into_iter().for_each(|part| weights.extend(part));
         let pool = Pool::new(options.threads);
         Ok(Self {
             llama: Llama::new(&options.model, layout, options.precision, &pool),
@@ -195,13 +197,7 @@ impl Engine for CpuEngine {
     }
 
     fn train(&mut self, steps: u32) -> Result<Progress, EngineError> {
-        let (mut tokens, mut nats) = (0, 0.0);
-        for _ in 0..steps {
-            let step = self.step()?;
-            tokens += step.0;
-            nats += step.1;
-        }
-        Ok(Progress { steps, tokens, loss: nats / tokens.max(1) as f64 })
+        Progress::of(steps, || self.step())
     }
 
     fn read(&mut self, fragment: FragmentId, weights: &mut [f32]) -> Result<(), EngineError> {
@@ -232,39 +228,13 @@ impl Engine for CpuEngine {
 
 /// `batch` in pieces of at most `rows` rows.
 fn micro_batches(batch: &Batch, rows: usize) -> impl Iterator<Item = Windows<'_>> {
-    let (rows, length) = (rows.max(1), batch.length);
-    let starts = batch.starts.chunks(rows * length).chain(std::iter::repeat(&[][..]));
-    let pieces = batch.tokens.chunks(rows * (length + 1)).zip(starts);
+    let length = batch.length;
+    let pieces = batch.micro_batches(rows);
     pieces.map(move |(tokens, starts)| Windows { rows: tokens.len() / (length + 1), length, tokens, starts })
 }
 
-/// The fragments one after the other, if they are the manifest's.
-fn join(manifest: &Manifest, fragments: Vec<Vec<f32>>) -> Result<Vec<f32>, EngineError> {
-    if fragments.len() != manifest.fragments().len() {
-        let (have, want) = (fragments.len(), manifest.fragments().len());
-        return Err(EngineError::Device(format!("{have} fragments of weights for a manifest of {want}")));
-    }
-    let mut weights = Vec::with_capacity(manifest.parameters());
-    for (fragment, part) in manifest.fragments().zip(fragments) {
-        if manifest.fragment_len(fragment) != Some(part.len()) {
-            return Err(EngineError::Layout { fragment, len: part.len() });
-        }
-        weights.extend(part);
-    }
-    Ok(weights)
-}
-
 fn check(options: &Options, manifest: &Manifest) -> Result<(), EngineError> {
-    let mut problems = options.model.problems();
-    problems.extend(options.optimizer.problems());
-    problems.extend(options.muon.iter().flat_map(Muon::problems));
-    for (name, value) in [("rows", options.rows), ("accumulate", options.accumulate)] {
-        if value == 0 {
-            problems.push(format!("{name} = 0 must be at least 1"));
-        }
-    }
-    if problems.is_empty() {
-        problems.extend(manifest.difference(&options.model));
-    }
+    let Options { model, optimizer, muon, rows, accumulate, .. } = options;
+    let problems = problems(manifest, model, optimizer, muon.as_ref(), *rows, *accumulate);
     if problems.is_empty() { Ok(()) } else { Err(EngineError::Device(problems.join("\n"))) }
 }

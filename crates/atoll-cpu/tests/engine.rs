@@ -14,7 +14,7 @@ use atoll_core::training::{AdamW, Muon};
 use atoll_cpu::{CpuEngine, NoFeed, Options, Precision};
 use itertools::izip;
 
-use common::{ListFeed, RandomFeed, engine, lively_weights, options, random_batch, tiny};
+use common::{ListFeed, RandomFeed, engine, lively_weights, options, random_batch, share_apart, tiny};
 
 /// All laws, for the engine with these options.
 fn conforms(options: &Options) {
@@ -179,10 +179,8 @@ fn bf16_gradients_are_those_of_f32_but_for_rounding() {
     for (rows, length) in [(1, 17), (3, 151), (1, 1)] {
         let batch = random_batch(rows, length, model.vocab_size, &mut Rng::new(6));
         let (exact, rounded) = (f32.gradients(&batch).unwrap(), bf16.gradients(&batch).unwrap());
-        let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
         for ((exact, rounded), tensor) in exact.tensors.iter().zip(&rounded.tensors).zip(model.tensors()) {
-            let apart: Vec<f32> = exact.iter().zip(rounded).map(|(a, b)| a - b).collect();
-            let share = norm(&apart) / norm(exact).max(1e-6);
+            let share = share_apart(exact, rounded);
             assert!(share < 0.05, "{rows} × {length}: the gradient of {} is {share} apart", tensor.name);
         }
     }

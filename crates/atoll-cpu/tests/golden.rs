@@ -4,13 +4,10 @@
 
 mod common;
 
-use atoll_core::engine::Engine;
-use atoll_core::engine::weights;
-use atoll_core::manifest::Manifest;
 use atoll_core::training::{AdamW, Muon};
 use atoll_cpu::{CpuEngine, Generator, NoFeed, Options, Precision};
 
-use common::golden::Golden;
+use common::golden::{Golden, farthest, gradients_are_golden, training_is_golden};
 use common::{ListFeed, engine};
 
 fn golden_engine(golden: &Golden, feed: Box<dyn atoll_core::engine::Feed>) -> CpuEngine {
@@ -28,15 +25,11 @@ fn golden_engine(golden: &Golden, feed: Box<dyn atoll_core::engine::Feed>) -> Cp
     engine(options, &golden.tensors("weight"), feed)
 }
 
-fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {
-    assert_eq!(ours.len(), theirs.len());
-    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
-}
-
 fn check(name: &str) {
     let golden = Golden::load(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden"), name);
     forward_and_backward(&golden);
-    training(&golden);
+    let feed = Box::new(ListFeed(golden.batches().into_iter()));
+    training_is_golden(&golden, &mut golden_engine(&golden, feed));
 }
 
 fn forward_and_backward(golden: &Golden) {
@@ -48,30 +41,7 @@ fn forward_and_backward(golden: &Golden) {
     assert!(apart < 1e-5, "logits are {apart} apart");
 
     let gradients = golden_engine(golden, Box::new(NoFeed)).gradients(&batch).unwrap();
-    let loss = golden.numbers["loss"].as_f64().unwrap();
-    assert!((gradients.loss - loss).abs() < 1e-6, "{} is not {loss}", gradients.loss);
-    for ((ours, theirs), tensor) in gradients.tensors.iter().zip(golden.tensors("gradient")).zip(golden.model.tensors())
-    {
-        let apart = farthest(ours, &theirs);
-        assert!(apart < 2e-6, "gradients of {} are {apart} apart", tensor.name);
-    }
-}
-
-fn training(golden: &Golden) {
-    let mut engine = golden_engine(golden, Box::new(ListFeed(golden.batches().into_iter())));
-    for (step, theirs) in golden.list("losses").into_iter().enumerate() {
-        let ours = engine.train(1).unwrap().loss;
-        assert!((ours - theirs).abs() < 1e-5, "step {step}: loss {ours} is not {theirs}");
-    }
-    let manifest: Manifest = engine.manifest().clone();
-    let tensors = manifest.scatter(&weights(&mut engine).unwrap());
-    for (tensor, weights) in manifest.tensors().iter().zip(&tensors) {
-        let norm = weights.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>().sqrt();
-        let projection: f64 = weights.iter().enumerate().map(|(i, &w)| f64::from(w) * (i as f64).cos()).sum();
-        let theirs = |kind: &str| golden.numbers[kind][&tensor.name].as_f64().unwrap();
-        assert!((norm - theirs("final_norms")).abs() < 1e-5, "norm of {}: {norm}", tensor.name);
-        assert!((projection - theirs("final_projections")).abs() < 2e-5, "projection of {}: {projection}", tensor.name);
-    }
+    gradients_are_golden(golden, gradients.loss, &gradients.tensors);
 }
 
 #[test]

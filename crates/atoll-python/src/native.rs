@@ -37,8 +37,7 @@ impl NativeEngine {
             accumulate: training.accumulate,
             threads,
         };
-        let zeros = |fragment| vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)];
-        let weights = manifest.fragments().map(zeros).collect();
+        let weights = manifest.zeros();
         let engine = CpuEngine::new(options, manifest, weights, batches.take()).map_err(|error| to_python(&error))?;
         Ok(Self(Mutex::new(engine)))
     }

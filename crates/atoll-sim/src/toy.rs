@@ -37,11 +37,6 @@ pub fn manifest(fragments: usize) -> Manifest {
     Manifest::balanced(tensors, fragments)
 }
 
-/// Weights of zero in that layout.
-pub fn zeros(manifest: &Manifest) -> Vec<Vec<f32>> {
-    manifest.fragments().map(|fragment| vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)]).collect()
-}
-
 /// What all samples show on average: weight `index` of `fragment`.
 pub fn target(fragment: usize, index: usize) -> f32 {
     (mix((fragment as u64) << 32 | index as u64) % 2000) as f32 / 1000.0 - 1.0
@@ -89,7 +84,7 @@ pub fn error(fragments: &[Vec<f32>], sites: &[(f64, Nature)]) -> f64 {
 impl Toy {
     /// An engine with zero weights, of that nature.
     pub fn new(manifest: Manifest, nature: Nature, feed: Box<dyn Feed>) -> Self {
-        let fragments = zeros(&manifest);
+        let fragments = manifest.zeros();
         Self { manifest, nature, fragments, feed, batch: Batch::default(), steps: 0 }
     }
 

@@ -61,8 +61,7 @@ impl Device for Cpu {
             accumulate: training.accumulate,
             threads: self.threads,
         };
-        let zeros = |fragment| vec![0.0; parts.manifest.fragment_len(fragment).unwrap_or(0)];
-        let weights = parts.manifest.fragments().map(zeros).collect();
+        let weights = parts.manifest.zeros();
         Ok(Box::new(CpuEngine::new(options, parts.manifest, weights, parts.feed)?))
     }
 }

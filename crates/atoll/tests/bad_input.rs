@@ -328,8 +328,7 @@ fn a_site_that_diverges_names_the_step_the_tensor_and_the_last_good_commit() {
     let lab = Lab::new(1_000_000_000, &[]);
     let _coordinator = lab.coordinate();
     let make = |parts: atoll_node::site::Parts| {
-        let zeros = |fragment| vec![0.0; parts.manifest.fragment_len(fragment).unwrap()];
-        let weights = parts.manifest.fragments().map(zeros).collect();
+        let weights = parts.manifest.zeros();
         let (status, manifest, feed) = (lab.run().join("status.json"), parts.manifest, parts.feed);
         Ok(Box::new(Diverging { status, manifest, feed, weights, steps: 0 }) as Box<dyn Engine>)
     };

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use atoll::{Device, Devices, Listing, Offer, Wish};
 use atoll_burn::{Api, BurnEngine, Options, Precision, devices};
 use atoll_core::engine::Engine;
@@ -42,9 +42,7 @@ impl Devices for Gpus {
             Wish::Auto | Wish::F32 => Precision::F32,
             Wish::Bf16 => Precision::Bf16,
         };
-        if !device.multiplies(precision) {
-            bail!("{} cannot multiply bf16\nhint: --precision f32", device.name());
-        }
+        device.check(precision).map_err(|sentence| anyhow!(sentence))?;
         Ok(Box::new(Gpu { device, precision }))
     }
 }
@@ -95,8 +93,7 @@ impl Device for Gpu {
             rows: parts.rows,
             accumulate: training.accumulate,
         };
-        let zeros = |fragment| vec![0.0; parts.manifest.fragment_len(fragment).unwrap_or(0)];
-        let weights: Vec<Vec<f32>> = parts.manifest.fragments().map(zeros).collect();
+        let weights = parts.manifest.zeros();
         Ok(Box::new(BurnEngine::new(options, self.device.clone(), parts.manifest, &weights, parts.feed)?))
     }
 }

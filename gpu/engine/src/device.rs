@@ -152,6 +152,18 @@ impl Device {
         }
     }
 
+    /// Whether its products may have such operands.
+    ///
+    /// # Errors
+    /// In a sentence, with a hint, if not.
+    pub fn check(&self, precision: Precision) -> Result<(), String> {
+        if self.multiplies(precision) {
+            Ok(())
+        } else {
+            Err(format!("{} cannot multiply bf16\nhint: --precision f32", self.name))
+        }
+    }
+
     /// Multiply-adds per second in matrix products, counted as two operations each: of squares that grow until one
     /// product takes a twentieth of a second.
     ///

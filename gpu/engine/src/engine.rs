@@ -2,7 +2,7 @@
 //! starves as a whole or not at all; adds up the gradients of its micro-batches, looks for anything that is not finite,
 //! and only then touches weights and moments.
 
-use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress};
+use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress, check_weights, problems};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::{ModelConfig, Tensor as Description};
 use atoll_core::training::{AdamW, Muon};
@@ -68,7 +68,7 @@ impl BurnEngine {
         feed: Box<dyn Feed>,
     ) -> Result<Self, EngineError> {
         check(&options, &device, &manifest)?;
-        fit(&manifest, fragments)?;
+        check_weights(&manifest, fragments)?;
         let tensors = manifest.tensors().iter().zip(manifest.scatter(fragments));
         let weights: Vec<Tensor<2>> = tensors.map(|(tensor, values)| upload(tensor, values, &device)).collect();
         let Options { model, optimizer, muon, precision, .. } = &options;
@@ -172,13 +172,7 @@ impl Engine for BurnEngine {
     }
 
     fn train(&mut self, steps: u32) -> Result<Progress, EngineError> {
-        let (mut tokens, mut nats) = (0, 0.0);
-        for _ in 0..steps {
-            let step = self.step()?;
-            tokens += step.0;
-            nats += step.1;
-        }
-        Ok(Progress { steps, tokens, loss: nats / tokens.max(1) as f64 })
+        Progress::of(steps, || self.step())
     }
 
     fn read(&mut self, fragment: FragmentId, weights: &mut [f32]) -> Result<(), EngineError> {
@@ -228,18 +222,6 @@ impl Device {
     }
 }
 
-/// Whether these are the manifest's fragments.
-fn fit(manifest: &Manifest, fragments: &[Vec<f32>]) -> Result<(), EngineError> {
-    let (have, want) = (fragments.len(), manifest.fragments().len());
-    if have != want {
-        return Err(EngineError::Device(format!("{have} fragments of weights for a manifest of {want}")));
-    }
-    match manifest.fragments().zip(fragments).find(|(id, part)| manifest.fragment_len(*id) != Some(part.len())) {
-        Some((fragment, part)) => Err(EngineError::Layout { fragment, len: part.len() }),
-        None => Ok(()),
-    }
-}
-
 fn upload(tensor: &Description, values: Vec<f32>, device: &Device) -> Tensor<2> {
     let columns = tensor.shape.last().copied().unwrap_or(1);
     let rows = values.len() / columns;
@@ -254,25 +236,12 @@ fn sum(numbers: &[Vec<f32>]) -> f64 {
 /// `batch` in pieces of at most `rows` rows.
 fn micro_batches(batch: &Batch, rows: usize) -> impl Iterator<Item = Windows<'_>> {
     let length = batch.length;
-    let starts = batch.starts.chunks(rows * length).chain(std::iter::repeat(&[][..]));
-    let pieces = batch.tokens.chunks(rows * (length + 1)).zip(starts);
-    pieces.map(move |(tokens, starts)| Windows { length, tokens, starts })
+    batch.micro_batches(rows).map(move |(tokens, starts)| Windows { length, tokens, starts })
 }
 
 fn check(options: &Options, device: &Device, manifest: &Manifest) -> Result<(), EngineError> {
-    let mut problems = options.model.problems();
-    problems.extend(options.optimizer.problems());
-    problems.extend(options.muon.iter().flat_map(Muon::problems));
-    for (name, value) in [("rows", options.rows), ("accumulate", options.accumulate)] {
-        if value == 0 {
-            problems.push(format!("{name} = 0 must be at least 1"));
-        }
-    }
-    if !device.multiplies(options.precision) {
-        problems.push(format!("{} cannot multiply bf16\nhint: --precision f32", device.name()));
-    }
-    if problems.is_empty() {
-        problems.extend(manifest.difference(&options.model));
-    }
+    let Options { model, optimizer, muon, rows, accumulate, precision } = options;
+    let mut problems = problems(manifest, model, optimizer, muon.as_ref(), *rows, *accumulate);
+    problems.extend(device.check(*precision).err());
     if problems.is_empty() { Ok(()) } else { Err(EngineError::Device(problems.join("\n"))) }
 }

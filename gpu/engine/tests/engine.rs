@@ -17,8 +17,8 @@ use atoll_core::rng::Rng;
 use atoll_core::training::{AdamW, Muon};
 use atoll_cpu::NoFeed;
 
-use common::golden::Golden;
-use common::{ListFeed, RandomFeed, lively_weights, random_batch, tiny};
+use common::golden::{Golden, farthest, gradients_are_golden, training_is_golden};
+use common::{ListFeed, RandomFeed, lively_weights, random_batch, share_apart, tiny};
 
 /// A device, or a loud excuse.
 fn device() -> Option<Device> {
@@ -54,11 +54,6 @@ fn engine(device: &Device, options: Options, weights: &[Vec<f32>], feed: Box<dyn
     BurnEngine::new(options, device.clone(), manifest, &fragments, feed).unwrap()
 }
 
-fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {
-    assert_eq!(ours.len(), theirs.len());
-    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
-}
-
 #[test]
 fn conforms_with_either_optimizer() {
     let Some(device) = device() else { return };
@@ -80,8 +75,10 @@ fn a_llama_and_its_optimizers_are_those_of_pytorch() {
     let Some(device) = device() else { return };
     for name in ["tied", "untied", "muon"] {
         let golden = Golden::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../../crates/atoll-cpu/tests/golden"), name);
-        gradients_are_golden(&device, &golden);
-        training_is_golden(&device, &golden);
+        let gradients = golden_engine(&device, &golden, Box::new(NoFeed)).gradients(&golden.batches()[0]).unwrap();
+        gradients_are_golden(&golden, gradients.loss, &gradients.tensors);
+        let feed = Box::new(ListFeed(golden.batches().into_iter()));
+        training_is_golden(&golden, &mut golden_engine(&device, &golden, feed));
     }
 }
 
@@ -94,34 +91,6 @@ fn golden_engine(device: &Device, golden: &Golden, feed: Box<dyn Feed>) -> BurnE
         ..options(&golden.model)
     };
     engine(device, options, &golden.tensors("weight"), feed)
-}
-
-fn gradients_are_golden(device: &Device, golden: &Golden) {
-    let gradients = golden_engine(device, golden, Box::new(NoFeed)).gradients(&golden.batches()[0]).unwrap();
-    let loss = golden.numbers["loss"].as_f64().unwrap();
-    assert!((gradients.loss - loss).abs() < 1e-6, "{} is not {loss}", gradients.loss);
-    let theirs = golden.tensors("gradient");
-    for ((ours, theirs), tensor) in gradients.tensors.iter().zip(theirs).zip(golden.model.tensors()) {
-        let apart = farthest(ours, &theirs);
-        assert!(apart < 2e-6, "gradients of {} are {apart} apart", tensor.name);
-    }
-}
-
-fn training_is_golden(device: &Device, golden: &Golden) {
-    let mut engine = golden_engine(device, golden, Box::new(ListFeed(golden.batches().into_iter())));
-    for (step, theirs) in golden.list("losses").into_iter().enumerate() {
-        let ours = engine.train(1).unwrap().loss;
-        assert!((ours - theirs).abs() < 1e-5, "step {step}: loss {ours} is not {theirs}");
-    }
-    let manifest = engine.manifest().clone();
-    let tensors = manifest.scatter(&weights(&mut engine).unwrap());
-    for (tensor, weights) in manifest.tensors().iter().zip(&tensors) {
-        let norm = weights.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>().sqrt();
-        let projection: f64 = weights.iter().enumerate().map(|(i, &w)| f64::from(w) * (i as f64).cos()).sum();
-        let theirs = |kind: &str| golden.numbers[kind][&tensor.name].as_f64().unwrap();
-        assert!((norm - theirs("final_norms")).abs() < 1e-5, "norm of {}: {norm}", tensor.name);
-        assert!((projection - theirs("final_projections")).abs() < 2e-5, "projection of {}: {projection}", tensor.name);
-    }
 }
 
 /// Losses of one step after the other from the same weights and tokens, on this device and on the CPU.
@@ -184,10 +153,8 @@ fn bf16_gradients_are_those_of_f32_but_for_rounding() {
     let batch = random_batch(3, 151, model.vocab_size, &mut Rng::new(6));
     let of = |options| engine(&device, options, &first, Box::new(NoFeed)).gradients(&batch).unwrap();
     let (exact, rounded) = (of(options(&model)), of(bf16));
-    let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
     for ((exact, rounded), tensor) in exact.tensors.iter().zip(&rounded.tensors).zip(model.tensors()) {
-        let apart: Vec<f32> = exact.iter().zip(rounded).map(|(a, b)| a - b).collect();
-        let share = norm(&apart) / norm(exact).max(1e-6);
+        let share = share_apart(exact, rounded);
         assert!(share < 0.1, "the gradient of {} is {share} apart", tensor.name);
     }
 }

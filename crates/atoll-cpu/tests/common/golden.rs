@@ -1,7 +1,7 @@
 //! The numbers that Hugging Face's Llama and PyTorch wrote (`golden/make_golden.py`).
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
-use atoll_core::engine::Batch;
+use atoll_core::engine::{Batch, Engine, weights};
 use atoll_core::model::ModelConfig;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -58,5 +58,38 @@ impl Golden {
             ..Batch::default()
         };
         steps.enumerate().map(batch).collect()
+    }
+}
+
+/// How far apart two vectors are, element by element.
+pub fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Loss and gradients of the first batch are PyTorch's.
+pub fn gradients_are_golden(golden: &Golden, loss: f64, gradients: &[Vec<f32>]) {
+    let wanted = golden.numbers["loss"].as_f64().unwrap();
+    assert!((loss - wanted).abs() < 1e-6, "{loss} is not {wanted}");
+    for ((ours, theirs), tensor) in gradients.iter().zip(golden.tensors("gradient")).zip(golden.model.tensors()) {
+        let apart = farthest(ours, &theirs);
+        assert!(apart < 2e-6, "gradients of {} are {apart} apart", tensor.name);
+    }
+}
+
+/// An engine that begins from the golden weights and gets the golden batches trains as PyTorch does.
+pub fn training_is_golden(golden: &Golden, engine: &mut dyn Engine) {
+    for (step, theirs) in golden.list("losses").into_iter().enumerate() {
+        let ours = engine.train(1).unwrap().loss;
+        assert!((ours - theirs).abs() < 1e-5, "step {step}: loss {ours} is not {theirs}");
+    }
+    let manifest = engine.manifest().clone();
+    let tensors = manifest.scatter(&weights(engine).unwrap());
+    for (tensor, weights) in manifest.tensors().iter().zip(&tensors) {
+        let norm = weights.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>().sqrt();
+        let projection: f64 = weights.iter().enumerate().map(|(i, &w)| f64::from(w) * (i as f64).cos()).sum();
+        let theirs = |kind: &str| golden.numbers[kind][&tensor.name].as_f64().unwrap();
+        assert!((norm - theirs("final_norms")).abs() < 1e-5, "norm of {}: {norm}", tensor.name);
+        assert!((projection - theirs("final_projections")).abs() < 2e-5, "projection of {}: {projection}", tensor.name);
     }
 }

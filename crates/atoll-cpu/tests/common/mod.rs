@@ -40,6 +40,13 @@ pub fn random_batch(rows: usize, length: usize, vocab: usize, rng: &mut Rng) -> 
     Batch { rows, length, tokens, ..Batch::default() }
 }
 
+/// ‖exact − rounded‖ / ‖exact‖.
+pub fn share_apart(exact: &[f32], rounded: &[f32]) -> f32 {
+    let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let apart: Vec<f32> = exact.iter().zip(rounded).map(|(a, b)| a - b).collect();
+    norm(&apart) / norm(exact).max(1e-6)
+}
+
 /// Random tokens; `rows_left` of them.
 pub struct RandomFeed {
     pub rng: Rng,

@@ -4,7 +4,7 @@ use atoll_core::data::DatasetId;
 use atoll_core::engine::{Batch, EngineError, Feed};
 use atoll_core::manifest::Manifest;
 
-use super::{CONTEXT, Nature, Toy, error, manifest, zeros};
+use super::{CONTEXT, Nature, Toy, error, manifest};
 use crate::{Description, Habitat, Inhabitant, Leases};
 
 /// A toy's feed: a sample's tokens are its position and its dataset, told in numbers.
@@ -52,7 +52,7 @@ impl Habitat for Toys {
     }
 
     fn first_weights(&self) -> Vec<Vec<f32>> {
-        zeros(&self.manifest)
+        self.manifest.zeros()
     }
 
     fn start(&mut self, site: usize) -> Result<Inhabitant, EngineError> {
