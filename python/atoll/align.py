@@ -5,7 +5,8 @@
     first weights, batches ─▶ both engines ──▶ the loss of every step     optimizer and schedule
 
 Two arrays differ by ‖ours − theirs‖ / ‖theirs‖. What comes before the first module that differs agrees, so the error is
-there. `atoll align` shows all of it; a site that joins compares a loss, and looks further only if that differs.
+there. `atoll align` shows all of it; a site that joins compares one small batch, module by module if its engine can be
+looked into, and by its loss if not.
 """
 
 import argparse
@@ -165,29 +166,46 @@ class Found:
         return None
 
 
+class Probe:
+    """Weights and a batch for both engines, and what the native one makes of them."""
+
+    def __init__(self, run):
+        self.run, self.weights, self.batch = run, probe_weights(run), probe_batch(run)
+        reference = native(run)
+        write(reference, run, self.weights)
+        self.loss, self.outputs, self.gradients = reference.trace(self.batch)
+
+    def give(self, engine):
+        """Writes the weights, which the engine keeps."""
+        write(engine, self.run, self.weights)
+
+
 def compare(engine, run):
     """Compares one batch's outputs and gradients under probe weights, which the engine keeps."""
-    tolerance = TOLERANCES[precision_of(engine)]
-    weights, batch = probe_weights(run), probe_batch(run)
-    reference = native(run)
-    write(reference, run, weights)
-    write(engine, run, weights)
-    _, outputs, gradients = reference.trace(batch)
-    ours = Watch(engine.model, [name for name, _ in outputs])
+    probe = Probe(run)
+    probe.give(engine)
+    return differences(engine, probe)
+
+
+def differences(engine, probe):
+    """Compares an engine that has the probe's weights."""
+    tolerance, run = TOLERANCES[precision_of(engine)], probe.run
+    ours = Watch(engine.model, [name for name, _ in probe.outputs])
     with ours:
-        own_gradients = engine.gradients_of(batch)
+        own_gradients = engine.gradients_of(probe.batch)
     layers = run.model["num_hidden_layers"]
     depth = lambda name: math.sqrt(1 + (int(name.split(".")[2]) if name.startswith("model.layers.") else layers))
-    differences = [
-        Difference(name, layer_of(name), difference(ours.seen[name], theirs), tolerance.output * depth(name))
-        for name, theirs in known(outputs, weights)
-        if name in ours.seen
+    seen = ours.seen
+    forward = [
+        Difference(name, layer_of(name), difference(seen[name], theirs), tolerance.output * depth(name))
+        for name, theirs in known(probe.outputs, probe.weights)
+        if name in seen
     ]
     backward = [
         Difference(name, layer_of(name), difference(own_gradients[name], theirs), tolerance.gradient * depth("all"))
-        for name, theirs in gradients
+        for name, theirs in probe.gradients
     ]
-    return Found(differences, backward)
+    return Found(forward, backward)
 
 
 def known(outputs, weights):
@@ -267,19 +285,16 @@ def precision_of(engine):
 def at_joining(engine, run):
     """Compares an opened engine with the native one before it takes part; warns or refuses as run.toml says.
 
-    Any engine is asked for a loss. If that differs and the engine can say what its modules give, the first that differs
-    is named. Weights are left as probes: the coordinator's come next.
+    Any engine is asked for a loss. One that can say what its modules give is compared module by module too, and the first
+    that differs is named. Weights are left as probes: the coordinator's come next.
     """
     run = Run.parse(run)
     if run.align is None:
         return
-    weights, batch = probe_weights(run), probe_batch(run)
-    reference = native(run)
-    write(reference, run, weights)
-    write(engine, run, weights)
-    count = batch.tokens[:, 1:].size
-    theirs, ours = reference.trace(batch)[0], engine.evaluate(batch) / count
-    found = compare(engine, run) if hasattr(engine, "gradients_of") else None
+    probe = Probe(run)
+    probe.give(engine)
+    theirs, ours = probe.loss, engine.evaluate(probe.batch) / probe.batch.tokens[:, 1:].size
+    found = differences(engine, probe) if hasattr(engine, "gradients_of") else None
     where = found.first if found is not None else None
     if where is None and abs(ours - theirs) <= TOLERANCES[precision_of(engine)].output * (1 + abs(theirs)):
         return
@@ -347,9 +362,10 @@ def engine_of(name, device, precision):
 
 def report(engine, said, steps):
     """Prints both comparisons; whether all is within what is allowed."""
-    run = Run.parse(describe(json.dumps(said["model"]), json.dumps(said["training"]), said["fragments"]))
+    text = describe(json.dumps(said["model"]), json.dumps(said["training"]), said["fragments"])
+    run = Run.parse(text)
     feed = list(batches(run, steps, run.samples, run.training["context"]))
-    engine.open(describe(json.dumps(run.model), json.dumps(run.training), said["fragments"]), Batches.of(feed))
+    engine.open(text, Batches.of(feed))
     print(f"{said['name']}: {engine.describe()}, beside the native engine in fp32\n")
     found = compare(engine, run)
     print("\n".join(table(found)), flush=True)

@@ -137,13 +137,19 @@ def test_what_is_no_model_for_atoll_is_said_in_a_sentence(golden, tmp_path):
             gguf.convert(path, tmp_path / "other")
 
 
-def test_a_run_continues_a_model_and_hands_it_back(golden, lab, tmp_path):
-    lab = lab(20_000)
+def continued(golden, lab, tmp_path):
+    """Makes the lab's run one that continues the golden model; the model's shape."""
     model, weights = model_and_weights(golden)
     written(tmp_path / "model.gguf", model, weights, alphabet(300))
     gguf.convert(tmp_path / "model.gguf", tmp_path / "begun")
     lab.run = lab.folder / "continued"
     lab.atoll("new", lab.run, "--from", tmp_path / "begun", "--tokens", 20_000)
+    return model
+
+
+def test_a_run_continues_a_model_and_hands_it_back(golden, lab, tmp_path):
+    lab = lab(20_000)
+    model = continued(golden, lab, tmp_path)
     lab.change('steps = "auto"', "steps = 8")
     lab.change("learning_rate = 2e-4", "learning_rate = 3e-3")
     assert "context = 24" in (lab.run / "run.toml").read_text(), "no more than the model sees"
@@ -159,11 +165,7 @@ def test_a_run_continues_a_model_and_hands_it_back(golden, lab, tmp_path):
 
 def test_a_model_that_is_not_the_runs_any_more_is_refused(golden, lab, tmp_path):
     lab = lab(20_000)
-    model, weights = model_and_weights(golden)
-    written(tmp_path / "model.gguf", model, weights, alphabet(300))
-    gguf.convert(tmp_path / "model.gguf", tmp_path / "begun")
-    lab.run = lab.folder / "continued"
-    lab.atoll("new", lab.run, "--from", tmp_path / "begun", "--tokens", 20_000)
+    continued(golden, lab, tmp_path)
     lab.change("rope_theta = ", "rope_theta = 7")
     process = lab.spawn("coordinator", [conftest.command(), "coordinate", lab.run, "--listen", lab.address])
     assert process.wait(60) != 0
