@@ -33,6 +33,7 @@ def gap(lab):
 
 
 def test_held_out_loss_is_that_of_native_sites(lab):
-    # Which site trains on how much depends on what else the machine does, and moves the loss by up to half a percent from
-    # run to run. A framework that trains worse does so in each of them.
-    assert any(abs(gap(lab)) < 0.005 for _ in range(3))
+    # Which site trains on how much depends on what else the machine does. On two idle cores six gaps were within 0.26 %,
+    # and so were pairs of native runs within 0.20 %; beside builds one gap was 0.52 %. Hence the mean of three.
+    gaps = [gap(lab) for _ in range(3)]
+    assert abs(sum(gaps) / len(gaps)) < 0.005, gaps
