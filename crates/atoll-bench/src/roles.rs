@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use atoll_core::engine::Engine;
-use atoll_node::coordinator::coordinate;
+use atoll_node::coordinator::{Options, coordinate};
 use atoll_node::identity::Ticket;
 use atoll_node::run::RunDir;
 use atoll_node::site::{Parts, SiteOptions, join};
@@ -86,7 +86,7 @@ fn end_with(alive: File) {
 fn lead(dir: &RunDir, listen: &str) -> Result<()> {
     let (_never, stop) = tokio::sync::watch::channel(false);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(coordinate(dir, listen, stop))?;
+    runtime.block_on(coordinate(dir, &Options { listen: listen.to_string(), ..Options::default() }, stop))?;
     Ok(())
 }
 

@@ -46,6 +46,14 @@ pub enum Entry {
         /// Digest of each fragment's first weights.
         theta: Vec<Digest>,
     },
+    /// A coordinator took the run over from whoever led it before. Only runs in an object store change hands; there this
+    /// entry also keeps the earlier leader from ever adding one.
+    Leads {
+        /// One more than its predecessor's.
+        epoch: u64,
+        /// Which process it is, for itself to know.
+        holder: Digest,
+    },
     /// A site's key was let in with a one-time ticket.
     Admitted {
         /// The site.
@@ -323,6 +331,12 @@ pub struct Book {
     pub context: u64,
     /// Fingerprint of the manifest.
     pub layout: Digest,
+    /// How often a coordinator took the run over; 0 if it never left its folder.
+    #[serde(default)]
+    pub epoch: u64,
+    /// Which process took it over last.
+    #[serde(default)]
+    pub leader: Option<Digest>,
     /// Fragments in order.
     pub fragments: Vec<FragmentBook>,
     /// Sites by name.
@@ -393,6 +407,10 @@ impl Book {
     pub fn apply(&mut self, entry: &Entry) -> Result<(), BookError> {
         match entry {
             Entry::Began { run, seed, context, layout, theta } => self.begin(run, *seed, *context, *layout, theta)?,
+            Entry::Leads { epoch, .. } if Some(*epoch) != self.epoch.checked_add(1) => {
+                return out_of_order(format!("the run is in epoch {}, not before {epoch}", self.epoch));
+            }
+            Entry::Leads { epoch, holder } => (self.epoch, self.leader) = (*epoch, Some(*holder)),
             Entry::Admitted { site, key, ticket } => self.admit(site, *key, *ticket)?,
             Entry::Revoked { site, key } => self.revoke(site, *key)?,
             Entry::Joined { site, session, dataset, samples } => {
@@ -700,6 +718,18 @@ mod tests {
         book.apply(&commit(1, Vec::new())).unwrap();
         assert!(book.apply(&commit(1, Vec::new())).is_err());
         assert_eq!(book.digest(), Digest::of_all([&Digest::of(b"n")]));
+    }
+
+    #[test]
+    fn epochs_count_up() {
+        let mut book = Book::default();
+        let leads = |epoch| Entry::Leads { epoch, holder: Digest::of(b"a process") };
+        book.apply(&began()).unwrap();
+        assert!(book.apply(&leads(2)).is_err());
+        book.apply(&leads(1)).unwrap();
+        assert!(book.apply(&leads(1)).is_err());
+        book.apply(&leads(2)).unwrap();
+        assert_eq!(book.epoch, 2);
     }
 
     #[test]

@@ -16,6 +16,7 @@
 //! | [`plan`] | arithmetic of pace |
 //! | [`outer`] | merge and outer step |
 //! | [`journal`] | entries, and the book that is their sum |
+//! | [`vigil`] | when a standby may think that the leader is gone |
 //! | [`wire`] | frames |
 //!
 //! Beside them: [`hash`] (content addresses), [`site`] (names, time), [`rng`], [`simd`] and [`team`] (speed), and
@@ -38,4 +39,5 @@ pub mod simd;
 pub mod site;
 pub mod team;
 pub mod training;
+pub mod vigil;
 pub mod wire;

@@ -26,7 +26,7 @@ use crate::round::{Standing, Status};
 use crate::site::SiteId;
 
 /// Version of everything on this page. Site and coordinator must have the same.
-pub const PROTOCOL: u16 = 4;
+pub const PROTOCOL: u16 = 5;
 /// Longest body of a frame.
 pub const BODY_MAX: usize = 4 << 20;
 /// Bytes of a payload per [`Frame::Put`] or [`Frame::Chunk`].
@@ -77,6 +77,8 @@ pub struct Welcome {
     pub tokenizer_bytes: u64,
     /// The site's latest session; the next one must be higher.
     pub session: u64,
+    /// How often a coordinator took the run over. Whoever is in an earlier epoch than the site has seen leads no more.
+    pub epoch: u64,
 }
 
 /// Anything that can be said.
@@ -260,6 +262,7 @@ mod tests {
             tokenizer: digest,
             tokenizer_bytes: 1 << 40,
             session: 9,
+            epoch: 2,
         };
         let frames = [
             Frame::hello(hello()),
@@ -279,7 +282,7 @@ mod tests {
     #[test]
     fn the_bytes_are_these() {
         let layout = "07".repeat(32);
-        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("29000000010400010001{layout}01650164"));
+        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("29000000010500010001{layout}01650164"));
         let get = Frame::Get { digest: Digest([7; 32]), offset: 1, length: 2 };
         assert_eq!(hex(&get.encode()), format!("2c00000008{layout}010000000000000002000000"));
     }

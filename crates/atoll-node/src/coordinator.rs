@@ -4,7 +4,10 @@
 
 pub(crate) mod arriving;
 mod gate;
+mod lead;
+mod log;
 mod outgoing;
+mod share;
 mod shelf;
 mod watch;
 
@@ -16,7 +19,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::hash::Digest;
-use atoll_core::journal::{Book, Chain, Entry};
+use atoll_core::journal::Entry;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Global, StepError};
@@ -30,24 +33,40 @@ use crate::crew::Crew;
 use crate::data::Tokenizer;
 use crate::hf;
 use crate::identity::{Claim, Identity, Ticket};
-use crate::journal::JournalFile;
 use crate::link::Gate;
 use crate::report::Report;
 use crate::revocation;
 use crate::rollback;
 use crate::run::{Keep, RunConfig, RunDir, Terms, write_atomically};
+use crate::shared::{Shared, State};
 use crate::snapshot;
 use crate::store::Store;
 use arriving::Arriving;
 use gate::{House, Input, Knock};
+use lead::Turn;
+use log::Log;
 use outgoing::Outgoings;
+use share::Share;
 use shelf::Shelf;
 pub(crate) use shelf::lock;
 use watch::Watch;
 
+/// What an operator decides when a coordinator starts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Address to listen on, `host:port`.
+    pub listen: String,
+    /// Wait behind whoever leads the run, and lead it when that one is gone.
+    pub standby: bool,
+    /// The run's object store is another one than before, and empty on purpose.
+    pub new_store: bool,
+}
+
 /// How a coordinator ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Ending {
+    /// It never led; whether the run is finished.
+    StoodBy(bool),
     /// The run reached its goal.
     Finished(Box<Report>),
     /// The operator stopped it; the same command goes on.
@@ -114,17 +133,33 @@ impl Prepared {
 ///
 /// # Errors
 /// If the folder is unsound, the port is taken, or the disk fails.
-pub async fn coordinate(dir: &RunDir, listen: &str, stop: signal::Receiver<bool>) -> Result<Ending> {
+pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<bool>) -> Result<Ending> {
     let prepared = Prepared::read(dir)?;
     let _hold = dir.hold()?;
     rollback::finish(dir)?;
     let identity = Identity::load(&dir.key())?;
-    let listener = TcpListener::bind(listen).await.with_context(|| {
-        format!("the address {listen} cannot be listened on\nhint: is another process using the port? choose one with --listen")
-    })?;
+    let listener = bind(&options.listen).await?;
+    let store = Store::open(dir.payloads())?;
+    let shared = open_shared(&prepared.config, options)?;
+    // Sites that find nobody here look elsewhere.
+    let listener = Some(listener).filter(|_| shared.is_none());
+    let turn = {
+        let (prepared, store, shared, options, stop) = (&prepared, &store, shared.as_ref(), options, &stop);
+        tokio::task::block_in_place(|| lead::take_the_lead(prepared, store, shared, options, &|| *stop.borrow()))?
+    };
+    let (recovered, holder) = match turn {
+        Turn::Lead(recovered, holder) => (*recovered, holder),
+        Turn::Stopped => return Ok(Ending::StoodBy(false)),
+        Turn::Finished => return Ok(Ending::StoodBy(true)),
+    };
+    let listener = match listener {
+        Some(listener) => listener,
+        None => bind(&options.listen).await?,
+    };
     let address = listener.local_addr()?.to_string();
     let (inputs, incoming) = mpsc::channel(1024);
-    let mut heart = Heart::new(prepared, address.clone())?;
+    let share = shared.as_ref().map(|shared| Share::new(shared.clone(), holder, address.clone(), &recovered));
+    let mut heart = Heart::new(prepared, address.clone(), store, share, recovered)?;
     let is_told = Report::load(&dir.report()).is_ok_and(|report| report.state == "finished");
     if heart.machine.phase() == Phase::Finished && is_told && dir.model().join("config.json").exists() {
         bail!(
@@ -137,6 +172,7 @@ pub async fn coordinate(dir: &RunDir, listen: &str, stop: signal::Receiver<bool>
         inputs,
         shelf: heart.shelf.clone(),
         store: heart.store.clone(),
+        shared,
         fragment_lens: heart.fragment_lens(),
         arriving: Arriving::new(&heart.fragment_lens()),
         links: Default::default(),
@@ -148,6 +184,22 @@ pub async fn coordinate(dir: &RunDir, listen: &str, stop: signal::Receiver<bool>
     let ending = heart.beat(incoming, stop).await;
     server.abort();
     ending
+}
+
+async fn bind(listen: &str) -> Result<TcpListener> {
+    TcpListener::bind(listen).await.with_context(|| {
+        format!("the address {listen} cannot be listened on\nhint: is another process using the port? choose one with --listen")
+    })
+}
+
+fn open_shared(config: &RunConfig, options: &Options) -> Result<Option<Arc<Shared>>> {
+    match &config.coordinator.store {
+        Some(store) => Ok(Some(Arc::new(Shared::open(store)?))),
+        None if options.standby => bail!(
+            "a standby follows the run in its object store, and run.toml names none\nhint: set coordinator.store, to the same at every coordinator of the run"
+        ),
+        None => Ok(None),
+    }
 }
 
 /// A clock that starts at the time of day and then never goes back.
@@ -171,6 +223,10 @@ enum Done {
     Merged(Merged, Arc<Vec<u8>>),
     Unmergeable(FragmentId, Digest, String),
     Snapshot,
+    /// The object store heard that this coordinator leads, or what it said instead.
+    Beaten(Result<share::Beaten>),
+    /// A snapshot is in the object store, or why it is not.
+    Shared(Result<u64>),
     Failed(anyhow::Error),
 }
 
@@ -182,7 +238,9 @@ struct Heart {
     layout: Digest,
     clock: Clock,
     machine: Coordinator,
-    journal: JournalFile,
+    journal: Log,
+    /// What of the run lies in its object store, if it has one.
+    share: Option<Share>,
     global: Arc<Mutex<Global>>,
     store: Store,
     shelf: Arc<Shelf>,
@@ -214,13 +272,14 @@ enum SnapshotState {
 }
 
 impl Heart {
-    fn new(prepared: Prepared, address: String) -> Result<Self> {
+    fn new(
+        prepared: Prepared,
+        address: String,
+        store: Store,
+        share: Option<Share>,
+        recovered: snapshot::Recovered,
+    ) -> Result<Self> {
         let Prepared { dir, config, model, manifest, tokenizer } = prepared;
-        let store = Store::open(dir.payloads())?;
-        let recovered = match snapshot::recover(&dir, &model, &manifest, config.seed, &store)? {
-            Some(recovered) => recovered,
-            None => begin(&dir, &config, &model, &manifest)?,
-        };
         let snapshot::Recovered { journal, book, global, payloads } = recovered;
         if config.coordinator.keep == Keep::Snapshots {
             store.sweep(&snapshot::needed(&payloads, &book))?;
@@ -228,10 +287,11 @@ impl Heart {
         let current = book.fragments.iter().map(|fragment| fragment.digest).collect();
         let global = Arc::new(Mutex::new(global));
         let shelf = Arc::new(Shelf::new(global.clone(), store.clone(), tokenizer.json().to_vec(), current));
-        let terms = serde_json::to_string(&Terms { config: config.clone(), model: model.clone() })?;
+        let terms = serde_json::to_string(&Terms::of(&config, &model))?;
         let watch = Watch::open(&dir, book.run.clone(), address, manifest.parameters() as u64)?;
         let clock = Clock::new();
         let lens = lock(&global).theta.iter().map(Vec::len).collect();
+        let entries = book.entries;
         let machine = Coordinator::new(config.sync.clone(), config.goal, book, lens);
         Ok(Self {
             layout: manifest.fingerprint(),
@@ -241,7 +301,8 @@ impl Heart {
             model,
             terms,
             clock,
-            journal,
+            journal: Log::new(journal, share.as_ref().map(|share| share.shared.clone()), entries),
+            share,
             global,
             store,
             shelf,
@@ -402,6 +463,7 @@ impl Heart {
             layout: self.layout,
             tokenizer,
             tokenizer_bytes,
+            epoch: self.machine.book().epoch,
         }
     }
 
@@ -451,6 +513,7 @@ impl Heart {
                 let payloads = commit.contributions.iter().map(|accepted| accepted.payload);
                 let payloads: Vec<Digest> = payloads.chain([commit.delta]).collect();
                 self.kept.extend(&payloads);
+                self.share.iter_mut().for_each(|share| share.committed(number, commit));
                 self.payloads.insert(number, payloads);
                 self.shelf.committed(commit.fragment.index(), commit.digest);
                 self.watch.committed(self.clock.now(), commit);
@@ -479,6 +542,7 @@ impl Heart {
             }
             Entry::Finished => tracing::info!("the run has reached its goal"),
             Entry::Began { .. }
+            | Entry::Leads { .. }
             | Entry::Admitted { .. }
             | Entry::Joined { .. }
             | Entry::Leased { .. }
@@ -489,6 +553,7 @@ impl Heart {
     fn forget(&mut self, payload: Digest) {
         if !self.kept.contains(&payload) {
             self.store.remove(payload);
+            self.share.iter().for_each(|share| share.forget(payload));
         }
     }
 
@@ -557,6 +622,12 @@ impl Heart {
                 self.snapshot = SnapshotState::Due(next);
                 Ok(())
             }
+            Done::Beaten(beaten) => self.share.as_mut().map_or(Ok(()), |share| share.beaten(beaten, self.journal.next())),
+            Done::Shared(put) => {
+                self.share.iter_mut().for_each(|share| share.put(&put));
+                self.retire_payloads();
+                Ok(())
+            }
             Done::Failed(error) => Err(error),
         }
     }
@@ -584,22 +655,19 @@ impl Heart {
     fn snapshot_job(&self) -> impl FnOnce() -> Result<PathBuf> + Send + use<> {
         let global = lock(&self.global).clone();
         let (dir, model, book) = (self.dir.clone(), self.model.clone(), self.machine.book().clone());
-        let (chain, offset) = (self.journal.chain, self.journal.offset);
+        let (chain, offset) = self.journal.end();
         move || snapshot::save(&dir, &model, &global, &book, chain, offset)
     }
 
     /// Drops snapshots and payloads that are too old to be needed.
     fn retire_payloads(&mut self) {
-        let all = self.config.coordinator.keep == Keep::All;
-        let oldest = snapshot::prune(&self.dir, self.config.coordinator.snapshots, all);
-        if all {
-            return;
+        if self.share.as_ref().is_some_and(Share::is_putting) {
+            return; // It reads the snapshot.
         }
-        let later = self.payloads.split_off(&(oldest + 1));
-        let old = std::mem::replace(&mut self.payloads, later);
-        self.kept = snapshot::needed(&self.payloads, self.machine.book());
-        let unneeded = old.into_values().flatten().filter(|digest| !self.kept.contains(digest));
-        unneeded.for_each(|digest| self.store.remove(digest));
+        let book = self.machine.book();
+        let unneeded = snapshot::retire(&self.dir, &self.config.coordinator, &mut self.payloads, book);
+        self.kept = snapshot::needed(&self.payloads, book);
+        unneeded.into_iter().for_each(|digest| self.store.remove(digest));
     }
 
     /// Ends in an orderly way: everything on disk, the report written.
@@ -620,7 +688,28 @@ impl Heart {
         }
         write_atomically(&self.dir.status(), &report)?;
         write_atomically(&self.dir.report(), &report)?;
+        self.hand_over(state).await?;
         Ok(Box::new(self.watch.report.clone()))
+    }
+
+    /// Leaves all in the object store for whoever leads next, and says so there.
+    async fn hand_over(&mut self, state: &str) -> Result<()> {
+        while self.share.as_ref().is_some_and(Share::is_busy) {
+            let Some(done) = self.done.1.recv().await else { break };
+            self.finish(done)?;
+        }
+        let state = if state == "finished" { State::Finished } else { State::Stopped };
+        let (next, epoch) = (self.journal.next(), self.machine.book().epoch);
+        let Some(share) = self.share.as_mut() else { return Ok(()) };
+        share.put_now();
+        let put = share.put_snapshot(&self.dir, &self.config.coordinator, epoch);
+        let beat = share.beat(next, epoch, state);
+        tokio::task::spawn_blocking(move || {
+            put.map(|put| put()).transpose()?;
+            beat.map(|beat| beat()).transpose()
+        })
+        .await?
+        .map(drop)
     }
 
     // ---- what the operator sees ----
@@ -634,7 +723,22 @@ impl Heart {
     /// What is done twice a second.
     fn look_around(&mut self) -> Result<()> {
         self.take_up_revocations()?;
+        self.look_after_share();
         self.write_status()
+    }
+
+    /// Says in the object store that this coordinator lives, and puts a snapshot there when one is due.
+    fn look_after_share(&mut self) {
+        let (next, epoch) = (self.journal.next(), self.machine.book().epoch);
+        let Some(share) = self.share.as_mut() else { return };
+        let beat = share.beat(next, epoch, State::Leading);
+        let put = share.put_snapshot(&self.dir, &self.config.coordinator, epoch);
+        if let Some(beat) = beat {
+            self.on_a_thread(move || Done::Beaten(beat()));
+        }
+        if let Some(put) = put {
+            self.on_a_thread(move || Done::Shared(put()));
+        }
     }
 
     fn write_status(&mut self) -> Result<()> {
@@ -667,25 +771,4 @@ fn first_weights(dir: &RunDir, config: &RunConfig, model: &ModelConfig) -> Resul
         );
     }
     Ok(weights)
-}
-
-/// The first entries and the first snapshot of a run.
-fn begin(dir: &RunDir, config: &RunConfig, model: &ModelConfig, manifest: &Manifest) -> Result<snapshot::Recovered> {
-    let global = Global::new(manifest.clone(), manifest.gather(&first_weights(dir, config, model)?));
-    let began = Entry::Began {
-        run: config.name.clone(),
-        seed: config.seed,
-        context: config.training.context as u64,
-        layout: manifest.fingerprint(),
-        theta: global.digests(),
-    };
-    let mut book = Book::default();
-    book.apply(&began).map_err(|error| anyhow!("{error}"))?;
-    // The snapshot comes first: a journal without one could not be understood.
-    let mut chain = Chain::default();
-    let line = chain.write(&began);
-    snapshot::save(dir, model, &global, &book, chain, line.len() as u64 + 1)?;
-    let mut journal = JournalFile::open(&dir.journal(), 0, Chain::default(), |_| bail!("the run has begun before"))?;
-    journal.append(&[began])?;
-    Ok(snapshot::Recovered { journal, book, global, payloads: BTreeMap::new() })
 }

@@ -22,6 +22,14 @@ pub struct JournalFile {
     pub offset: u64,
 }
 
+/// Lines that come next, and the hash over all lines behind them.
+#[derive(Debug)]
+pub struct Lines {
+    /// The lines, each with its end.
+    pub text: String,
+    chain: Chain,
+}
+
 impl JournalFile {
     /// Opens the journal behind `offset`, where its hash was `chain`, and hands each entry from there
     /// on to `visit`. A torn last line is cut off.
@@ -65,12 +73,36 @@ impl JournalFile {
     /// # Errors
     /// If the disk does not take them; then none of them may be acted upon.
     pub fn append(&mut self, entries: &[Entry]) -> Result<()> {
-        let mut chain = self.chain;
-        let mut text = String::new();
+        self.write(&self.lines(entries))
+    }
+
+    /// The lines that would record `entries`.
+    pub fn lines(&self, entries: &[Entry]) -> Lines {
+        let mut lines = Lines { text: String::new(), chain: self.chain };
         for entry in entries {
-            text.push_str(&chain.write(entry));
-            text.push('\n');
+            lines.text.push_str(&lines.chain.write(entry));
+            lines.text.push('\n');
         }
+        lines
+    }
+
+    /// Takes lines that another coordinator wrote for the lines to come next.
+    ///
+    /// # Errors
+    /// If they are not.
+    pub fn understand(&self, text: String) -> Result<(Lines, Vec<Entry>)> {
+        let mut chain = self.chain;
+        let read = |line: &str| chain.read(line).map_err(|error| anyhow::anyhow!("{error}"));
+        let entries = text.lines().map(read).collect::<Result<_>>()?;
+        Ok((Lines { text, chain }, entries))
+    }
+
+    /// Appends lines and waits until the disk has them.
+    ///
+    /// # Errors
+    /// If the disk does not take them; then none of them may be acted upon.
+    pub fn write(&mut self, lines: &Lines) -> Result<()> {
+        let Lines { text, chain } = lines;
         let write = self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data());
         if let Err(error) = write {
             // Leave no half line behind, if the disk still lets us.
@@ -82,7 +114,7 @@ impl JournalFile {
                 )
             });
         }
-        (self.chain, self.offset) = (chain, self.offset + text.len() as u64);
+        (self.chain, self.offset) = (*chain, self.offset + text.len() as u64);
         Ok(())
     }
 }

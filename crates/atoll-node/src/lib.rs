@@ -11,6 +11,8 @@
 //! | [`link`] | TLS connections that carry frames |
 //! | [`wan`] | a thin, long, lossy link for trying things out |
 //! | [`journal`] | the journal on disk |
+//! | [`objects`] | object stores: a folder, S3, OBS, OSS, COS |
+//! | [`shared`] | what of a run lies in its object store |
 //! | [`store`] | payloads on disk, by content address |
 //! | [`snapshot`] | the model and the book on disk; recovery |
 //! | [`rollback`] | back to an earlier commit |
@@ -28,10 +30,12 @@ pub mod hf;
 pub mod identity;
 pub mod journal;
 pub mod link;
+pub mod objects;
 pub mod report;
 pub mod revocation;
 pub mod rollback;
 pub mod run;
+pub mod shared;
 pub mod site;
 pub mod snapshot;
 pub mod store;

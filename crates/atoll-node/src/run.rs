@@ -179,6 +179,8 @@ impl Default for DataSection {
 pub struct CoordinatorSection {
     /// Address that tickets name, if it is not the one listened on: `host:port`.
     pub advertise: Option<String>,
+    /// The object store that a standby follows: a folder, or `s3://bucket/prefix?…`, `obs://`, `oss://`, `cos://`.
+    pub store: Option<String>,
     /// Seconds between two snapshots.
     pub snapshot_seconds: f64,
     /// Snapshots kept.
@@ -189,7 +191,7 @@ pub struct CoordinatorSection {
 
 impl Default for CoordinatorSection {
     fn default() -> Self {
-        Self { advertise: None, snapshot_seconds: 60.0, snapshots: 2, keep: Keep::Snapshots }
+        Self { advertise: None, store: None, snapshot_seconds: 60.0, snapshots: 2, keep: Keep::Snapshots }
     }
 }
 
@@ -275,6 +277,13 @@ pub struct Terms {
 }
 
 impl Terms {
+    /// What concerns sites of `config`.
+    pub fn of(config: &RunConfig, model: &ModelConfig) -> Self {
+        let mut config = config.clone();
+        config.coordinator.store = None; // Nobody's business but the coordinators'.
+        Self { config, model: model.clone() }
+    }
+
     /// Reads what a coordinator says of its run, and finds everything that a site could not work with.
     ///
     /// # Errors

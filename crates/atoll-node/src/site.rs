@@ -38,7 +38,7 @@ use crate::run::{Terms, write_atomically};
 use arriving::Arriving;
 use desk::{Desk, Done, Job};
 use meter::Meter;
-use net::{Command, Incoming, Route};
+use net::{Command, Doors, Incoming, Route};
 use residuals::Residuals;
 
 /// What the operator of a site decides.
@@ -102,7 +102,7 @@ pub fn join(
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let mut route = Route {
         dialer: Dialer::new(&identity, options.ticket.coordinator)?,
-        addresses: options.ticket.addresses.clone(),
+        doors: Doors::new(options.ticket.addresses.clone()),
         hello: Hello {
             purpose: atoll_core::wire::Purpose::Enlist,
             secret: Some(options.ticket.secret.0),

@@ -24,7 +24,7 @@ use crate::crew::Crew;
 use crate::data::file;
 use crate::hf;
 use crate::journal::JournalFile;
-use crate::run::{RunDir, write_atomically};
+use crate::run::{CoordinatorSection, Keep, RunDir, write_atomically};
 use crate::store::Store;
 
 /// The book of a snapshot, and where the journal goes on.
@@ -108,6 +108,24 @@ pub fn prune(dir: &RunDir, keep: usize, first: bool) -> u64 {
         let _ = fs::rename(&folder, &old).and_then(|()| fs::remove_dir_all(old));
     }
     snapshots.first().map_or(0, |(entries, _)| *entries)
+}
+
+/// Drops snapshots, and the payloads of commits before the oldest one, that the policy does not keep; returns these.
+pub(crate) fn retire(
+    dir: &RunDir,
+    policy: &CoordinatorSection,
+    payloads: &mut BTreeMap<u64, Vec<Digest>>,
+    book: &Book,
+) -> Vec<Digest> {
+    let all = policy.keep == Keep::All;
+    let oldest = prune(dir, policy.snapshots, all);
+    if all {
+        return Vec::new();
+    }
+    let later = payloads.split_off(&(oldest + 1));
+    let old = std::mem::replace(payloads, later);
+    let kept = needed(payloads, book);
+    old.into_values().flatten().filter(|digest| !kept.contains(digest)).collect()
 }
 
 /// Rebuilds a run from its newest snapshot and its journal. `None` if the run has never begun.
@@ -220,7 +238,7 @@ pub fn place(folder: &Path) -> Result<Place> {
     serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
 }
 
-fn addresses(commit: &Commit) -> Vec<Digest> {
+pub(crate) fn addresses(commit: &Commit) -> Vec<Digest> {
     commit.contributions.iter().map(|accepted| accepted.payload).chain([commit.delta]).collect()
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Result;
-use atoll_node::coordinator::{Ending, coordinate};
+use atoll_node::coordinator::{Ending, Options, coordinate};
 use atoll_node::run::RunDir;
 
 use crate::stop;
@@ -17,6 +17,13 @@ pub(crate) struct Arguments {
     /// Address and port to listen on; port 0 takes a free one.
     #[arg(long, default_value = "0.0.0.0:7700")]
     listen: String,
+    /// Wait behind the coordinator that leads the run, and lead it as soon as that one is gone. The folder needs run.toml,
+    /// tokenizer.json and coordinator.key of the run; the rest comes from the object store that coordinator.store names.
+    #[arg(long)]
+    standby: bool,
+    /// The run goes on in another object store than before, which is empty.
+    #[arg(long, conflicts_with = "standby")]
+    new_store: bool,
     /// Stop when standard input ends.
     #[arg(long, hide = true)]
     supervised: bool,
@@ -35,9 +42,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             let _ = sender.send(true); // The coordinator may have ended by itself.
             sender.closed().await;
         });
-        coordinate(&dir, &arguments.listen, receiver).await
+        let Arguments { standby, new_store, .. } = *arguments;
+        let options = Options { listen: arguments.listen.clone(), standby, new_store };
+        coordinate(&dir, &options, receiver).await
     })?;
     match ending {
+        Ending::StoodBy(false) => println!("stopped; another coordinator leads the run, or none"),
+        Ending::StoodBy(true) => println!("the run is finished; it did not need this coordinator"),
         Ending::Finished(report) => println!(
             "finished: {} commits, {} tokens, model in {}",
             report.commits,

@@ -102,6 +102,7 @@ pub(super) fn frames() -> Vec<Vec<u8>> {
         tokenizer: digest,
         tokenizer_bytes: 1 << 40,
         session: 9,
+        epoch: 2,
     };
     let frames = [
         Frame::hello(hello),

@@ -19,6 +19,7 @@ use super::outgoing::{Outgoings, Piece};
 use super::shelf::{Bytes, Shelf};
 use crate::crew::Crew;
 use crate::link::{Gate, Link, SILENCE_SECONDS, Traffic, read_frame, within, write_frame};
+use crate::shared::Shared;
 use crate::store::Store;
 
 /// What connections tell the heart.
@@ -58,6 +59,8 @@ pub(super) struct House {
     pub(super) inputs: mpsc::Sender<Input>,
     pub(super) shelf: Arc<Shelf>,
     pub(super) store: Store,
+    /// The run's object store, if it has one.
+    pub(super) shared: Option<Arc<Shared>>,
     /// Weights of each fragment.
     pub(super) fragment_lens: Vec<usize>,
     /// Payloads that are under way from sites.
@@ -251,8 +254,8 @@ async fn take_in(
             bail!("{site} sends what can be no payload: {why}");
         }
     };
-    let (store, lens) = (house.store.clone(), house.fragment_lens.clone());
-    let kept = tokio::task::spawn_blocking(move || keep(&store, &lens, digest, &whole)).await?;
+    let house_of = house.clone();
+    let kept = tokio::task::spawn_blocking(move || keep(&house_of, digest, &whole)).await?;
     let input = match kept? {
         Ok(seen) => Input::Arrived(site.clone(), digest, seen),
         Err(why) => Input::Useless(site.clone(), digest, why),
@@ -261,13 +264,16 @@ async fn take_in(
     Ok(Some(Frame::Have(digest)))
 }
 
-/// Keeps a payload on disk and looks at it, or says why it is useless.
-fn keep(store: &Store, lens: &[usize], digest: Digest, payload: &[u8]) -> Result<Result<Seen, String>> {
-    let seen = match look_at(lens, digest, payload) {
+/// Keeps a payload on disk, and where a standby finds it, and looks at it; or says why it is useless.
+fn keep(house: &House, digest: Digest, payload: &[u8]) -> Result<Result<Seen, String>> {
+    let seen = match look_at(&house.fragment_lens, digest, payload) {
         Ok(seen) => seen,
         Err(why) => return Ok(Err(why)),
     };
-    store.put(digest, payload)?;
+    house.store.put(digest, payload)?;
+    if let Some(shared) = &house.shared {
+        shared.put_payload(digest, payload)?;
+    }
     Ok(Ok(seen))
 }
 

@@ -3,6 +3,7 @@
 //! again what is still wanted.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc::Sender};
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,7 @@ pub(super) enum Command {
 #[derive(Clone)]
 pub(super) struct Route {
     pub(super) dialer: Dialer,
-    pub(super) addresses: Vec<String>,
+    pub(super) doors: Doors,
     pub(super) hello: Hello,
     /// Data connections.
     pub(super) streams: usize,
@@ -59,6 +60,57 @@ pub(super) struct Route {
     pub(super) arriving: Arriving,
 }
 
+/// Where coordinators of the run may be found: at most one of them leads.
+#[derive(Debug, Clone)]
+pub(super) struct Doors {
+    addresses: Vec<String>,
+    /// Which one to try first: the last that opened.
+    first: Arc<AtomicUsize>,
+    /// The latest epoch that a coordinator has led in.
+    epoch: Arc<AtomicU64>,
+}
+
+impl Doors {
+    pub(super) fn new(addresses: Vec<String>) -> Self {
+        Self { addresses, first: Arc::default(), epoch: Arc::default() }
+    }
+
+    /// Those to try, in this order. Data go where control went.
+    fn to_try(&self, purpose: Purpose) -> Vec<(usize, &String)> {
+        let count = self.addresses.len();
+        let first = self.first.load(Ordering::Relaxed);
+        let tries = if purpose == Purpose::Data { count.min(1) } else { count };
+        (first..first + tries).map(|index| index % count).map(|index| (index, &self.addresses[index])).collect()
+    }
+
+    /// Notes that a coordinator of that epoch opened; false if another has led since.
+    fn opened(&self, index: usize, epoch: u64) -> bool {
+        let is_latest = self.epoch.fetch_max(epoch, Ordering::Relaxed) <= epoch;
+        if is_latest {
+            self.first.store(index, Ordering::Relaxed);
+        }
+        is_latest
+    }
+
+    /// Whoever was there does not answer any more.
+    fn try_another(&self) {
+        let next = (self.first.load(Ordering::Relaxed) + 1) % self.addresses.len().max(1);
+        self.first.store(next, Ordering::Relaxed);
+    }
+
+    /// Seconds of silence after which another door is tried, if the longest pause between two answers was of late so long.
+    fn patience(&self, longest: f64) -> f64 {
+        let most = SILENCE_SECONDS as f64;
+        if self.addresses.len() > 1 { (PAUSES * longest).clamp(SILENCE_MIN, most) } else { most }
+    }
+}
+
+/// Silence of so many times the longest pause of late is no accident; nor is it before so many seconds.
+const PAUSES: f64 = 4.0;
+const SILENCE_MIN: f64 = 3.0;
+/// How fast a long pause is forgotten, from answer to answer.
+const FORGETTING: f64 = 0.1;
+
 /// A refusal, told apart from failures that a retry may mend.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -68,33 +120,45 @@ pub(super) struct Refused(pub(super) String);
 const GETS_AHEAD: usize = 64;
 /// A status is repeated after this many seconds, so that a long step does not look like silence.
 const REPEAT_SECONDS: u64 = 1;
-const RETRY_SECONDS_MAX: f64 = 5.0;
+/// Between two attempts to connect at most: a coordinator that is back should not be waited for.
+const RETRY_SECONDS_MAX: f64 = 2.0;
 
 impl Route {
     /// Connects and introduces itself.
     pub(super) async fn greet(&self, purpose: Purpose) -> Result<(Link, Welcome)> {
         let mut problem = anyhow!("the ticket names no address");
-        for address in &self.addresses {
-            match self.dialer.dial(address).await {
-                Ok(mut link) => {
-                    let hello = Hello { purpose, ..self.hello.clone() };
-                    write_frame(&mut link, &Frame::hello(hello)).await?;
-                    return match within(SILENCE_SECONDS, read_frame(&mut link)).await?? {
-                        Some(Frame::Welcome(welcome)) => Ok((link, *welcome)),
-                        Some(Frame::Refused(why)) => Err(Refused(why).into()),
-                        _ => bail!("the coordinator at {address} hung up"),
-                    };
-                }
-                Err(error) if is_foreign_key(&error) => {
-                    return Err(Refused(format!(
-                        "the coordinator at {address} has another key than the ticket names\nhint: ask the operator for a new ticket; if the key was not changed on purpose, somebody else is answering there"
-                    ))
-                    .into());
-                }
+        for (index, address) in self.doors.to_try(purpose) {
+            match self.knock(address, purpose).await {
+                Ok((link, welcome)) if self.doors.opened(index, welcome.epoch) => return Ok((link, welcome)),
+                Ok(_) => problem = anyhow!("the coordinator at {address} does not lead the run any more"),
+                // One that was deposed and does not know it yet may not know this site either.
+                Err(_) if problem.is::<Refused>() => {}
                 Err(error) => problem = error,
             }
         }
         Err(problem)
+    }
+
+    async fn knock(&self, address: &str, purpose: Purpose) -> Result<(Link, Welcome)> {
+        let opened = async {
+            let mut link = self.dialer.dial(address).await?;
+            write_frame(&mut link, &Frame::hello(Hello { purpose, ..self.hello.clone() })).await?;
+            let answer = within(SILENCE_SECONDS, read_frame(&mut link)).await??;
+            anyhow::Ok((link, answer))
+        };
+        // Behind another door may be somebody who answers sooner.
+        let patience = Duration::from_secs_f64(self.doors.patience(1.0));
+        let opened = tokio::time::timeout(patience, opened).await;
+        match opened.unwrap_or_else(|_| Err(anyhow!("the coordinator at {address} does not answer"))) {
+            Ok((link, Some(Frame::Welcome(welcome)))) => Ok((link, *welcome)),
+            Ok((_, Some(Frame::Refused(why)))) => Err(Refused(why).into()),
+            Ok(_) => bail!("the coordinator at {address} hung up"),
+            Err(error) if is_foreign_key(&error) => Err(Refused(format!(
+                "the coordinator at {address} has another key than the ticket names\nhint: ask the operator for a new ticket; if the key was not changed on purpose, somebody else is answering there"
+            ))
+            .into()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Connects once, patiently, and fetches the tokenizer unless `have` says that it is known.
@@ -162,6 +226,9 @@ pub(super) async fn keep_connected(
                     return;
                 }
                 let end = talk(control, data, &mut commands, &inbox, &fetches, &route).await;
+                if end.as_ref().is_err_and(|error| error.is::<Silence>()) {
+                    route.doors.try_another();
+                }
                 route.meter.disconnected();
                 lock(&fetches).retain(|_, fetch| fetch.is_worth_resuming());
                 if inbox.send(Incoming::Disconnected).is_err() || matches!(end, Ok(())) {
@@ -275,6 +342,11 @@ impl Fetch {
     }
 }
 
+/// The coordinator says nothing any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the coordinator does not answer any more")]
+struct Silence;
+
 /// Runs all connections until one breaks (an error) or the trainer hangs up.
 async fn talk(
     control: Link,
@@ -300,9 +372,13 @@ async fn talk(
     }
     let (mut reader, mut writer) = tokio::io::split(control);
     let read = async {
+        let mut longest = 0.0f64;
         loop {
             // Every status is answered, and one is sent every second.
-            match within(SILENCE_SECONDS, read_frame(&mut reader)).await?? {
+            let (began, patience) = (Instant::now(), Duration::from_secs_f64(route.doors.patience(longest)));
+            let answer = tokio::time::timeout(patience, read_frame(&mut reader)).await.map_err(|_| Silence)?;
+            longest = began.elapsed().as_secs_f64().max(longest * (1.0 - FORGETTING));
+            match answer? {
                 Some(Frame::Standing(standing)) => {
                     meter.answered(standing.heard);
                     inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the trainer has stopped"))?;

@@ -1,0 +1,186 @@
+//! A run in an object store survives the loss of its coordinator without anybody's help, and never has two.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use atoll_core::journal::{Book, Chain, Entry};
+use atoll_node::journal::read_entries;
+use atoll_node::report::Report;
+use common::{Lab, Process, atoll, signal, text, wait};
+
+const LONG: u64 = 100_000_000;
+
+/// A run with an object store, and a second folder for whoever stands by.
+struct Pair {
+    lab: Lab,
+    other: String,
+    store: String,
+}
+
+impl Pair {
+    fn new(tokens: u64, store: Option<String>) -> Self {
+        let lab = Lab::new(tokens, &[]);
+        let store = store.unwrap_or_else(|| lab.path("store"));
+        lab.change("# store = \"s3://bucket/prefix\"", &format!("store = \"{store}\""));
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let pair = Self { lab, other: format!("127.0.0.1:{port}"), store };
+        fs::create_dir_all(pair.lab.path("second")).unwrap();
+        for file in ["run.toml", "tokenizer.json", "coordinator.key"] {
+            fs::copy(pair.lab.run().join(file), Path::new(&pair.lab.path("second")).join(file)).unwrap();
+        }
+        pair
+    }
+
+    fn standby(&self) -> Process {
+        let arguments = ["coordinate", &self.lab.path("second"), "--listen", &self.other, "--standby"];
+        self.lab.spawn("standby", &arguments)
+    }
+
+    fn ticket(&self, site: &str) -> String {
+        let run = self.lab.path("run");
+        let printed = atoll(&["ticket", &run, site, "--address", &self.lab.listen(), "--address", &self.other]);
+        assert!(printed.status.success(), "{}", text(&printed.stderr));
+        text(&printed.stdout).trim().to_string()
+    }
+
+    fn join(&self, site: &str) -> Process {
+        self.lab.join(site, &self.ticket(site), &["--share", "0.4"])
+    }
+
+    /// Waits until the second folder says something.
+    fn wait_for(&self, what: &str, holds: impl Fn(&Report) -> bool) -> Report {
+        let (began, path) = (Instant::now(), Path::new(&self.lab.path("second")).join("status.json"));
+        loop {
+            match Report::load(&path) {
+                Ok(report) if holds(&report) => return report,
+                seen => assert!(
+                    began.elapsed() < Duration::from_secs(120),
+                    "waiting for {what}: {seen:?}\n{}\n{}\n{}",
+                    self.lab.log("standby"),
+                    self.lab.log("coordinator"),
+                    self.lab.log("a")
+                ),
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn entries(&self, folder: &str) -> Vec<Entry> {
+        read_entries(&Path::new(&self.lab.path(folder)).join("journal.jsonl"), 0, Chain::default()).unwrap()
+    }
+
+    /// The book of a folder's journal: every sample at most once.
+    fn book(&self, folder: &str) -> Book {
+        let mut book = Book::default();
+        for entry in self.entries(folder) {
+            book.apply(&entry).unwrap();
+            assert_eq!(book.ledger.verify(), Ok(()));
+        }
+        book
+    }
+
+    fn replay(&self, folder: &str) {
+        let replayed = atoll(&["replay", &self.lab.path(folder)]);
+        assert!(replayed.status.success(), "{}", text(&replayed.stderr));
+    }
+}
+
+#[test]
+fn a_standby_goes_on_where_a_killed_leader_was() {
+    a_killed_leader_is_followed(None);
+}
+
+/// `ATOLL_S3=http://host:port` names a server with a bucket `atoll`; credentials are in the environment.
+#[test]
+fn so_it_does_with_a_real_s3_server() {
+    let Some(endpoint) = std::env::var_os("ATOLL_S3") else {
+        eprintln!("SKIPPED: ATOLL_S3 names no S3 server");
+        return;
+    };
+    let prefix = format!("{}-{:?}", std::process::id(), Instant::now()).replace(|c: char| !c.is_alphanumeric(), "");
+    let endpoint = endpoint.to_string_lossy();
+    a_killed_leader_is_followed(Some(format!("s3://atoll/{prefix}?endpoint={endpoint}&region=us-east-1")));
+}
+
+fn a_killed_leader_is_followed(store: Option<String>) {
+    let pair = Pair::new(3_000_000, store);
+    let leader = pair.lab.coordinate();
+    let _sites = ["a", "b"].map(|site| pair.join(site));
+    let mut standby = pair.standby();
+    pair.lab.wait_for("commits", |report| report.commits > 8);
+    pair.wait_for("the standby to follow", |report| report.state == "standby" && report.commits > 4);
+    let announced = pair.lab.status().unwrap().commits;
+    drop(leader); // SIGKILL
+    pair.wait_for("the standby to lead and commit", |report| report.state == "training" && report.commits > announced + 4);
+
+    // The earlier leader comes back behind the later one, which finishes the run.
+    let arguments = ["coordinate", &pair.lab.path("run"), "--listen", &pair.lab.listen(), "--standby"];
+    let mut earlier = pair.lab.spawn("coordinator", &arguments);
+    assert!(wait(&mut standby).success(), "{}", pair.lab.log("standby"));
+    assert!(wait(&mut earlier).success(), "{}", pair.lab.log("coordinator"));
+    let book = pair.book("second");
+    assert!(book.finished && book.epoch == 2 && book.commits() > announced, "nothing that was announced is lost");
+    assert_eq!(pair.entries("run"), pair.entries("second"), "both have the same journal");
+    pair.replay("second");
+    pair.replay("run");
+}
+
+#[test]
+fn a_leader_that_was_stopped_for_a_while_can_do_no_harm() {
+    let pair = Pair::new(LONG, None);
+    let mut leader = pair.lab.coordinate();
+    let _sites = ["a", "b"].map(|site| pair.join(site));
+    let _standby = pair.standby();
+    pair.lab.wait_for("commits", |report| report.commits > 8);
+    pair.wait_for("the standby to follow", |report| report.commits > 4);
+    signal(&leader, "STOP");
+    let taken = pair.wait_for("the standby to lead", |report| report.state == "training");
+    pair.wait_for("the sites to come over", |report| report.commits > taken.commits + 4);
+    signal(&leader, "CONT");
+    assert!(!wait(&mut leader).success());
+    assert!(pair.lab.log("coordinator").contains("another coordinator leads"), "{}", pair.lab.log("coordinator"));
+    let later = pair.wait_for("the run to go on", |report| report.commits > taken.commits + 8);
+    assert_eq!(later.sites.iter().filter(|site| site.state != "away").count(), 2);
+    let (earlier, later) = (pair.entries("run"), pair.entries("second"));
+    assert_eq!(earlier[..], later[..earlier.len()], "the earlier leader has added nothing");
+    assert_eq!(pair.book("second").epoch, 2);
+}
+
+#[test]
+fn a_leader_that_restarts_leads_at_once_and_no_other_process_does() {
+    let pair = Pair::new(LONG, None);
+    let leader = pair.lab.coordinate();
+    let _site = pair.join("a");
+    pair.lab.wait_for("commits", |report| report.commits > 4);
+
+    // Without --standby nobody waits behind a leader that lives, and nobody pushes it aside.
+    let refused = atoll(&["coordinate", &pair.lab.path("second"), "--listen", &pair.other]);
+    let error = text(&refused.stderr);
+    assert!(!refused.status.success() && error.contains("is led by") && error.contains("--standby"), "{error}");
+
+    let before = pair.lab.status().unwrap().commits;
+    drop(leader); // SIGKILL
+    let began = Instant::now();
+    let mut again = pair.lab.coordinate();
+    pair.lab.wait_for("the run to go on", |report| report.commits > before + 4);
+    println!("the first commits were there {:.1} s after the kill", began.elapsed().as_secs_f64());
+    let status = Command::new("kill").args(["-TERM", &again.0.id().to_string()]).status().unwrap();
+    assert!(status.success() && wait(&mut again).success());
+    assert_eq!(pair.book("run").epoch, 2);
+
+    // An empty store is no reason to begin anew.
+    fs::rename(&pair.store, pair.lab.path("moved")).unwrap();
+    let refused = atoll(&["coordinate", &pair.lab.path("run"), "--listen", &pair.lab.listen()]);
+    let error = text(&refused.stderr);
+    assert!(!refused.status.success() && error.contains("is empty") && error.contains("--new-store"), "{error}");
+    let mut fresh = pair.standby();
+    std::thread::sleep(Duration::from_secs(4));
+    assert!(fresh.0.try_wait().unwrap().is_none() && !Path::new(&pair.store).join("journal").exists());
+}
