@@ -36,7 +36,36 @@ pub struct Objects {
 #[derive(Debug, Clone)]
 enum Kind {
     Folder(PathBuf),
-    Bucket(Operator, Arc<Runtime>),
+    Bucket(Operator, Arc<Thread>),
+}
+
+/// Where requests to a bucket are carried out, so that whoever asks can wait for them.
+#[derive(Debug)]
+struct Thread(Option<Runtime>);
+
+impl Thread {
+    fn start() -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        Ok(Self(Some(runtime)))
+    }
+
+    /// Does some work there and waits for it, also where tasks must not be waited for.
+    fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> Result<T> {
+        let (sender, answer) = mpsc::sync_channel(1);
+        if let Some(runtime) = &self.0 {
+            runtime.spawn(async move {
+                let _ = sender.send(work.await);
+            });
+        }
+        answer.recv().map_err(|_| anyhow!("the object store's thread died"))
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        // It may be dropped by a task, which must not wait for it.
+        self.0.take().into_iter().for_each(Runtime::shutdown_background);
+    }
 }
 
 /// A request is tried so often before its failure is told.
@@ -85,6 +114,7 @@ impl Objects {
         }
         // The HTTP client takes rustls' provider from here; whoever set one before has set the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
+        opendal_http_transport_reqwest::install_default();
         let operator = match scheme {
             "s3" => services::S3Config::from_uri(&uri).and_then(Operator::from_config),
             "obs" => services::ObsConfig::from_uri(&uri).and_then(Operator::from_config),
@@ -96,8 +126,7 @@ impl Objects {
         let patience = TimeoutLayer::new().with_timeout(Duration::from_secs(ANSWER_SECONDS));
         let retry = RetryLayer::new().with_max_times(TRIES).with_min_delay(Duration::from_millis(50)).with_jitter();
         let operator = operator.layer(patience).layer(retry);
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        Ok(Kind::Bucket(operator, Arc::new(runtime)))
+        Ok(Kind::Bucket(operator, Arc::new(Thread::start()?)))
     }
 
     /// Where it is, for people.
@@ -120,10 +149,10 @@ impl Objects {
     pub fn create(&self, name: &str, bytes: &[u8]) -> Result<Created> {
         let created = match &self.kind {
             Kind::Folder(folder) => create_file(&folder.join(name), bytes).map_err(anyhow::Error::from),
-            Kind::Bucket(operator, runtime) if self.tells_who_came_first() => {
+            Kind::Bucket(operator, thread) if self.tells_who_came_first() => {
                 let (operator, name, bytes) = (operator.clone(), name.to_string(), bytes.to_vec());
                 let only_new = WriteOptions { if_not_exists: true, ..WriteOptions::default() };
-                match block(runtime, async move { operator.write_options(&name, bytes, only_new).await })? {
+                match thread.run(async move { operator.write_options(&name, bytes, only_new).await })? {
                     Ok(_) => Ok(Created::Now),
                     Err(error) if is_there(&error) => Ok(Created::Before),
                     Err(error) => Err(error.into()),
@@ -145,9 +174,9 @@ impl Objects {
                 let path = folder.join(name);
                 make_parent(&path).and_then(|()| file::write(&path, bytes)).map_err(anyhow::Error::from)
             }
-            Kind::Bucket(operator, runtime) => {
+            Kind::Bucket(operator, thread) => {
                 let (operator, name, bytes) = (operator.clone(), name.to_string(), bytes.to_vec());
-                let put = block(runtime, async move { operator.write(&name, bytes).await })?;
+                let put = thread.run(async move { operator.write(&name, bytes).await })?;
                 put.map(drop).map_err(anyhow::Error::from)
             }
         };
@@ -165,9 +194,9 @@ impl Objects {
                 Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
                 Err(error) => Err(anyhow::Error::from(error)),
             },
-            Kind::Bucket(operator, runtime) => {
+            Kind::Bucket(operator, thread) => {
                 let (operator, name) = (operator.clone(), name.to_string());
-                match block(runtime, async move { operator.read(&name).await })? {
+                match thread.run(async move { operator.read(&name).await })? {
                     Ok(bytes) => Ok(Some(bytes.to_vec())),
                     Err(error) if error.kind() == opendal::ErrorKind::NotFound => Ok(None),
                     Err(error) => Err(error.into()),
@@ -184,9 +213,9 @@ impl Objects {
     pub fn has(&self, name: &str) -> Result<bool> {
         let has = match &self.kind {
             Kind::Folder(folder) => folder.join(name).try_exists().map_err(anyhow::Error::from),
-            Kind::Bucket(operator, runtime) => {
+            Kind::Bucket(operator, thread) => {
                 let (operator, name) = (operator.clone(), name.to_string());
-                block(runtime, async move { operator.exists(&name).await })?.map_err(anyhow::Error::from)
+                thread.run(async move { operator.exists(&name).await })?.map_err(anyhow::Error::from)
             }
         };
         has.with_context(|| self.complaint("read from", name))
@@ -199,9 +228,9 @@ impl Objects {
     pub fn list(&self, folder: &str) -> Result<Vec<String>> {
         let names = match &self.kind {
             Kind::Folder(root) => list_folder(&root.join(folder)).map_err(anyhow::Error::from),
-            Kind::Bucket(operator, runtime) => {
+            Kind::Bucket(operator, thread) => {
                 let (operator, path) = (operator.clone(), format!("{folder}/"));
-                let entries = block(runtime, async move { operator.list(&path).await })?;
+                let entries = thread.run(async move { operator.list(&path).await })?;
                 let files = |entries: Vec<opendal::Entry>| {
                     let files = entries.into_iter().filter(|entry| entry.metadata().is_file());
                     files.map(|entry| entry.name().to_string()).collect()
@@ -224,9 +253,9 @@ impl Objects {
                 Err(error) if error.kind() != ErrorKind::NotFound => Err(anyhow::Error::from(error)),
                 _ => Ok(()),
             },
-            Kind::Bucket(operator, runtime) => {
+            Kind::Bucket(operator, thread) => {
                 let (operator, name) = (operator.clone(), name.to_string());
-                block(runtime, async move { operator.delete(&name).await })?.map_err(anyhow::Error::from)
+                thread.run(async move { operator.delete(&name).await })?.map_err(anyhow::Error::from)
             }
         };
         removed.with_context(|| self.complaint("removed from", name))
@@ -239,15 +268,6 @@ impl Objects {
         };
         format!("{name} cannot be {done} the object store {}\nhint: {hint}", self.place)
     }
-}
-
-/// Waits for what is done on the store's own thread: also where other tasks must not be waited for.
-fn block<T: Send + 'static>(runtime: &Runtime, work: impl Future<Output = T> + Send + 'static) -> Result<T> {
-    let (sender, answer) = mpsc::sync_channel(1);
-    runtime.spawn(async move {
-        let _ = sender.send(work.await);
-    });
-    answer.recv().map_err(|_| anyhow!("the object store's thread died"))
 }
 
 /// What stores answer if a name that must be new is not: the second if somebody is putting it at this moment.

@@ -110,7 +110,7 @@ fn so_it_does_with_a_real_s3_server() {
 }
 
 fn a_killed_leader_is_followed(store: Option<String>) {
-    let pair = Pair::new(3_000_000, store);
+    let pair = Pair::new(1_500_000, store);
     let leader = pair.lab.coordinate();
     let _sites = ["a", "b"].map(|site| pair.join(site));
     let mut standby = pair.standby();
@@ -180,6 +180,8 @@ fn a_leader_that_restarts_leads_at_once_and_no_other_process_does() {
     let refused = atoll(&["coordinate", &pair.lab.path("run"), "--listen", &pair.lab.listen()]);
     let error = text(&refused.stderr);
     assert!(!refused.status.success() && error.contains("is empty") && error.contains("--new-store"), "{error}");
+    fs::remove_dir_all(Path::new(&pair.lab.path("second")).join("snapshots")).unwrap();
+    fs::remove_file(Path::new(&pair.lab.path("second")).join("journal.jsonl")).unwrap();
     let mut fresh = pair.standby();
     std::thread::sleep(Duration::from_secs(4));
     assert!(fresh.0.try_wait().unwrap().is_none() && !Path::new(&pair.store).join("journal").exists());

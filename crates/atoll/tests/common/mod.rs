@@ -100,11 +100,12 @@ impl Lab {
     }
 
     pub fn coordinate(&self) -> Process {
-        let process = self.spawn("coordinator", &["coordinate", &self.path("run"), "--listen", &self.listen()]);
+        let mut process = self.spawn("coordinator", &["coordinate", &self.path("run"), "--listen", &self.listen()]);
         let address = self.listen();
         let began = Instant::now();
         while std::net::TcpStream::connect(&address).is_err() {
-            assert!(began.elapsed() < PATIENCE, "{}", self.log("coordinator"));
+            let is_hopeless = began.elapsed() > PATIENCE || process.0.try_wait().unwrap().is_some();
+            assert!(!is_hopeless, "{}", self.log("coordinator"));
             std::thread::sleep(Duration::from_millis(20));
         }
         process
