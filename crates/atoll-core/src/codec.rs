@@ -132,6 +132,12 @@ impl Codec {
         matches!(self, Codec::Sparse(_))
     }
 
+    /// Share of the weights that a payload speaks of.
+    pub fn density(self) -> f64 {
+        let Self::Sparse(keep) = self else { return 1.0 };
+        f64::from(keep.max(1)) / CHUNK as f64
+    }
+
     fn header_len(self) -> usize {
         if self.is_sparse() { HEADER + 2 } else { HEADER }
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::{DatasetId, Ledger, LedgerError, Ranges};
 use crate::hash::Digest;
 use crate::manifest::FragmentId;
-use crate::outer::Recipe;
+use crate::outer::{Recipe, guard};
 use crate::plan;
 use crate::site::SiteId;
 
@@ -147,6 +147,9 @@ pub struct Commit {
     pub bytes: u64,
     /// Digest of the fragment after the commit.
     pub digest: Digest,
+    /// How each contribution agreed with the others, where the guard could tell, in the order of merging.
+    #[serde(default)]
+    pub agreements: Vec<Option<f64>>,
     /// Seconds for which the run had been training.
     pub seconds: f64,
 }
@@ -170,6 +173,9 @@ pub struct Accepted {
     pub weight: f64,
     /// Length of its pseudo-gradient.
     pub norm: f64,
+    /// What its site's earlier contributions had shown.
+    #[serde(default)]
+    pub trust: f64,
     /// The samples that enter the model with it.
     pub ranges: Ranges,
 }
@@ -256,6 +262,9 @@ pub struct FragmentBook {
     /// The payload of each site's last contribution.
     #[serde(default)]
     pub delivered: BTreeMap<SiteId, Digest>,
+    /// Length and inner steps of a contribution: smoothed medians of commits with at least three; 0 before.
+    #[serde(default)]
+    pub typical: (f64, f64),
 }
 
 /// Weight of the newest contribution in what is usual.
@@ -272,6 +281,13 @@ impl FragmentBook {
             *usual = plan::smooth(*usual, accepted.work().min(most), USUAL_SHARE);
             self.longest = self.longest.max(accepted.norm);
             self.fastest = self.fastest.max(accepted.norm / accepted.steps.max(1) as f64);
+        }
+        // One of two could move their median.
+        if contributions.len() > 2 {
+            let median = |of: fn(&Accepted) -> f64| guard::upper_median(contributions.iter().map(of).collect());
+            let (norm, steps) = (median(|accepted| accepted.norm), median(|accepted| accepted.steps as f64));
+            let (usual_norm, usual_steps) = self.typical;
+            self.typical = (plan::smooth(usual_norm, norm, USUAL_SHARE), plan::smooth(usual_steps, steps, USUAL_SHARE));
         }
     }
 }
@@ -297,6 +313,9 @@ pub struct Member {
     pub contributions: u64,
     /// Tokens in the model, over all sessions.
     pub tokens: u64,
+    /// What its contributions have shown, −1 to 1; 0 if nothing.
+    #[serde(default)]
+    pub trust: f64,
 }
 
 impl Member {
@@ -469,6 +488,7 @@ impl Book {
             longest: 0.0,
             fastest: 0.0,
             delivered: BTreeMap::new(),
+            typical: (0.0, 0.0),
         };
         self.fragments = theta.iter().map(fragment).collect();
         Ok(())
@@ -491,6 +511,7 @@ impl Book {
             forgotten: None,
             contributions: 0,
             tokens: 0,
+            trust: 0.0,
         });
         member.key = key;
         Ok(())
@@ -538,6 +559,10 @@ impl Book {
             let member = self.member(&accepted.site)?;
             member.contributions += 1;
             member.tokens += tokens;
+        }
+        for (accepted, agreement) in commit.contributions.iter().zip(&commit.agreements) {
+            let member = self.member(&accepted.site)?;
+            member.trust = guard::learn(member.trust, *agreement);
         }
         let fragment = &mut self.fragments[commit.fragment.index()];
         fragment.note(&commit.contributions);
@@ -702,10 +727,12 @@ mod tests {
                 rule: crate::outer::OuterRule::default(),
                 codec: crate::codec::Codec::F32,
                 share: 1.0,
+                guard: crate::outer::Guard::default(),
             },
             delta: Digest::of(b"d"),
             bytes: 1,
             digest: Digest::of(b"n"),
+            agreements: Vec::new(),
             seconds: 0.0,
         })
     }
@@ -750,6 +777,7 @@ mod tests {
             tokens: 8,
             weight: 1.0,
             norm: 1.0,
+            trust: 0.0,
             ranges: Ranges::new(),
         };
         let refused = Entry::Refused {

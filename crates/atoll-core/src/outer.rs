@@ -15,6 +15,7 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
+pub use merge::guard::{self, Guard, Reason, Robust, Usual, Verdict};
 pub use merge::{Averaging, Merged, Weighted, merge};
 
 use crate::codec::{CHUNK, Codec, CodecError, Payload};
@@ -87,6 +88,9 @@ pub struct Recipe {
     pub codec: Codec,
     /// The change is multiplied with this: below 1 when sites are absent whose data nobody present has.
     pub share: f64,
+    /// How the merge protects itself.
+    #[serde(default)]
+    pub guard: Guard,
 }
 
 /// The global model and the outer optimizer's state, by fragment.
@@ -134,7 +138,8 @@ pub struct Step {
     pub measures: Measures,
 }
 
-/// What an outer step shows of how the run is doing. No decision about correctness uses it.
+/// What an outer step shows of how the run is doing. The guard's verdicts go into the journal with the commit; no
+/// decision about correctness uses anything else.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measures {
     /// Length of the merged pseudo-gradient.
@@ -143,6 +148,8 @@ pub struct Measures {
     pub cosines: Vec<f64>,
     /// For each contribution the greatest share of a tensor that the correction for staleness changed.
     pub corrections: Vec<f64>,
+    /// What the guard says of each contribution.
+    pub verdicts: Vec<Verdict>,
     /// Bytes of each contribution's payload, in the order given.
     pub bytes: Vec<u64>,
     /// Smoothed cosine of consecutive merged pseudo-gradients.
@@ -236,7 +243,8 @@ impl Global {
             let sound = Payload::parse(bytes, count);
             let sound = sound.map_err(|source| StepError::Codec { payload: accepted.payload, source })?;
             let stale = accepted.base + 1 < version;
-            weighted.push(Weighted { weight: accepted.weight, stale, payload: sound });
+            let &Accepted { weight, steps, trust, payload: name, .. } = accepted;
+            weighted.push(Weighted { weight, steps, trust, name, stale, payload: sound });
         }
         let first = contributions.first().map_or(Digest::default(), |accepted| accepted.payload);
         let step = self.step(fragment, &weighted, recipe, team);
@@ -280,7 +288,7 @@ impl Global {
         team: &dyn Team,
     ) -> Result<Step, CodecError> {
         let (momentum, memory) = (&self.momentum[fragment.index()], std::mem::take(&mut self.memory.0));
-        let merged = merge(&self.manifest, fragment, recipe.merge, contributions, momentum, memory, team);
+        let merged = merge(&self.manifest, fragment, recipe, contributions, momentum, memory, team);
         let step = self.follow(fragment, &merged, recipe, team);
         self.memory.0 = merged.into_memory();
         step
@@ -315,6 +323,7 @@ impl Global {
                 bytes: Vec::new(),
                 cosines: merged.cosines.clone(),
                 corrections: merged.corrections.clone(),
+                verdicts: merged.verdicts.clone(),
                 rho: self.rho[index],
                 effective_step: recipe.share * rate * lengthening(mu, self.rho[index]),
                 residual: length(&self.residual[index], team),

@@ -28,7 +28,7 @@ use crate::delta::{Feedback, Follow};
 use crate::hash::Digest;
 use crate::journal::{Evaluated, Notice, Settled};
 use crate::manifest::FragmentId;
-use crate::outer::{Averaging, OuterRule};
+use crate::outer::{Averaging, Guard, OuterRule, Robust};
 use crate::plan;
 
 /// A setting that follows from what is measured unless the operator chooses: `"auto"` or a value.
@@ -111,6 +111,10 @@ pub struct Sync {
     pub down: Setting<Codec>,
     /// How contributions are merged.
     pub merge: Averaging,
+    /// What is done about contributions that would harm the model.
+    pub robust: Robust,
+    /// The greatest share of a merge's weight that one of three or more contributions may have.
+    pub weight_max: f64,
     /// Outer optimizer.
     pub outer: OuterRule,
     /// What becomes of a site's steps while its contribution travels.
@@ -132,6 +136,8 @@ impl Default for Sync {
             up: Setting::Is(plan::THINNEST.0),
             down: Setting::Is(plan::THINNEST.1),
             merge: Averaging::default(),
+            robust: Robust::default(),
+            weight_max: 0.5,
             outer: OuterRule::default(),
             follow: Follow::default(),
             feedback: Feedback::default(),
@@ -142,6 +148,11 @@ impl Default for Sync {
 }
 
 impl Sync {
+    /// How a merge protects itself.
+    pub fn guard(&self) -> Guard {
+        Guard { robust: self.robust, weight_max: self.weight_max, usual: None }
+    }
+
     /// Every reason why a run cannot synchronize like this.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
@@ -150,6 +161,9 @@ impl Sync {
         }
         if self.steps == Setting::Is(0) {
             problems.push("sync.steps must be \"auto\" or at least 1".to_string());
+        }
+        if !(self.weight_max > 0.0 && self.weight_max <= 1.0) {
+            problems.push(format!("sync.weight_max = {} must be above 0 and at most 1", self.weight_max));
         }
         if !(self.evaluate_seconds.is_finite() && self.evaluate_seconds > 0.0) {
             problems.push(format!("sync.evaluate_seconds = {} must be positive", self.evaluate_seconds));

@@ -11,7 +11,7 @@ use atoll_core::hash::Digest;
 use atoll_core::journal::Accepted;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::{Tensor, TensorKind};
-use atoll_core::outer::{Averaging, Global, OuterRule, Recipe};
+use atoll_core::outer::{Averaging, Global, Guard, OuterRule, Recipe, Robust};
 use atoll_core::rng::Rng;
 use atoll_core::team::Alone;
 
@@ -52,11 +52,13 @@ fn model_after(up: Codec, down: Codec) -> Digest {
                 tokens: 1,
                 weight: 1.0 + site as f64 / 3.0,
                 norm: 1.0,
+                trust: 0.0,
                 ranges: Ranges::new(),
             }
         };
         let contributions = [contribution(0), contribution(1), contribution(2)];
-        let recipe = Recipe { merge: Averaging::Radial, rule: OuterRule::default(), codec: down, share: 0.75 };
+        let (merge, guard) = (Averaging::Radial, Guard { robust: Robust::Guard, weight_max: 0.5, usual: None });
+        let recipe = Recipe { merge, rule: OuterRule::default(), codec: down, share: 0.75, guard };
         let find = |name| payloads.get(&name).cloned();
         global.perform(FragmentId(0), version, &contributions, &recipe, &find, &Alone).unwrap();
     }

@@ -123,6 +123,18 @@ pub struct SiteReport {
     /// Why the latest of these was.
     #[serde(default)]
     pub refusal: String,
+    /// Contributions in the model of which the guard has left out something, other than for their weight.
+    #[serde(default)]
+    pub guarded: u64,
+    /// Why the latest of these was: `long`, `apart` or `opposed`.
+    #[serde(default)]
+    pub guarded_for: String,
+    /// Share of its latest contribution that the guard let pass, 0 to 1.
+    #[serde(default)]
+    pub guard_factor: f64,
+    /// What its contributions have shown, −1 (works against the others) to 1.
+    #[serde(default)]
+    pub trust: f64,
     /// Times that its copy of the model had another digest than announced.
     pub digest_mismatches: u64,
     /// Its latest training loss.

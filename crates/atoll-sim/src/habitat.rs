@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use atoll_core::data::Ranges;
 use atoll_core::engine::{Engine, EngineError};
-use atoll_core::manifest::Manifest;
+use atoll_core::manifest::{FragmentId, Manifest};
 
 /// The model of a world, and the engines of its sites.
 pub trait Habitat {
@@ -20,6 +20,11 @@ pub trait Habitat {
     /// # Errors
     /// If there can be no such engine.
     fn start(&mut self, site: usize) -> Result<Inhabitant, EngineError>;
+
+    /// What site number `site` sends in place of `delta`, which it has learnt of a fragment; nothing if it is honest.
+    fn forge(&mut self, _site: usize, _fragment: FragmentId, _delta: &[f32]) -> Option<Vec<f32>> {
+        None
+    }
 
     /// How far the finished model is from perfect, given the tokens that each site got into it: a toy's
     /// distance from its target, a language model's held-out loss.

@@ -57,6 +57,8 @@ pub struct Presence {
     pub contributions: u64,
     /// Those of them that missed the round they were made for.
     pub late: u64,
+    /// Those of which the guard took something because of how they look.
+    pub guarded: u64,
     /// Bytes of payloads that it sent.
     pub bytes_up: u64,
     /// Bytes of payloads and weights that were sent to it.
@@ -292,6 +294,7 @@ impl<'a> World<'a> {
                 tokens: share.samples * self.description.context,
                 contributions: share.contributions,
                 late: share.late,
+                guarded: island.guarded,
                 bytes_up: island.bytes_up,
                 bytes_down: island.bytes_down,
                 recalled: island.recalled,

@@ -43,6 +43,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         if site.refused > 0 {
             println!("  {:16} {} contributions refused, the latest: {}", "", site.refused, site.refusal);
         }
+        if site.guarded > 0 {
+            println!(
+                "  {:16} {} of {} contributions guarded, the latest because it was {}; trust {:+.2}",
+                "", site.guarded, site.contributions, site.guarded_for, site.trust
+            );
+        }
     }
     if arguments.rounds {
         print_rounds(&report);

@@ -27,6 +27,10 @@ fn sites_of_different_shape_hold_the_same_model() {
         assert_eq!(site.digest_mismatches, 0);
         assert!(site.bytes_sent > 0 && site.bytes_received > 0);
     }
+    let (guarded, all) =
+        report.sites.iter().fold((0, 0), |sums, site| (sums.0 + site.guarded, sums.1 + site.contributions));
+    println!("the guard took something from {guarded} of {all} contributions");
+    assert!(guarded * 20 <= all, "honest sites are taken for malicious: {report:?}");
     let (first, last) = (report.bits_per_byte.first.unwrap(), report.bits_per_byte.last.unwrap());
     assert!(last < first, "nothing was learnt: {first} to {last}");
     assert!(lab.replay().contains("all digests equal"));

@@ -6,10 +6,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use atoll_core::codec::{Codec, Payload};
+use atoll_core::hash::Digest;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
-use atoll_core::outer::{Averaging, Global, Merged, OuterRule, Recipe, Weighted, merge};
+use atoll_core::outer::{Global, Merged, Recipe, Weighted, merge};
 use atoll_core::rng::Rng;
+use atoll_core::round::Sync;
 use atoll_core::simd::simd;
 use atoll_core::team::{Job, Team};
 use cpu_time::ProcessTime;
@@ -171,21 +173,28 @@ impl Material {
 
     fn merged(&mut self, codec: Codec, team: &dyn Team) -> Result<Merged> {
         let payloads = self.payloads[&codec].iter().map(|bytes| Payload::parse(bytes, self.weights()));
-        let weighted = payloads.map(|payload| Ok(Weighted { weight: 1.0, stale: false, payload: payload? }));
+        let weighted = payloads.zip(0..).map(|(payload, site)| {
+            let name = Digest::of(&[site]);
+            Ok(Weighted { weight: 1.0, steps: 1, trust: 0.0, name, stale: false, payload: payload? })
+        });
         let contributions = weighted.collect::<Result<Vec<_>>>()?;
         let memory = std::mem::take(&mut self.memory);
         let manifest = self.global.manifest();
-        Ok(merge(manifest, FRAGMENT, Averaging::default(), &contributions, &[], memory, team))
+        Ok(merge(manifest, FRAGMENT, &recipe(), &contributions, &[], memory, team))
     }
 
     /// The outer step after a merge.
     fn step(&mut self, team: &dyn Team) -> Result<()> {
-        let (merge, rule) = (Averaging::default(), OuterRule::default());
-        let recipe = Recipe { merge, rule, codec: DOWN, share: 1.0 };
-        let step = self.global.follow(FRAGMENT, &self.merged, &recipe, team).map_err(|error| anyhow!(error))?;
+        let step = self.global.follow(FRAGMENT, &self.merged, &recipe(), team).map_err(|error| anyhow!(error))?;
         black_box(step);
         Ok(())
     }
+}
+
+/// How a run merges unless its operator wishes otherwise.
+fn recipe() -> Recipe {
+    let sync = Sync::default();
+    Recipe { merge: sync.merge, rule: sync.outer, codec: DOWN, share: 1.0, guard: sync.guard() }
 }
 
 /// A stretch of noise; neighbouring windows have nothing in common, weight by weight.

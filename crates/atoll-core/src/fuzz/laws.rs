@@ -9,7 +9,7 @@ use crate::engine::Progress;
 use crate::hash::Digest;
 use crate::journal::{Accepted, Book, Chain, Commit, Entry, Evaluated, Notice, Settled};
 use crate::manifest::FragmentId;
-use crate::outer::{Averaging, OuterRule, Recipe};
+use crate::outer::{Averaging, Guard, OuterRule, Recipe};
 use crate::rng::Rng;
 use crate::round::{
     Coordinator, Event, Goal, Merged, Order, Phase, Receipt, Seen, Site, SiteEvent, SiteSettings, Standing, Status,
@@ -326,9 +326,16 @@ pub(super) fn journals() -> Vec<Vec<u8>> {
         tokens: 16,
         weight: 128.0,
         norm: 1.0,
+        trust: 0.0,
         ranges: Ranges::span(0, 4),
     };
-    let recipe = Recipe { merge: Averaging::Radial, rule: OuterRule::default(), codec: Codec::Sparse(224), share: 1.0 };
+    let recipe = Recipe {
+        merge: Averaging::Radial,
+        rule: OuterRule::default(),
+        codec: Codec::Sparse(224),
+        share: 1.0,
+        guard: Guard::default(),
+    };
     let commit = Commit {
         fragment: FragmentId(1),
         version: 1,
@@ -337,6 +344,7 @@ pub(super) fn journals() -> Vec<Vec<u8>> {
         delta: digest,
         bytes: 10,
         digest,
+        agreements: vec![Some(0.5)],
         seconds: 1.5,
     };
     let refused = Entry::Refused {

@@ -7,16 +7,23 @@
 //!   scale      whoever reads a value gets scale·u, so that this takes no pass over the memory
 //! ```
 //!
-//! So contributions are looked at twice; they are never unpacked as a whole (see [`layout`]).
+//! So contributions are looked at twice; they are never unpacked as a whole (see [`layout`]). Between the two the
+//! [`guard`] says how much of each is merged, from lengths and from a [`sketch`] of the angles between them.
 
+pub mod guard;
 mod layout;
+mod sketch;
 
 use serde::{Deserialize, Serialize};
 
+use super::Recipe;
 use crate::codec::Payload;
+use crate::hash::Digest;
 use crate::manifest::{FragmentId, Manifest};
 use crate::team::Team;
+use guard::{Robust, Seen, Verdict};
 use layout::{Layout, Sums};
+use sketch::Sketch;
 
 /// How contributions become one pseudo-gradient.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +44,12 @@ pub enum Averaging {
 pub struct Weighted<'a> {
     /// Relative weight; only ratios matter.
     pub weight: f64,
+    /// Inner steps in it.
+    pub steps: u64,
+    /// What its site's earlier contributions have shown: see [`guard::learn`].
+    pub trust: f64,
+    /// Content address of the payload.
+    pub name: Digest,
     /// Whether it set out from an older version than the one that is to be moved.
     pub stale: bool,
     /// The pseudo-gradient.
@@ -56,6 +69,8 @@ pub struct Merged {
     pub cosines: Vec<f64>,
     /// For each contribution the greatest share of a tensor that the staleness correction took away or turned.
     pub corrections: Vec<f64>,
+    /// What the guard says of each contribution.
+    pub verdicts: Vec<Verdict>,
 }
 
 impl Merged {
@@ -105,7 +120,7 @@ const SHRUNK_MIN: f64 = 0.5;
 pub fn merge(
     manifest: &Manifest,
     fragment: FragmentId,
-    averaging: Averaging,
+    recipe: &Recipe,
     contributions: &[Weighted<'_>],
     momentum: &[f32],
     memory: Vec<f32>,
@@ -115,23 +130,44 @@ pub fn merge(
     let mut sum = memory;
     sum.resize(layout.len(), 0.0);
     let lengths = layout.lengths(contributions, momentum, team);
-    let radial = |tensor: usize| averaging == Averaging::Radial && !layout.is_embedding(tensor);
-    let parts: Vec<Vec<Part>> =
-        lengths.iter().enumerate().map(|(tensor, sums)| parts(contributions, sums, radial(tensor))).collect();
+    let norms: Vec<f64> = (0..contributions.len()).map(|index| norm(&lengths, index)).collect();
+    let verdicts = judge(recipe, contributions, &norms, layout.len(), team);
+    let radial = |tensor: usize| recipe.merge == Averaging::Radial && !layout.is_embedding(tensor);
+    let parts: Vec<Vec<Part>> = lengths
+        .iter()
+        .enumerate()
+        .map(|(tensor, sums)| parts(contributions, &verdicts, sums, radial(tensor)))
+        .collect();
     let sums = layout.add_up(&mut sum, contributions, &parts, momentum, team);
     let scale = |(tensor, parts): (usize, &Vec<Part>)| scale(parts, sums[tensor].other.sqrt(), radial(tensor));
     let scales: Vec<f64> = parts.iter().enumerate().map(scale).collect();
     let norm = scales.iter().zip(&sums).map(|(scale, sums)| scale * scale * sums.other).sum::<f64>().sqrt();
     let cosine = |index: usize| {
-        let length = lengths.iter().map(|sums| sums.squares[index]).sum::<f64>().sqrt();
         let along: f64 = scales.iter().zip(&sums).map(|(scale, sums)| scale * sums.alongs[index]).sum();
-        if length > 0.0 && norm > 0.0 { along / (length * norm) } else { 0.0 }
+        if norms[index] > 0.0 && norm > 0.0 { along / (norms[index] * norm) } else { 0.0 }
     };
     let correction = |index: usize| parts.iter().map(|parts| parts[index].corrected).fold(0.0, f64::max);
     let all = 0..contributions.len();
     let (cosines, corrections) = (all.clone().map(cosine).collect(), all.map(correction).collect());
     let scales = layout.ends().zip(scales.iter().map(|scale| *scale as f32)).collect();
-    Merged { sum, scales, norm, cosines, corrections }
+    Merged { sum, scales, norm, cosines, corrections, verdicts }
+}
+
+/// Length of contribution number `index`, of which these are the lengths by tensor.
+fn norm(lengths: &[Sums], index: usize) -> f64 {
+    lengths.iter().map(|sums| sums.squares[index]).sum::<f64>().sqrt()
+}
+
+/// How much of each contribution to a fragment of `len` weights is merged.
+fn judge(recipe: &Recipe, contributions: &[Weighted<'_>], norms: &[f64], len: usize, team: &dyn Team) -> Vec<Verdict> {
+    let seen = |(contribution, &norm): (&Weighted<'_>, &f64)| {
+        let &Weighted { weight, steps, trust, payload, .. } = contribution;
+        Seen { weight, norm, steps, density: payload.codec().density(), trust }
+    };
+    let all: Vec<Seen> = contributions.iter().zip(norms).map(seen).collect();
+    let is_needed = recipe.guard.robust == Robust::Guard && all.len() > 2;
+    let sketch = is_needed.then(|| Sketch::new(contributions, len, team));
+    recipe.guard.judge(&all, sketch.as_ref().map(Sketch::angles))
 }
 
 /// A contribution's part in one tensor: `share` times it and `turn` times the momentum.
@@ -140,27 +176,31 @@ struct Part {
     share: f64,
     turn: f64,
     weight: f64,
-    /// Length after the correction.
+    /// Length after the correction, and as far as the guard lets it count.
     length: f64,
     /// Share that the correction took away or turned.
     corrected: f64,
 }
 
 /// What each contribution brings to a tensor of these lengths. A radial average adds directions: lengths do not count.
-fn parts(contributions: &[Weighted<'_>], lengths: &Sums, radial: bool) -> Vec<Part> {
-    let total: f64 = contributions.iter().map(|contribution| contribution.weight).sum();
+fn parts(contributions: &[Weighted<'_>], verdicts: &[Verdict], lengths: &Sums, radial: bool) -> Vec<Part> {
+    let weights =
+        contributions.iter().zip(verdicts).map(|(contribution, verdict)| contribution.weight * verdict.weight);
+    let weights: Vec<f64> = weights.collect();
+    let total: f64 = weights.iter().sum();
     let momentum = lengths.other.sqrt();
     let part = |(index, contribution): (usize, &Weighted<'_>)| {
-        let weight = if total <= 0.0 { 0.0 } else { contribution.weight / total };
+        let weight = if total <= 0.0 { 0.0 } else { weights[index] / total };
+        let counted = verdicts[index].length;
         let length = lengths.squares[index].sqrt();
         let plain = Part { share: 1.0, turn: 0.0, weight, length, corrected: 0.0 };
         let part = if contribution.stale { plain.corrected_by(momentum, lengths.alongs[index]) } else { plain };
         let share = match (radial, part.length > 0.0) {
             (true, true) => weight / part.length,
             (true, false) => 0.0,
-            (false, _) => weight,
+            (false, _) => weight * counted,
         };
-        Part { share: share * part.share, turn: share * part.turn, ..part }
+        Part { share: share * part.share, turn: share * part.turn, length: part.length * counted, ..part }
     };
     contributions.iter().enumerate().map(part).collect()
 }

@@ -27,13 +27,18 @@ fn fresh(weight: f64, values: &[f32]) -> Fresh {
 
 fn weigh(payloads: &[Fresh], stale: bool) -> Vec<Weighted<'_>> {
     let payload = |bytes| Payload::parse(bytes, 96).unwrap();
-    payloads.iter().map(|(weight, bytes)| Weighted { weight: *weight, stale, payload: payload(bytes) }).collect()
+    let weighted = payloads.iter().map(|(weight, bytes)| {
+        let (name, payload) = (Digest::of(bytes), payload(bytes));
+        Weighted { weight: *weight, steps: 1, trust: 0.0, name, stale, payload }
+    });
+    weighted.collect()
 }
 
 fn average(averaging: Averaging, payloads: &[Fresh]) -> Merged {
     // What is in the memory that is handed over means nothing.
     let memory = vec![f32::NAN; 200];
-    merge(&manifest(), FragmentId(0), averaging, &weigh(payloads, false), &[], memory, &Alone)
+    let recipe = Recipe { merge: averaging, ..recipe(OuterRule::default(), Codec::F32) };
+    merge(&manifest(), FragmentId(0), &recipe, &weigh(payloads, false), &[], memory, &Alone)
 }
 
 fn merged(payloads: &[Fresh]) -> Vec<f32> {
@@ -41,7 +46,7 @@ fn merged(payloads: &[Fresh]) -> Vec<f32> {
 }
 
 fn recipe(rule: OuterRule, codec: Codec) -> Recipe {
-    Recipe { merge: Averaging::Radial, rule, codec, share: 1.0 }
+    Recipe { merge: Averaging::Radial, rule, codec, share: 1.0, guard: Guard::default() }
 }
 
 fn still() -> Global {
@@ -99,7 +104,8 @@ fn late_work_is_shrunk_turned_or_left_alone_by_where_it_points() {
     let late = |values: &[f32]| {
         let payloads = [fresh(1.0, values)];
         let late = weigh(&payloads, true);
-        merge(&manifest(), FragmentId(0), Averaging::Radial, &late, &momentum, Vec::new(), &Alone).values()
+        let recipe = recipe(OuterRule::default(), Codec::F32);
+        merge(&manifest(), FragmentId(0), &recipe, &late, &momentum, Vec::new(), &Alone).values()
     };
     let (matrix, m) = (32..96, &momentum[32..]);
     let along = late(&momentum);
@@ -205,4 +211,34 @@ fn a_change_that_is_not_finite_changes_nothing() {
         assert!(global.step(FragmentId(0), &weigh(&[(1.0, bytes)], false), &recipe, &Alone).is_err());
         assert_eq!(global, before);
     }
+}
+
+#[test]
+fn recipes_from_before_there_was_a_guard_have_none() {
+    let old = r#"{"merge":"radial","rule":{"rule":"auto","momentum":0.3},"codec":"sparse:224","share":1.0}"#;
+    let recipe: Recipe = serde_json::from_str(old).unwrap();
+    assert_eq!(recipe.guard, Guard { robust: Robust::None, weight_max: 1.0, usual: None });
+}
+
+/// Eight contributions around a common direction, two of them its opposite.
+fn two_liars_of_eight() -> Vec<Vec<f32>> {
+    let common = random(100);
+    let near = |site: u64| common.iter().zip(random(site)).map(|(common, own)| common + 0.3 * own);
+    (0..8).map(|site| near(site).map(|value| if site < 2 { -value } else { value }).collect()).collect()
+}
+
+#[test]
+fn what_the_guard_takes_is_not_in_the_merge() {
+    let parts = two_liars_of_eight();
+    let payloads: Vec<Fresh> = parts.iter().map(|part| fresh(1.0, part)).collect();
+    let guard = Guard { robust: Robust::Guard, weight_max: 0.5, usual: None };
+    let recipe = Recipe { guard, ..recipe(OuterRule::default(), Codec::F32) };
+    let all = merge(&manifest(), FragmentId(0), &recipe, &weigh(&payloads, false), &[], Vec::new(), &Alone);
+    let honest = merge(&manifest(), FragmentId(0), &recipe, &weigh(&payloads[2..], false), &[], Vec::new(), &Alone);
+    assert_eq!(all.verdicts.iter().map(Verdict::factor).collect::<Vec<_>>(), [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
+    assert!(all.values().iter().zip(honest.values()).all(|(all, honest)| (all - honest).abs() < 1e-6));
+    // Of honest contributions it leaves every bit as it is.
+    let honest_alone = average(Averaging::Radial, &payloads[2..]);
+    assert_eq!(honest.values(), honest_alone.values());
+    assert_eq!(honest.norm.to_bits(), honest_alone.norm.to_bits());
 }

@@ -516,7 +516,8 @@ impl Coordinator {
         let mut contributions: Vec<Accepted> = pending
             .filter_map(|((site, number), receipt)| {
                 let seen = self.arrived.get(&receipt.payload)?;
-                Some(weights::accept(site, *number, receipt, seen.norm, version))
+                let trust = self.book.sites.get(site).map_or(0.0, |member| member.trust);
+                Some(Accepted { trust, ..weights::accept(site, *number, receipt, seen.norm, version) })
             })
             .collect();
         let share = match self.sync.absent {
@@ -525,7 +526,7 @@ impl Coordinator {
         };
         let Sync { merge, outer: rule, .. } = self.sync;
         let codec = self.down();
-        let recipe = Recipe { merge, rule, codec, share };
+        let recipe = Recipe { merge, rule, codec, share, guard: self.guard(index) };
         let merge = Merge { fragment, version, contributions, recipe };
         self.rounds[index].merging = Some(merge.clone());
         merge
@@ -551,6 +552,7 @@ impl Coordinator {
             delta: merged.delta,
             bytes: merged.bytes,
             digest: merged.digest,
+            agreements: merged.measures.verdicts.iter().map(|verdict| verdict.agreement).collect(),
             seconds: self.seconds,
         };
         if self.record(Entry::Committed(commit), orders) {

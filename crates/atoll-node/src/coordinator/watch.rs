@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context, Result};
 use atoll_core::journal::Commit;
 use atoll_core::manifest::FragmentId;
-use atoll_core::outer::Measures;
+use atoll_core::outer::{Measures, Reason, Verdict};
 use atoll_core::plan;
 use atoll_core::round::{Coordinator, Merged, Status, Waiting};
 use atoll_core::site::{SiteId, Time};
@@ -48,6 +48,8 @@ struct Peer {
     control_before: u64,
     steps_before: u64,
     session: u64,
+    /// What the guard had against its latest contribution.
+    reason: Option<Reason>,
     /// Whether the latest that it said of itself cannot be.
     nonsense: bool,
 }
@@ -112,18 +114,24 @@ impl Watch {
     pub(super) fn committed(&mut self, now: Time, commit: &Commit) {
         let measures = self.measured.remove(&commit.fragment).unwrap_or_default();
         let total: f64 = commit.contributions.iter().map(|accepted| accepted.weight).sum();
-        let mut sites = Vec::new();
+        let (mut sites, mut guarded) = (Vec::new(), Vec::new());
         for (index, accepted) in commit.contributions.iter().enumerate() {
             let staleness = commit.version - 1 - accepted.base.min(commit.version - 1);
             let of = |values: &[f64]| values.get(index).copied().unwrap_or(0.0);
             let (cosine, corrected) = (of(&measures.cosines), of(&measures.corrections));
             let bytes = measures.bytes.get(index).copied().unwrap_or(0);
+            let verdict = measures.verdicts.get(index).copied().unwrap_or(Verdict::WHOLE);
             sites.push(json!({
                 "site": accepted.site, "steps": accepted.steps, "tokens": accepted.tokens, "bytes": bytes,
                 "weight": if total > 0.0 { accepted.weight / total } else { 0.0 }, "norm": accepted.norm,
                 "staleness": staleness, "cosine": cosine, "corrected": corrected,
+                "guard": verdict.factor(), "guarded_for": verdict.reason,
             }));
-            self.peers.entry(accepted.site.clone()).or_default().contributed(staleness, cosine, bytes);
+            let peer = self.peers.entry(accepted.site.clone()).or_default();
+            peer.contributed(staleness, cosine, bytes);
+            if peer.guarded(&verdict) {
+                guarded.push((&accepted.site, verdict));
+            }
         }
         let index = commit.fragment.index();
         self.report.fragments.resize_with(self.report.fragments.len().max(index + 1), FragmentReport::default);
@@ -147,6 +155,17 @@ impl Watch {
             "effective_step": measures.effective_step, "residual": measures.residual,
         });
         self.note(now, line);
+        for (site, Verdict { weight, length, reason, .. }) in guarded {
+            let why = reason.map_or_else(String::new, |reason| reason.to_string());
+            tracing::warn!(
+                "the guard counts {weight:.2} of the weight and {length:.2} of the length of what {site} sent: {why}"
+            );
+            let line = json!({
+                "event": "guarded", "site": site, "fragment": commit.fragment, "version": commit.version,
+                "why": reason, "weight": weight, "length": length,
+            });
+            self.note(now, line);
+        }
     }
 
     /// Brings the report up to date. `connected` tells who has a control connection.
@@ -156,6 +175,7 @@ impl Watch {
         let sites = book.sites.iter().map(|(site, member)| {
             let mut seen = self.peers.get_mut(site).map(Peer::look).unwrap_or_default();
             (seen.name, seen.tokens, seen.contributions) = (site.to_string(), member.tokens, member.contributions);
+            seen.trust = member.trust;
             seen.state = match (connected(site), live.get(site)) {
                 _ if book.is_revoked(site) => "revoked",
                 (false, _) => "away",
@@ -239,6 +259,18 @@ impl Peer {
         seen.staleness += SHARE * (staleness as f64 - seen.staleness);
         seen.cosine = plan::smooth(seen.cosine, cosine, SHARE);
         seen.contribution_bytes = bytes;
+    }
+
+    /// The guard has looked at a contribution; tells whether it has something new against this site.
+    fn guarded(&mut self, verdict: &Verdict) -> bool {
+        let seen = &mut self.seen;
+        seen.guard_factor = verdict.factor();
+        let reason = verdict.reason.filter(|&reason| reason > Reason::Heavy);
+        seen.guarded += u64::from(reason.is_some());
+        if let Some(reason) = reason {
+            seen.guarded_for = reason.to_string();
+        }
+        std::mem::replace(&mut self.reason, reason) != reason && reason.is_some()
     }
 
     fn look(&mut self) -> SiteReport {

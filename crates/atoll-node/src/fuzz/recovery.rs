@@ -9,7 +9,7 @@ use atoll_core::data::{DatasetId, Ranges};
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Accepted, Book, Chain, Commit, Entry};
 use atoll_core::manifest::{FragmentId, Manifest};
-use atoll_core::outer::{Averaging, Global, OuterRule, Recipe};
+use atoll_core::outer::{Averaging, Global, Guard, OuterRule, Recipe};
 use atoll_core::round::{Coordinator, Event, Goal, Sync};
 use atoll_core::site::Time;
 
@@ -94,15 +94,18 @@ fn commit(global: &mut Global, store: &Store) -> Entry {
         tokens: 16,
         weight: 128.0,
         norm: 1.0,
+        trust: 0.0,
         ranges: Ranges::span(0, 4),
     };
-    let recipe = Recipe { merge: Averaging::Radial, rule: OuterRule::default(), codec: Codec::F32, share: 1.0 };
+    let (merge, guard) = (Averaging::Radial, Guard::default());
+    let recipe = Recipe { merge, rule: OuterRule::default(), codec: Codec::F32, share: 1.0, guard };
     let contributions = vec![accepted];
     let step = global.perform(fragment, 1, &contributions, &recipe, &|digest| store.get(digest), &Crew);
     let step = step.expect("its payload is here");
     store.put(step.delta, &step.payload).expect("the disk takes it");
     let (delta, bytes, digest) = (step.delta, step.payload.len() as u64, step.digest);
-    Entry::Committed(Commit { fragment, version: 1, contributions, recipe, delta, bytes, digest, seconds: 1.5 })
+    let (version, agreements, seconds) = (1, Vec::new(), 1.5);
+    Entry::Committed(Commit { fragment, version, contributions, recipe, delta, bytes, digest, agreements, seconds })
 }
 
 /// All files beneath `folder`, by their path in `root`.

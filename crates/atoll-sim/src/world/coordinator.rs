@@ -6,7 +6,7 @@ use std::rc::Rc;
 use atoll_core::codec::Payload;
 use atoll_core::hash::{Digest, little_endian};
 use atoll_core::journal::{Book, Chain, Entry};
-use atoll_core::outer::Global;
+use atoll_core::outer::{Global, Reason};
 use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Seen};
 use atoll_core::site::SiteId;
 use atoll_core::team::Alone;
@@ -135,6 +135,10 @@ impl World<'_> {
             .global
             .perform(merge.fragment, merge.version, &merge.contributions, &merge.recipe, &payload, &Alone)
             .map_err(|error| error.to_string())?;
+        for (accepted, verdict) in merge.contributions.iter().zip(&step.measures.verdicts) {
+            let index = self.index_of(&accepted.site)?;
+            self.sites[index].guarded += u64::from(verdict.reason.is_some_and(|reason| reason > Reason::Heavy));
+        }
         let bytes = step.payload.len() as u64;
         let merged =
             Merged { fragment: merge.fragment, delta: step.delta, bytes, digest: step.digest, measures: step.measures };

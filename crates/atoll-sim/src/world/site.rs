@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-use atoll_core::codec::Codec;
+use atoll_core::codec::{Codec, Payload};
 use atoll_core::delta::Local;
 use atoll_core::delta::residual::{self, Residual};
 use atoll_core::engine::{Engine, EngineError};
@@ -30,6 +30,7 @@ pub(super) struct Island {
     pub(super) bytes_up: u64,
     pub(super) bytes_down: u64,
     pub(super) recalled: u64,
+    pub(super) guarded: u64,
     /// What outlives its process: for each fragment a file that tells what is not delivered, and when it was written.
     files: Vec<(Vec<u8>, Time)>,
     /// When all that was sent so far is through.
@@ -77,6 +78,7 @@ impl Island {
             bytes_up: 0,
             bytes_down: 0,
             recalled: 0,
+            guarded: 0,
             files: Vec::new(),
             up_free: Time::default(),
             down_free: Time::default(),
@@ -224,6 +226,7 @@ impl World<'_> {
             }
             SiteOrder::Contribute(fragment, codec) => {
                 let work = process.contribute(fragment, codec)?;
+                let work = self.forge(index, work)?;
                 self.note_sent(index, &work)?;
                 self.put_on_the_desk(index, work)?;
             }
@@ -292,6 +295,22 @@ impl World<'_> {
         let nothing = || Residual { after: delivered.unwrap_or_default(), values: vec![0.0; count] };
         let found = found.unwrap_or_else(nothing);
         self.witness.see_recall(&residence.name, fragment, found, &self.description.sync)
+    }
+
+    /// A malicious site sends something else than it has learnt; it knows how to hide that from itself.
+    fn forge(&mut self, index: usize, mut work: Work) -> Result<Work, String> {
+        let (Some(Bytes(bytes)), SiteEvent::Contributed { payload, bytes: len, .. }) =
+            (&mut work.payload, &mut work.event)
+        else {
+            return Ok(work);
+        };
+        let honest = Payload::check_any(bytes, &self.lens(), &Alone).map_err(|error| error.to_string())?;
+        let (codec, delta) = (honest.codec(), honest.values(&Alone));
+        if let Some(forged) = self.habitat.forge(index, work.fragment, &delta) {
+            *bytes = Rc::new(codec.encode(&forged).map_err(|error| error.to_string())?);
+            (*payload, *len) = (Digest::of(bytes), bytes.len() as u64);
+        }
+        Ok(work)
     }
 
     /// A contribution is encoded; nobody is told of it before this.

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use super::Coordinator;
 use crate::data::DatasetId;
 use crate::journal::{Accepted, USUAL_MAX};
-use crate::round::Receipt;
+use crate::outer::{Guard, Usual};
+use crate::plan;
+use crate::round::{Receipt, Setting};
 use crate::site::SiteId;
 
 impl Coordinator {
@@ -41,6 +43,17 @@ impl Coordinator {
         }
         if total > 0.0 { here / total } else { 1.0 }
     }
+
+    /// How the merge of fragment number `index` protects itself.
+    pub(super) fn guard(&self, index: usize) -> Guard {
+        let (norm, steps) = self.book.fragments[index].typical;
+        let codec = match self.sync.up {
+            Setting::Is(codec) => codec,
+            Setting::Auto => plan::THINNEST.0,
+        };
+        let usual = Usual { norm, steps, density: codec.density() };
+        Guard { usual: Some(usual).filter(|usual| usual.norm > 0.0), ..self.sync.guard() }
+    }
 }
 
 /// Weight tokens²/steps, divided by one plus the versions that it is behind.
@@ -55,6 +68,7 @@ pub(super) fn accept(site: &SiteId, number: u64, receipt: &Receipt, norm: f64, v
         tokens: receipt.tokens,
         weight: 0.0,
         norm,
+        trust: 0.0,
         ranges: receipt.ranges.clone(),
     };
     accepted.weight = accepted.work() / (1.0 + staleness as f64);

@@ -1,0 +1,82 @@
+//! The products of contributions with one another, on a sketch: some chunks of the fragment, spread over it. Of M
+//! contributions it takes every 2·M-th chunk, so M²/2 products cost a quarter of a pass over everything; a chunk has
+//! 4,096 weights, and 32 of them tell a cosine to 0.003.
+//!
+//! Which chunks follows from the contributions' names: no site knows them before all have sent theirs, so none can
+//! behave where it is looked at only.
+
+use super::Weighted;
+use super::guard::Angles;
+use crate::codec::{CHUNK, Unpacked};
+use crate::hash::Digest;
+use crate::rng::mix;
+use crate::simd::simd;
+use crate::team::{Team, share_out};
+
+/// Chunks that are looked at, if there are as many.
+const CHUNKS_MIN: usize = 32;
+/// Chunks that a team's member takes at a time.
+const STRETCH: usize = 4;
+
+/// Products of all pairs.
+pub(super) struct Sketch {
+    products: Vec<f64>, // (M,M)
+    weights: usize,
+}
+
+impl Sketch {
+    /// Takes the products of contributions of `len` weights.
+    pub(super) fn new(contributions: &[Weighted<'_>], len: usize, team: &dyn Team) -> Self {
+        let chunks = choose(contributions, len.div_ceil(CHUNK));
+        let weights = chunks.iter().map(|number| CHUNK.min(len - number * CHUNK)).sum();
+        let parts = share_out(chunks.chunks(STRETCH), team, |_, numbers| {
+            simd(
+                #[inline(always)]
+                || products(contributions, numbers),
+            )
+        });
+        let mut products = vec![0.0; contributions.len().pow(2)];
+        parts.iter().for_each(|part| products.iter_mut().zip(part).for_each(|(sum, more)| *sum += more));
+        Self { products, weights }
+    }
+
+    pub(super) fn angles(&self) -> Angles<'_> {
+        Angles { products: &self.products, weights: self.weights }
+    }
+}
+
+/// Chunks to look at, ascending: one in each of as many equal parts, by chance.
+fn choose(contributions: &[Weighted<'_>], chunks: usize) -> Vec<usize> {
+    let names = Digest::of_all(contributions.iter().map(|contribution| &contribution.name));
+    let seed = names.0.iter().take(8).fold(0, |seed, &byte| seed << 8 | u64::from(byte));
+    let wanted = (chunks / (2 * contributions.len()).max(1)).max(CHUNKS_MIN).min(chunks);
+    let pick = |part: usize| {
+        let (start, end) = (part * chunks / wanted, (part + 1) * chunks / wanted);
+        start + (mix(seed ^ part as u64) % (end - start) as u64) as usize
+    };
+    (0..wanted).map(pick).collect()
+}
+
+/// Products over these chunks.
+#[inline(always)]
+fn products(contributions: &[Weighted<'_>], chunks: &[usize]) -> Vec<f64> {
+    let count = contributions.len();
+    let mut products = vec![0.0; count * count];
+    let mut rooms: Vec<Unpacked> = contributions.iter().map(|_| Unpacked::default()).collect();
+    let mut spread = [0.0; CHUNK];
+    for &number in chunks {
+        let len = contributions.first().map_or(0, |contribution| contribution.payload.chunk(number).0);
+        let spread = &mut spread[..len];
+        for (a, contribution) in contributions.iter().enumerate() {
+            rooms[a].read(&contribution.payload, number);
+            spread.fill(0.0);
+            rooms[a].part(0..len).add_to(1.0, spread);
+            for (b, room) in rooms[..=a].iter().enumerate() {
+                let product = room.part(0..len).along(spread);
+                products[a * count + b] += product;
+                products[b * count + a] = products[a * count + b];
+            }
+        }
+    }
+    products
+}
