@@ -5,6 +5,7 @@
 pub(crate) mod arriving;
 mod gate;
 mod lead;
+mod lobby;
 mod log;
 mod outgoing;
 mod share;
@@ -75,6 +76,8 @@ pub enum Ending {
 
 /// Seconds between two looks that are written to `status.json`.
 const STATUS_SECONDS: f64 = 0.5;
+/// What comes in is taken so much at once.
+const INPUTS_MAX: usize = 64;
 /// Seconds that sites which are cut off or restarting are given to hear that the run is finished.
 const GOODBYE_SECONDS: f64 = 60.0;
 
@@ -138,6 +141,7 @@ pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<
     let _hold = dir.hold()?;
     rollback::finish(dir)?;
     let identity = Identity::load(&dir.key())?;
+    allow_many_files();
     let listener = bind(&options.listen).await?;
     let store = Store::open(dir.payloads())?;
     let shared = open_shared(&prepared.config, options)?;
@@ -176,6 +180,8 @@ pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<
         fragment_lens: heart.fragment_lens(),
         arriving: Arriving::new(&heart.fragment_lens()),
         links: Default::default(),
+        lobby: Arc::default(),
+        rooms: gate::Rooms::default(),
         outgoings: heart.outgoings.clone(),
         revoked: heart.revoked.subscribe(),
     });
@@ -184,6 +190,18 @@ pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<
     let ending = heart.beat(incoming, stop).await;
     server.abort();
     ending
+}
+
+/// Each connection of each site is an open file, and what systems allow unless asked is soon used up.
+fn allow_many_files() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+            tracing::debug!("no more open files are allowed: {error}");
+        }
+    }
 }
 
 async fn bind(listen: &str) -> Result<TcpListener> {
@@ -238,6 +256,8 @@ struct Heart {
     layout: Digest,
     clock: Clock,
     machine: Coordinator,
+    /// What the machine wants done and is not done yet.
+    orders: Vec<Order>,
     journal: Log,
     /// What of the run lies in its object store, if it has one.
     share: Option<Share>,
@@ -301,6 +321,7 @@ impl Heart {
             model,
             terms,
             clock,
+            orders: Vec::new(),
             journal: Log::new(journal, share.as_ref().map(|share| share.shared.clone()), entries),
             share,
             global,
@@ -336,10 +357,11 @@ impl Heart {
                 biased;
                 _ = stop.wait_for(|stop| *stop) => return self.end("stopped").await.map(Ending::Stopped),
                 Some(done) = self.done.1.recv() => self.finish(done)?,
-                Some(input) = incoming.recv() => self.take(input)?,
+                Some(input) = incoming.recv() => self.take_all(input, &mut incoming)?,
                 _ = status.tick() => self.look_around()?,
-                () = tokio::time::sleep(sleep) => self.handle(Event::Tick)?,
+                () = tokio::time::sleep(sleep) => self.handle(Event::Tick),
             }
+            self.carry_out()?;
             self.look_after_snapshot();
             if self.machine.phase() == Phase::Finished {
                 let since = *finished.get_or_insert(self.clock.now());
@@ -358,40 +380,54 @@ impl Heart {
         self.controls.is_empty() && sessions.into_iter().all(|(site, _)| self.told.contains(site))
     }
 
+    /// Takes what has come in while the last of it was made durable: a slow disk or object store is asked once for all.
+    fn take_all(&mut self, first: Input, incoming: &mut mpsc::Receiver<Input>) -> Result<()> {
+        self.take(first)?;
+        for _ in 1..INPUTS_MAX {
+            let Ok(input) = incoming.try_recv() else { break };
+            self.take(input)?;
+        }
+        Ok(())
+    }
+
     fn take(&mut self, input: Input) -> Result<()> {
         match input {
-            Input::Knock(knock) => self.answer(knock),
+            Input::Knock(knock) => return self.answer(knock),
             // It was on its way when its key was revoked; its connection ends as well.
-            Input::Connected { site, .. } if self.machine.book().is_revoked(&site) => Ok(()),
+            Input::Connected { site, .. } if self.machine.book().is_revoked(&site) => {}
             Input::Connected { site, link, outbox } => {
                 tracing::info!("{site} is connected");
                 self.note(serde_json::json!({"event": "connected", "site": site}));
                 let before = self.controls.insert(site.clone(), (link, outbox));
                 // What was on its way over an earlier connection is lost.
-                if before.is_some() { self.handle(Event::Gone(site)) } else { Ok(()) }
+                if before.is_some() {
+                    self.handle(Event::Gone(site));
+                }
             }
-            Input::Heard { site, link, .. } if self.controls.get(&site).is_none_or(|(living, _)| *living != link) => {
-                Ok(()) // A newer connection has taken over, or there is to be none.
-            }
+            // A newer connection has taken over, or there is to be none.
+            Input::Heard { site, link, .. } | Input::Gone { site, link } if !self.is_living(&site, link) => {}
             Input::Heard { site, status, .. } => {
                 self.hear(&site, &status);
-                self.handle(Event::Heard(site, status))
+                self.handle(Event::Heard(site, status));
             }
-            Input::Gone { site, link } => {
-                if self.controls.get(&site).is_none_or(|(living, _)| *living != link) {
-                    return Ok(()); // A newer connection has taken over.
-                }
+            Input::Gone { site, .. } => {
                 self.controls.remove(&site);
                 tracing::info!("{site} is gone");
                 self.note(serde_json::json!({"event": "gone", "site": site}));
-                self.handle(Event::Gone(site))
+                self.handle(Event::Gone(site));
             }
             Input::Arrived(site, payload, seen) => self.handle(Event::Arrived(site, payload, seen)),
             Input::Useless(site, payload, why) => {
                 tracing::warn!("a payload of {site} is useless: {why}");
-                self.handle(Event::Useless(site, payload, why))
+                self.handle(Event::Useless(site, payload, why));
             }
         }
+        Ok(())
+    }
+
+    /// Whether this is the number of the site's control connection.
+    fn is_living(&self, site: &SiteId, link: u64) -> bool {
+        self.controls.get(site).is_some_and(|(living, _)| *living == link)
     }
 
     /// Notes what a site says of itself, unless it is nonsense: the machine does not listen to that either.
@@ -409,6 +445,7 @@ impl Heart {
     /// Lets a site in or tells it why not.
     fn answer(&mut self, knock: Knock) -> Result<()> {
         self.take_up_revocations()?;
+        self.carry_out()?; // The peer is told nothing that could yet be forgotten.
         let now = self.clock.now().0 / 1_000_000;
         let claim = knock.hello.secret.map(|secret| Ticket::claim(&self.dir, &secret, now));
         let good = match &claim {
@@ -418,7 +455,8 @@ impl Heart {
         let answer = match self.machine.admit(knock.key, good) {
             Ok((site, entry)) => {
                 if let Some(entry) = entry {
-                    self.journal.append(std::slice::from_ref(&entry))?;
+                    self.orders.push(Order::Record(entry));
+                    self.carry_out()?;
                     tracing::info!("{site} was admitted with its ticket");
                     self.note(serde_json::json!({"event": "admitted", "site": site}));
                 }
@@ -446,7 +484,8 @@ impl Heart {
     /// Takes keys off the list that the operator does not want on it any more.
     fn take_up_revocations(&mut self) -> Result<()> {
         for (site, key) in revocation::pending(&self.dir)? {
-            self.handle(Event::Revoked(site.clone(), key))?;
+            self.handle(Event::Revoked(site.clone(), key));
+            self.carry_out()?;
             revocation::done(&self.dir, &site)?;
         }
         Ok(())
@@ -467,43 +506,51 @@ impl Heart {
         }
     }
 
-    fn handle(&mut self, event: Event) -> Result<()> {
+    /// What is to be done about `event` is done by [`carry_out`](Self::carry_out).
+    fn handle(&mut self, event: Event) {
         let now = self.clock.now();
-        let orders = self.machine.handle(now, event);
-        let entries: Vec<Entry> = orders
-            .iter()
-            .filter_map(|order| if let Order::Record(entry) = order { Some(entry.clone()) } else { None })
-            .collect();
+        self.orders.extend(self.machine.handle(now, event));
+    }
+
+    /// Makes durable what is to be recorded, all at once, and then does what rests on it.
+    fn carry_out(&mut self) -> Result<()> {
+        let orders = std::mem::take(&mut self.orders);
         if let Some(Order::Halt(why)) = orders.iter().find(|order| matches!(order, Order::Halt(_))) {
             bail!(
                 "the coordinator stops before it tells anything false: {why}\nhint: start it again, it goes on from its journal; and report this with the journal"
             );
         }
+        let (records, orders): (Vec<Order>, Vec<Order>) =
+            orders.into_iter().partition(|order| matches!(order, Order::Record(_)));
+        let entry = |order| if let Order::Record(entry) = order { Some(entry) } else { None };
+        let entries: Vec<Entry> = records.into_iter().filter_map(entry).collect();
         if !entries.is_empty() {
             self.journal.append(&entries)?;
             let first = self.machine.book().entries - entries.len() as u64 + 1;
             (first..).zip(&entries).for_each(|(number, entry)| self.recorded(number, entry));
         }
-        for order in orders {
-            match order {
-                Order::Record(_) | Order::Halt(_) => {}
-                Order::Tell(site, standing) => {
-                    if let Some((_, outbox)) = self.controls.get(&site) {
-                        // A full outbox drops it; the next standing says it all again.
-                        let _ = outbox.try_send(Frame::Standing(standing));
-                    }
-                }
-                Order::Push(site, payload) => {
-                    if let Some(bytes) = self.shelf.get(payload) {
-                        self.outgoings.push(&site, payload, &bytes);
-                    }
-                }
-                Order::Merge(merge) if self.snapshot == SnapshotState::Waiting => self.waiting_merges.push(merge),
-                Order::Merge(merge) => self.merge(merge),
-                Order::Forget(payload) => self.forget(payload),
-            }
-        }
+        orders.into_iter().for_each(|order| self.obey(order));
         Ok(())
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Record(_) | Order::Halt(_) => {}
+            Order::Tell(site, standing) => {
+                if let Some((_, outbox)) = self.controls.get(&site) {
+                    // A full outbox drops it; the next standing says it all again.
+                    let _ = outbox.try_send(Frame::Standing(standing));
+                }
+            }
+            Order::Push(site, payload) => {
+                if let Some(bytes) = self.shelf.get(payload) {
+                    self.outgoings.push(&site, payload, &bytes);
+                }
+            }
+            Order::Merge(merge) if self.snapshot == SnapshotState::Waiting => self.waiting_merges.push(merge),
+            Order::Merge(merge) => self.merge(merge),
+            Order::Forget(payload) => self.forget(payload),
+        }
     }
 
     /// What an entry means for the shell, now that it is on disk.
@@ -610,11 +657,13 @@ impl Heart {
                 self.merging -= 1;
                 self.watch.merged(&merged);
                 self.shelf.offer(merged.delta, payload);
-                self.handle(Event::Merged(merged))
+                self.handle(Event::Merged(merged));
+                self.carry_out()
             }
             Done::Unmergeable(fragment, payload, why) => {
                 self.merging -= 1;
-                self.handle(Event::Unmergeable(fragment, payload, why))
+                self.handle(Event::Unmergeable(fragment, payload, why));
+                self.carry_out()
             }
             Done::Snapshot => {
                 self.retire_payloads();
@@ -622,7 +671,9 @@ impl Heart {
                 self.snapshot = SnapshotState::Due(next);
                 Ok(())
             }
-            Done::Beaten(beaten) => self.share.as_mut().map_or(Ok(()), |share| share.beaten(beaten, self.journal.next())),
+            Done::Beaten(beaten) => {
+                self.share.as_mut().map_or(Ok(()), |share| share.beaten(beaten, self.journal.next()))
+            }
             Done::Shared(put) => {
                 self.share.iter_mut().for_each(|share| share.put(&put));
                 self.retire_payloads();

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::hash::Digest;
-use atoll_core::wire::{Frame, HEADER};
+use atoll_core::wire::{BODY_MAX, CHUNK, Frame, HEADER};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature_with_raw_key};
 use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
@@ -29,6 +29,9 @@ const HANDSHAKE_SECONDS: u64 = 15;
 /// Site and coordinator each say something every second; silence for so long means that the other is gone,
 /// even if the network did not say so.
 pub const SILENCE_SECONDS: u64 = 30;
+
+/// Longest greeting: names of engine and device, and little else.
+const GREETING_MAX: usize = 16 << 10;
 
 /// Bytes that crossed the network, TLS included.
 #[derive(Debug, Default)]
@@ -192,6 +195,18 @@ pub async fn within<T>(seconds: u64, future: impl Future<Output = T>) -> Result<
 /// # Errors
 /// If the bytes are no frame, or the connection breaks.
 pub async fn read_frame(reader: &mut (impl AsyncRead + Unpin)) -> Result<Option<Frame>> {
+    read_frame_within(reader, BODY_MAX).await
+}
+
+/// Reads the first frame of whoever may be anybody: it is short.
+///
+/// # Errors
+/// If the bytes are no frame, or a long one, or the connection breaks.
+pub async fn read_greeting(reader: &mut (impl AsyncRead + Unpin)) -> Result<Option<Frame>> {
+    read_frame_within(reader, GREETING_MAX).await
+}
+
+async fn read_frame_within(reader: &mut (impl AsyncRead + Unpin), longest: usize) -> Result<Option<Frame>> {
     let mut header = [0u8; HEADER];
     match reader.read_exact(&mut header[..1]).await {
         Ok(_) => {}
@@ -200,8 +215,15 @@ pub async fn read_frame(reader: &mut (impl AsyncRead + Unpin)) -> Result<Option<
     }
     reader.read_exact(&mut header[1..]).await?;
     let (length, kind) = Frame::header(header)?;
-    let mut body = vec![0u8; length];
-    reader.read_exact(&mut body).await?;
+    if length > longest {
+        bail!("a frame of {length} bytes, where none has more than {longest}");
+    }
+    // Room is made for what comes, not for what is announced.
+    let mut body = Vec::with_capacity(length.min(2 * CHUNK));
+    reader.take(length as u64).read_to_end(&mut body).await?;
+    if body.len() < length {
+        bail!("the connection ended within a frame");
+    }
     Ok(Some(Frame::decode(kind, &body)?))
 }
 

@@ -1,9 +1,9 @@
 //! The coordinator's side of each connection: greeting, then either status and standing (control) or
 //! payloads (data). Every connection is a task of its own; what they learn goes to the heart.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, anyhow, bail};
 use atoll_core::codec::Payload;
@@ -15,10 +15,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot, watch as signal};
 
 use super::arriving::{Added, Arriving};
+use super::lobby::{Lobby, Place};
 use super::outgoing::{Outgoings, Piece};
-use super::shelf::{Bytes, Shelf};
+use super::shelf::{Bytes, Shelf, lock};
 use crate::crew::Crew;
-use crate::link::{Gate, Link, SILENCE_SECONDS, Traffic, read_frame, within, write_frame};
+use crate::link::{Gate, Link, SILENCE_SECONDS, Traffic, read_frame, read_greeting, within, write_frame};
 use crate::shared::Shared;
 use crate::store::Store;
 
@@ -66,6 +67,10 @@ pub(super) struct House {
     /// Payloads that are under way from sites.
     pub(super) arriving: Arriving,
     pub(super) links: AtomicU64,
+    /// Who has not shown a key that is known.
+    pub(super) lobby: Arc<Lobby>,
+    /// Connections of each site.
+    pub(super) rooms: Rooms,
     /// What is to be sent to each site.
     pub(super) outgoings: Arc<Outgoings>,
     /// Keys that are off the list: their connections end.
@@ -75,14 +80,49 @@ pub(super) struct House {
 /// Frames that may wait for a slow reader; further standings are dropped, since the next says it all.
 const OUTBOX: usize = 64;
 
+/// Connections that a site may have; ours have one and as many as their `--streams`.
+const CONNECTIONS_MAX: usize = 64;
+
+/// How many connections each site has.
+#[derive(Clone, Default)]
+pub(super) struct Rooms(Arc<Mutex<BTreeMap<SiteId, usize>>>);
+
+/// One connection of a site, until it is dropped.
+struct Room(Rooms, SiteId);
+
+impl Rooms {
+    fn take(&self, site: &SiteId) -> Option<Room> {
+        let mut rooms = lock(&self.0);
+        let taken = rooms.entry(site.clone()).or_default();
+        *taken += 1;
+        // A room that is none is given back at once.
+        let room = Room(self.clone(), site.clone());
+        let is_full = *taken > CONNECTIONS_MAX;
+        drop(rooms);
+        (!is_full).then_some(room)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let mut rooms = lock(&self.0.0);
+        if let Some(taken) = rooms.get_mut(&self.1) {
+            *taken -= 1;
+            if *taken == 0 {
+                rooms.remove(&self.1);
+            }
+        }
+    }
+}
+
 /// Takes connections until the task is dropped.
 pub(super) async fn serve(house: Arc<House>, listener: TcpListener) {
     loop {
         match listener.accept().await {
             Ok((tcp, from)) => {
-                let house = house.clone();
+                let (house, place) = (house.clone(), house.lobby.enter(from.ip()));
                 tokio::spawn(async move {
-                    if let Err(error) = receive(&house, tcp).await {
+                    if let Err(error) = receive(&house, tcp, place).await {
                         tracing::debug!("connection from {from}: {error:#}");
                     }
                 });
@@ -95,28 +135,21 @@ pub(super) async fn serve(house: Arc<House>, listener: TcpListener) {
     }
 }
 
-async fn receive(house: &Arc<House>, tcp: TcpStream) -> Result<()> {
-    let (mut link, key) = house.gate.accept(tcp).await?;
-    let greeting = within(SILENCE_SECONDS, read_frame(&mut link)).await??;
-    let hello = match greeting {
-        Some(Frame::Hello { hello: Some(hello), .. }) => hello,
-        Some(Frame::Hello { protocol, hello: None }) => {
-            let newer = if protocol > PROTOCOL { "the coordinator's Atoll" } else { "the site's Atoll" };
-            return refuse(&mut link, format!(
-                "the site speaks protocol {protocol}, the coordinator {PROTOCOL}\nhint: bring {newer} up to the other's version"
-            )).await;
-        }
-        _ => bail!("the first frame was no greeting"),
+async fn receive(house: &Arc<House>, tcp: TcpStream, place: Place) -> Result<()> {
+    let guest = tokio::select! {
+        guest = let_in(house, tcp) => guest?,
+        () = place.lost() => bail!("it took so long to show a key that another got its place"),
     };
-    let (reply, answer) = oneshot::channel();
-    let traffic = link.get_ref().0.traffic.clone();
-    let purpose = hello.purpose;
-    house.inputs.send(Input::Knock(Knock { key, hello, traffic, reply })).await.map_err(|_| closed())?;
-    let welcome = match answer.await.map_err(|_| closed())? {
-        Ok(welcome) => welcome,
-        Err(why) => return refuse(&mut link, why).await,
-    };
+    drop(place);
+    let Some((mut link, purpose, key, welcome)) = guest else { return Ok(()) };
     let site = welcome.site.clone();
+    let Some(_room) = house.rooms.take(&site) else {
+        return refuse(
+            &mut link,
+            format!("{site} has {CONNECTIONS_MAX} connections already\nhint: use fewer --streams"),
+        )
+        .await;
+    };
     if purpose == Purpose::Control {
         house.outgoings.open(&site); // Before the site learns that it may open data connections.
     }
@@ -131,6 +164,34 @@ async fn receive(house: &Arc<House>, tcp: TcpStream) -> Result<()> {
     tokio::select! {
         result = serve => result,
         Ok(_) = revoked.wait_for(|keys| keys.contains(&key)) => bail!("the key of {site} was revoked"),
+    }
+}
+
+/// Who was let in: over which connection, what for, with which key.
+type Guest = (Link, Purpose, Digest, Welcome);
+
+/// Sees to it that the peer belongs to the run; none if it was told that it does not.
+async fn let_in(house: &House, tcp: TcpStream) -> Result<Option<Guest>> {
+    let (mut link, key) = house.gate.accept(tcp).await?;
+    let greeting = within(SILENCE_SECONDS, read_greeting(&mut link)).await??;
+    let hello = match greeting {
+        Some(Frame::Hello { hello: Some(hello), .. }) => hello,
+        Some(Frame::Hello { protocol, hello: None }) => {
+            let newer = if protocol > PROTOCOL { "the coordinator's Atoll" } else { "the site's Atoll" };
+            let why = format!(
+                "the site speaks protocol {protocol}, the coordinator {PROTOCOL}\nhint: bring {newer} up to the other's version"
+            );
+            return refuse(&mut link, why).await.map(|()| None);
+        }
+        _ => bail!("the first frame was no greeting"),
+    };
+    let (reply, answer) = oneshot::channel();
+    let traffic = link.get_ref().0.traffic.clone();
+    let purpose = hello.purpose;
+    house.inputs.send(Input::Knock(Knock { key, hello, traffic, reply })).await.map_err(|_| closed())?;
+    match answer.await.map_err(|_| closed())? {
+        Ok(welcome) => Ok(Some((link, purpose, key, welcome))),
+        Err(why) => refuse(&mut link, why).await.map(|()| None),
     }
 }
 
@@ -196,12 +257,12 @@ async fn data(house: &Arc<House>, site: &SiteId, link: Link) -> Result<()> {
                     // They are made, if they must be, while what was asked for before is being sent.
                     match fetch(house, digest).await? {
                         Some(_) => outgoing.answer(Piece::Answer { digest, offset, length })?,
-                        None => outgoing.say(Frame::Missing(digest)),
+                        None => outgoing.say(Frame::Missing(digest))?,
                     }
                 }
                 Frame::Put { digest, total, offset, bytes } => {
                     if let Some(answer) = take_in(house, site, digest, total, offset, &bytes).await? {
-                        outgoing.say(answer);
+                        outgoing.say(answer)?;
                     }
                 }
                 _ => bail!("a data connection carries puts and gets"),

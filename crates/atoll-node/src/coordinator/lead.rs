@@ -198,7 +198,7 @@ impl<'a> Standby<'a> {
     fn wait(mut self, options: &Options, is_stopped: &dyn Fn() -> bool) -> Result<Turn> {
         let mut told = false;
         while !is_stopped() {
-            self.catch_up()?;
+            self.catch_up(is_stopped)?;
             let beat = self.shared.leader()?.filter(|beat| beat.epoch == self.state.book.epoch);
             self.vigil.look(self.clock.now(), self.state.book.entries + beat.as_ref().map_or(0, |beat| beat.number));
             if matches!(&beat, Some(Beat { state: State::Finished, .. })) {
@@ -212,7 +212,9 @@ impl<'a> Standby<'a> {
             }
             let leader = beat.map_or_else(|| "another coordinator".to_string(), |beat| beat.address);
             if !options.standby && self.vigil.has_seen_life() {
-                bail!("the run is led by {leader}\nhint: start this one with --standby; it goes on when that one is gone");
+                bail!(
+                    "the run is led by {leader}\nhint: start this one with --standby; it goes on when that one is gone"
+                );
             }
             if options.standby && !told {
                 tracing::info!("standing by behind {leader}, at commit {}", self.state.book.commits());
@@ -268,10 +270,12 @@ impl<'a> Standby<'a> {
         }
     }
 
-    /// Takes all that came since.
-    fn catch_up(&mut self) -> Result<()> {
-        while let Some(text) = self.shared.segment(self.state.book.entries + 1)? {
+    /// Takes all that came since: much of it, if this one was away, or the store is slow.
+    fn catch_up(&mut self, is_stopped: &dyn Fn() -> bool) -> Result<()> {
+        while !is_stopped() {
+            let Some(text) = self.shared.segment(self.state.book.entries + 1)? else { break };
             self.take(text)?;
+            self.look_after_folder()?;
         }
         Ok(())
     }
@@ -293,14 +297,16 @@ impl<'a> Standby<'a> {
                 snapshot::replay(global, commit, self.store)?;
                 payloads.insert(book.entries + 1, snapshot::addresses(commit));
             }
-            book.apply(entry).map_err(|error| anyhow!("the journal in the object store contradicts itself: {error}"))?;
+            book.apply(entry)
+                .map_err(|error| anyhow!("the journal in the object store contradicts itself: {error}"))?;
         }
         self.state.journal.write(&lines)
     }
 
     /// Fetches what the commits among `entries` merged; false if the store has dropped some of it.
     fn has_payloads(&self, entries: &[Entry]) -> Result<bool> {
-        let commits = entries.iter().filter_map(|entry| if let Entry::Committed(commit) = entry { Some(commit) } else { None });
+        let commits =
+            entries.iter().filter_map(|entry| if let Entry::Committed(commit) = entry { Some(commit) } else { None });
         for Commit { contributions, .. } in commits {
             for accepted in contributions {
                 if self.store.get(accepted.payload).is_some() {
@@ -319,7 +325,10 @@ impl<'a> Standby<'a> {
     fn begin_anew(&mut self) -> Result<()> {
         let newest = self.shared.snapshots()?.pop().filter(|entries| *entries > self.state.book.entries);
         if newest.is_none() {
-            bail!("a contribution is missing in the object store {}\nhint: restore its payloads/ from a backup", self.shared.objects().place());
+            bail!(
+                "a contribution is missing in the object store {}\nhint: restore its payloads/ from a backup",
+                self.shared.objects().place()
+            );
         }
         tracing::info!("too far behind; fetching the newest snapshot");
         self.shared.fetch_snapshot(&self.prepared.dir)?;

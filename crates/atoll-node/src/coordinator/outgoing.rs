@@ -33,14 +33,16 @@ pub(super) enum Piece {
     Answer { digest: Digest, offset: u64, length: u32 },
 }
 
-/// Gets that a site may leave waiting; ours never have so many.
+/// Pieces that a site may leave waiting when it asks for another; ours never have so many.
 const PIECES_MAX: usize = 1 << 16;
 
 impl Outgoings {
-    /// A site begins anew: what was queued for its earlier connection is dropped.
+    /// A site begins anew: what was queued for its earlier connections is dropped, and they end.
     pub(super) fn open(&self, site: &SiteId) {
         let outgoing = Outgoing { pieces: Mutex::default(), ready: Semaphore::new(0) };
-        lock(&self.0).insert(site.clone(), Arc::new(outgoing));
+        if let Some(earlier) = lock(&self.0).insert(site.clone(), Arc::new(outgoing)) {
+            earlier.ready.close();
+        }
     }
 
     /// The queue of a site.
@@ -75,15 +77,23 @@ impl Outgoing {
     }
 
     /// Queues a short word in front of all payloads.
-    pub(super) fn say(&self, frame: Frame) {
-        lock(&self.pieces).push_front(Piece::Say(frame));
+    ///
+    /// # Errors
+    /// If the site asks for more than it takes.
+    pub(super) fn say(&self, frame: Frame) -> Result<()> {
+        let mut queue = lock(&self.pieces);
+        if queue.len() >= PIECES_MAX {
+            bail!("the site asks for more than it takes");
+        }
+        queue.push_front(Piece::Say(frame));
         self.ready.add_permits(1);
+        Ok(())
     }
 
     /// Waits for the next piece.
     ///
     /// # Errors
-    /// Never: the semaphore is not closed while somebody waits.
+    /// If the site has begun anew.
     pub(super) async fn next(&self) -> Result<Piece> {
         loop {
             self.ready.acquire().await?.forget();
