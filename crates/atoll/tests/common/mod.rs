@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+pub mod s3;
+
 use std::fs;
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -17,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub struct Lab {
     pub folder: TempDir,
     port: u16,
+    /// What its processes find in their environment.
+    pub environment: Vec<(&'static str, &'static str)>,
 }
 
 /// A child process that does not outlive its test.
@@ -42,7 +46,7 @@ impl Lab {
     pub fn new(tokens: u64, changes: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let lab = Self { folder, port };
+        let lab = Self { folder, port, environment: Vec::new() };
         lab.write_text("text", 60);
         let (run, data) = (lab.path("run"), lab.path("text"));
         let made = atoll(&[
@@ -136,6 +140,7 @@ impl Lab {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.path(&format!("{name}.log"))).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_atoll"))
             .args(arguments)
+            .envs(self.environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
