@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use atoll_core::hash::Digest;
-use atoll_core::journal::{Chain, Commit, Entry};
+use atoll_core::journal::{Chain, Commit, Entry, Invitation};
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
 use atoll_core::round::{Goal, Setting, Sync};
@@ -208,7 +208,8 @@ impl Scenario {
         let mut tasks = vec![(HUB.to_string(), serde_json::to_string(&coordinator)?)];
         for (seed, name) in (1..).zip(self.names()) {
             let site: SiteId = name.parse()?;
-            let ticket = Ticket::issue(dir, &config.name, site, vec![format!("{HUB}:{PORT}")], key.fingerprint, None)?;
+            let invitation = Invitation { site, role: Default::default(), expires: None };
+            let ticket = Ticket::issue(dir, &config.name, invitation, vec![format!("{HUB}:{PORT}")], key.fingerprint)?;
             let role = SiteRole {
                 dir: folder.join(&name),
                 ticket: ticket.to_text(),

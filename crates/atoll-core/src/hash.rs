@@ -25,6 +25,11 @@ pub fn little_endian(weights: &[f32]) -> Cow<'_, [u8]> {
     Cow::Owned(weights.iter().flat_map(|weight| weight.to_le_bytes()).collect())
 }
 
+/// The weights whose little-endian `f32` bytes these are; what is left over of an incomplete one is dropped.
+pub fn from_little_endian(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
 impl Digest {
     /// The name of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {

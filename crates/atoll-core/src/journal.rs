@@ -7,8 +7,11 @@
 //! On disk an entry is one line: 16 hexadecimal digits of a hash chained over all lines so far, a
 //! space, and the entry as JSON. A line that was cut short or altered breaks the chain.
 
+mod members;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+pub use members::{Act, Invitation, Role};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{DatasetId, Ledger, LedgerError, Ranges};
@@ -54,6 +57,25 @@ pub enum Entry {
         /// Which process it is, for itself to know.
         holder: Digest,
     },
+    /// A one-time ticket was given out.
+    Invited {
+        /// Hash of its secret.
+        ticket: Digest,
+        /// What it is good for.
+        #[serde(flatten)]
+        invitation: Invitation,
+        /// Which administrator did so from afar; none if it was done in the run folder.
+        #[serde(default)]
+        by: Option<SiteId>,
+    },
+    /// All unused tickets of that name were withdrawn.
+    Withdrawn {
+        /// The name.
+        site: SiteId,
+        /// Which administrator did so from afar.
+        #[serde(default)]
+        by: Option<SiteId>,
+    },
     /// A site's key was let in with a one-time ticket.
     Admitted {
         /// The site.
@@ -62,6 +84,18 @@ pub enum Entry {
         key: Digest,
         /// Hash of the ticket's secret, used up hereby.
         ticket: Digest,
+        /// What it may do.
+        #[serde(default)]
+        role: Role,
+    },
+    /// A site has a new key in place of its earlier one, which is good for nothing any more.
+    Rekeyed {
+        /// The site.
+        site: SiteId,
+        /// Fingerprint of the earlier key, by which it was known when it asked for this.
+        from: Digest,
+        /// Fingerprint of the new one.
+        to: Digest,
     },
     /// The operator took a site's key off the list for good. What the site holds goes back with an entry of its own.
     Revoked {
@@ -69,6 +103,9 @@ pub enum Entry {
         site: SiteId,
         /// Fingerprint of the key.
         key: Digest,
+        /// Which administrator did so from afar.
+        #[serde(default)]
+        by: Option<SiteId>,
     },
     /// A site began a session; whatever an earlier session held is back in the pool.
     Joined {
@@ -316,9 +353,43 @@ pub struct Member {
     /// What its contributions have shown, −1 to 1; 0 if nothing.
     #[serde(default)]
     pub trust: f64,
+    /// What it may do.
+    #[serde(default)]
+    pub role: Role,
+}
+
+impl Entry {
+    /// Whether it is about who leads the run and who belongs to it: that is not taken back.
+    pub fn is_about_people(&self) -> bool {
+        matches!(
+            self,
+            Self::Leads { .. }
+                | Self::Invited { .. }
+                | Self::Withdrawn { .. }
+                | Self::Admitted { .. }
+                | Self::Rekeyed { .. }
+                | Self::Revoked { .. }
+        )
+    }
 }
 
 impl Member {
+    fn new(key: Digest) -> Self {
+        Self {
+            key,
+            session: 0,
+            open: false,
+            dataset: None,
+            leases: BTreeMap::new(),
+            settled: BTreeMap::new(),
+            forgotten: None,
+            contributions: 0,
+            tokens: 0,
+            trust: 0.0,
+            role: Role::default(),
+        }
+    }
+
     /// What became of a contribution of the session, if it is settled.
     pub fn outcome(&self, number: u64) -> Option<Settled> {
         let is_forgotten = self.forgotten.is_some() && self.settled.keys().next().is_some_and(|&first| number < first);
@@ -360,11 +431,17 @@ pub struct Book {
     pub fragments: Vec<FragmentBook>,
     /// Sites by name.
     pub sites: BTreeMap<SiteId, Member>,
+    /// Tickets given out and not used yet.
+    #[serde(default)]
+    pub invited: BTreeMap<Digest, Invitation>,
     /// Tickets used up.
     pub tickets: BTreeSet<Digest>,
     /// Keys that were revoked, and whose they were.
     #[serde(default)]
     pub revoked: BTreeMap<Digest, SiteId>,
+    /// Keys whose owners have others by now.
+    #[serde(default)]
+    pub replaced: BTreeMap<Digest, SiteId>,
     /// Which samples are in the model.
     pub ledger: Ledger,
     /// Tokens in the model.
@@ -403,16 +480,6 @@ impl Book {
         Digest::of_all(self.fragments.iter().map(|fragment| &fragment.digest))
     }
 
-    /// The site whose key has this fingerprint.
-    pub fn site_of(&self, key: Digest) -> Option<&SiteId> {
-        self.sites.iter().find(|(_, member)| member.key == key).map(|(site, _)| site)
-    }
-
-    /// Whether the key that `site` has was revoked.
-    pub fn is_revoked(&self, site: &SiteId) -> bool {
-        self.sites.get(site).is_some_and(|member| self.revoked.contains_key(&member.key))
-    }
-
     /// The samples that `site` holds on lease.
     pub fn held(&self, site: &SiteId) -> Ranges {
         let dataset = self.sites.get(site).and_then(|member| member.dataset);
@@ -430,8 +497,11 @@ impl Book {
                 return out_of_order(format!("the run is in epoch {}, not before {epoch}", self.epoch));
             }
             Entry::Leads { epoch, holder } => (self.epoch, self.leader) = (*epoch, Some(*holder)),
-            Entry::Admitted { site, key, ticket } => self.admit(site, *key, *ticket)?,
-            Entry::Revoked { site, key } => self.revoke(site, *key)?,
+            Entry::Invited { ticket, invitation, .. } => self.invite(*ticket, invitation)?,
+            Entry::Withdrawn { site, .. } => self.withdraw(site),
+            Entry::Admitted { site, key, ticket, role } => self.admit(site, *key, *ticket, *role)?,
+            Entry::Rekeyed { site, from, to } => self.replace(site, *from, *to)?,
+            Entry::Revoked { site, key, .. } => self.revoke(site, *key)?,
             Entry::Joined { site, session, dataset, samples } => {
                 self.release_all(site)?;
                 self.ledger.declare(*dataset, *samples);
@@ -492,39 +562,6 @@ impl Book {
         };
         self.fragments = theta.iter().map(fragment).collect();
         Ok(())
-    }
-
-    fn admit(&mut self, site: &SiteId, key: Digest, ticket: Digest) -> Result<(), BookError> {
-        if self.revoked.contains_key(&key) {
-            return out_of_order(format!("the key of {site} was revoked"));
-        }
-        if !self.tickets.insert(ticket) {
-            return out_of_order(format!("the ticket of {site} was used before"));
-        }
-        let member = self.sites.entry(site.clone()).or_insert_with(|| Member {
-            key,
-            session: 0,
-            open: false,
-            dataset: None,
-            leases: BTreeMap::new(),
-            settled: BTreeMap::new(),
-            forgotten: None,
-            contributions: 0,
-            tokens: 0,
-            trust: 0.0,
-        });
-        member.key = key;
-        Ok(())
-    }
-
-    fn revoke(&mut self, site: &SiteId, key: Digest) -> Result<(), BookError> {
-        if self.member(site)?.key != key {
-            return out_of_order(format!("{site} has another key"));
-        }
-        match self.revoked.insert(key, site.clone()) {
-            None => Ok(()),
-            Some(_) => out_of_order(format!("the key of {site} was revoked before")),
-        }
     }
 
     fn roll_back(&mut self, to: u64, sessions: &BTreeMap<SiteId, u64>) -> Result<(), BookError> {
@@ -794,7 +831,7 @@ mod tests {
             book.fragments[0].delivered.get(&site).copied()
         };
         last(began());
-        last(Entry::Admitted { site: site.clone(), key, ticket });
+        last(Entry::Admitted { site: site.clone(), key, ticket, role: Role::Train });
         assert_eq!(last(joined(1)), None);
         assert_eq!(last(commit(1, vec![contribution(1, b"first")])), Some(Digest::of(b"first")));
         assert_eq!(last(refused), Some(Digest::of(b"first")));

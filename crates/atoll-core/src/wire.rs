@@ -13,6 +13,8 @@
 //!       8   Get        | digest: 32 | offset: u64 | length: u32 |
 //!       9   Chunk      | digest: 32 | offset: u64 | bytes … |
 //!      10   Missing    | digest: 32 |                                a get or put that cannot be served
+//!      11   Ask        | postcard(Request) |                         at the desk, where gets are served too
+//!      12   Answer     | postcard(Answer) |
 //! ```
 //!
 //! A body is at most [`BODY_MAX`] bytes. Numbers of retired kinds are never used again. The protocol
@@ -22,11 +24,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::hash::Digest;
+use crate::journal::Invitation;
 use crate::round::{Standing, Status};
 use crate::site::SiteId;
 
 /// Version of everything on this page. Site and coordinator must have the same.
-pub const PROTOCOL: u16 = 5;
+pub const PROTOCOL: u16 = 6;
 /// Longest body of a frame.
 pub const BODY_MAX: usize = 4 << 20;
 /// Bytes of a payload per [`Frame::Put`] or [`Frame::Chunk`].
@@ -43,6 +46,34 @@ pub enum Purpose {
     Control,
     /// Payloads.
     Data,
+    /// To look at the run, to fetch the model, to administer.
+    Desk,
+}
+
+/// What may be asked at the desk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// How the run does.
+    Look,
+    /// Which weights are the model at this moment.
+    Model,
+    /// To invite the owner of the ticket whose secret has this hash. Administrators only.
+    Invite(Digest, Invitation),
+    /// To withdraw a site's tickets and to take its key off the list. Administrators only.
+    Revoke(SiteId),
+}
+
+/// What is said to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// The run's report, as JSON.
+    Report(String),
+    /// Content addresses of each fragment's weights as little-endian `f32`.
+    Model(Vec<Digest>),
+    /// It is done and in the journal.
+    Done,
+    /// It is not, for this reason.
+    Refused(String),
 }
 
 /// How a site introduces itself; its key has been proven by the handshake.
@@ -52,6 +83,8 @@ pub struct Hello {
     pub purpose: Purpose,
     /// The secret of the site's ticket.
     pub secret: Option<[u8; 32]>,
+    /// Fingerprint of the key that the site wants to have from now on instead of the one that it has just proven.
+    pub successor: Option<Digest>,
     /// Fingerprint of its engine's layout, once it has one.
     pub layout: Option<Digest>,
     /// Its engine's name, for people.
@@ -95,6 +128,8 @@ pub enum Frame {
     Get { digest: Digest, offset: u64, length: u32 },
     Chunk { digest: Digest, offset: u64, bytes: Vec<u8> },
     Missing(Digest),
+    Ask(Request),
+    Answer(Answer),
 }
 
 /// Bytes that are no frame.
@@ -138,6 +173,8 @@ impl Frame {
             }
             Frame::Chunk { digest, offset, bytes } => (9, [&digest.0[..], &offset.to_le_bytes(), bytes].concat()),
             Frame::Missing(digest) => (10, digest.0.to_vec()),
+            Frame::Ask(request) => (11, pack(request)),
+            Frame::Answer(answer) => (12, pack(answer)),
         };
         let mut frame = Vec::with_capacity(HEADER + body.len());
         frame.extend((body.len() as u32).to_le_bytes());
@@ -190,6 +227,8 @@ impl Frame {
                 bytes: fields.rest.to_vec(),
             },
             10 => Frame::Missing(Digest(fields.all()?)),
+            11 => Frame::Ask(fields.unpack()?),
+            12 => Frame::Answer(fields.unpack()?),
             other => return Err(WireError::UnknownKind(other)),
         };
         Ok(frame)
@@ -245,6 +284,7 @@ mod tests {
         Hello {
             purpose: Purpose::Control,
             secret: None,
+            successor: None,
             layout: Some(Digest([7; 32])),
             engine: "e".into(),
             device: "d".into(),
@@ -264,6 +304,8 @@ mod tests {
             session: 9,
             epoch: 2,
         };
+        let invitation =
+            Invitation { site: "s".parse().unwrap(), role: crate::journal::Role::Observe, expires: Some(7) };
         let frames = [
             Frame::hello(hello()),
             Frame::Welcome(Box::new(welcome)),
@@ -273,6 +315,9 @@ mod tests {
             Frame::Get { digest, offset: 1 << 33, length: 5 },
             Frame::Chunk { digest, offset: 0, bytes: vec![] },
             Frame::Missing(digest),
+            Frame::Ask(Request::Invite(digest, invitation)),
+            Frame::Ask(Request::Revoke("s".parse().unwrap())),
+            Frame::Answer(Answer::Model(vec![digest; 3])),
         ];
         for frame in frames {
             assert_eq!(again(&frame), frame);
@@ -282,7 +327,7 @@ mod tests {
     #[test]
     fn the_bytes_are_these() {
         let layout = "07".repeat(32);
-        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("29000000010500010001{layout}01650164"));
+        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("2a00000001060001000001{layout}01650164"));
         let get = Frame::Get { digest: Digest([7; 32]), offset: 1, length: 2 };
         assert_eq!(hex(&get.encode()), format!("2c00000008{layout}010000000000000002000000"));
     }

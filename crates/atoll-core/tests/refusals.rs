@@ -10,7 +10,7 @@ use atoll_core::data::{DatasetId, Ranges};
 use atoll_core::delta::{Change, Feedback, Follow, Local};
 use atoll_core::engine::Progress;
 use atoll_core::hash::Digest;
-use atoll_core::journal::{Book, Entry, Evaluated, Settled};
+use atoll_core::journal::{Book, Entry, Evaluated, Role, Settled};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::{Tensor, TensorKind};
 use atoll_core::outer::Global;
@@ -64,6 +64,7 @@ impl Desk {
             site: site(name),
             key: Digest::of(name.as_bytes()),
             ticket: Digest::of(name.as_bytes()),
+            role: Role::Train,
         }));
         journal.iter().for_each(|entry| book.apply(entry).unwrap());
         let exact = Setting::Is(Codec::F32);

@@ -7,6 +7,7 @@ mod gate;
 mod lead;
 mod lobby;
 mod log;
+mod members;
 mod outgoing;
 mod share;
 mod shelf;
@@ -20,23 +21,22 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::hash::Digest;
-use atoll_core::journal::Entry;
+use atoll_core::journal::{Entry, Invitation};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Global, StepError};
-use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase, Refusal, Status};
+use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase, Status};
 use atoll_core::site::{SiteId, Time};
-use atoll_core::wire::{Frame, Welcome};
+use atoll_core::wire::{Frame, Purpose, Welcome};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch as signal};
 
 use crate::crew::Crew;
 use crate::data::Tokenizer;
 use crate::hf;
-use crate::identity::{Claim, Identity, Ticket};
+use crate::identity::Identity;
 use crate::link::Gate;
 use crate::report::Report;
-use crate::revocation;
 use crate::rollback;
 use crate::run::{Keep, RunConfig, RunDir, Terms, write_atomically};
 use crate::shared::{Shared, State};
@@ -46,6 +46,7 @@ use arriving::Arriving;
 use gate::{House, Input, Knock};
 use lead::Turn;
 use log::Log;
+use members::off_the_list;
 use outgoing::Outgoings;
 use share::Share;
 use shelf::Shelf;
@@ -183,7 +184,7 @@ pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<
         lobby: Arc::default(),
         rooms: gate::Rooms::default(),
         outgoings: heart.outgoings.clone(),
-        revoked: heart.revoked.subscribe(),
+        off_the_list: heart.off_the_list.subscribe(),
     });
     tracing::info!("listening on {address}");
     let server = tokio::spawn(gate::serve(house, listener));
@@ -280,7 +281,7 @@ struct Heart {
     /// Sites that have been connected since the run finished.
     told: BTreeSet<SiteId>,
     /// Keys that are off the list, for all connections to see.
-    revoked: signal::Sender<BTreeSet<Digest>>,
+    off_the_list: signal::Sender<BTreeSet<Digest>>,
     watch: Watch,
 }
 
@@ -335,7 +336,7 @@ impl Heart {
             kept: snapshot::needed(&payloads, machine.book()),
             payloads,
             told: BTreeSet::new(),
-            revoked: signal::Sender::new(machine.book().revoked.keys().copied().collect()),
+            off_the_list: signal::Sender::new(off_the_list(machine.book())),
             machine,
             watch,
         })
@@ -393,6 +394,11 @@ impl Heart {
     fn take(&mut self, input: Input) -> Result<()> {
         match input {
             Input::Knock(knock) => return self.answer(knock),
+            Input::Asked { site, request, reply } => {
+                self.carry_out()?;
+                let answer = self.serve(&site, request)?;
+                let _ = reply.send(answer); // The peer may have hung up meanwhile.
+            }
             // It was on its way when its key was revoked; its connection ends as well.
             Input::Connected { site, .. } if self.machine.book().is_revoked(&site) => {}
             Input::Connected { site, link, outbox } => {
@@ -442,57 +448,10 @@ impl Heart {
         }
     }
 
-    /// Lets a site in or tells it why not.
-    fn answer(&mut self, knock: Knock) -> Result<()> {
-        self.take_up_revocations()?;
-        self.carry_out()?; // The peer is told nothing that could yet be forgotten.
-        let now = self.clock.now().0 / 1_000_000;
-        let claim = knock.hello.secret.map(|secret| Ticket::claim(&self.dir, &secret, now));
-        let good = match &claim {
-            Some(Claim::Good(site, hash)) => Some((site.clone(), *hash)),
-            _ => None,
-        };
-        let answer = match self.machine.admit(knock.key, good) {
-            Ok((site, entry)) => {
-                if let Some(entry) = entry {
-                    self.orders.push(Order::Record(entry));
-                    self.carry_out()?;
-                    tracing::info!("{site} was admitted with its ticket");
-                    self.note(serde_json::json!({"event": "admitted", "site": site}));
-                }
-                match knock.hello.layout {
-                    Some(layout) if layout != self.layout => Err(format!(
-                        "the site's engine has layout {}, the run has {}\nhint: build the engine from the run's own model description",
-                        layout.short(),
-                        self.layout.short()
-                    )),
-                    _ => Ok(self.welcome(site, &knock)),
-                }
-            }
-            Err(refusal) => Err(match (refusal, claim) {
-                (Refusal::UnknownKey, Some(Claim::Expired(site))) => format!(
-                    "the ticket of {site} has expired\nhint: ask the operator for a new one, `atoll ticket`"
-                ),
-                (Refusal::UnknownKey, Some(Claim::Unknown)) => "the ticket is not one of this run's, or was withdrawn\nhint: ask the operator for a new one, `atoll ticket`".to_string(),
-                (refusal, _) => refusal.to_string(),
-            }),
-        };
-        let _ = knock.reply.send(answer); // The peer may have hung up meanwhile.
-        Ok(())
-    }
-
-    /// Takes keys off the list that the operator does not want on it any more.
-    fn take_up_revocations(&mut self) -> Result<()> {
-        for (site, key) in revocation::pending(&self.dir)? {
-            self.handle(Event::Revoked(site.clone(), key));
-            self.carry_out()?;
-            revocation::done(&self.dir, &site)?;
-        }
-        Ok(())
-    }
-
     fn welcome(&mut self, site: SiteId, knock: &Knock) -> Welcome {
-        self.watch.greeted(&site, &knock.hello, knock.traffic.clone());
+        if knock.hello.purpose != Purpose::Desk {
+            self.watch.greeted(&site, &knock.hello, knock.traffic.clone());
+        }
         let (tokenizer, tokenizer_bytes) = self.shelf.tokenizer();
         Welcome {
             run: self.machine.book().run.clone(),
@@ -573,11 +532,22 @@ impl Heart {
                     "samples_returned": ranges.len(),
                 }));
             }
-            Entry::Revoked { site, key } => {
+            Entry::Invited { invitation: Invitation { site, role, .. }, by, .. } => {
+                self.note(serde_json::json!({"event": "invited", "site": site, "role": role, "by": by}));
+            }
+            Entry::Withdrawn { site, by } => {
+                self.note(serde_json::json!({"event": "withdrawn", "site": site, "by": by}));
+            }
+            Entry::Rekeyed { site, from, .. } => {
+                tracing::info!("{site} has another key now");
+                self.off_the_list.send_modify(|keys| keys.extend([*from]));
+                self.note(serde_json::json!({"event": "rekeyed", "site": site}));
+            }
+            Entry::Revoked { site, key, by } => {
                 tracing::warn!("the key of {site} was revoked; its connections end");
                 self.controls.remove(site);
-                self.revoked.send_modify(|keys| keys.extend([*key]));
-                self.note(serde_json::json!({"event": "revoked", "site": site}));
+                self.off_the_list.send_modify(|keys| keys.extend([*key]));
+                self.note(serde_json::json!({"event": "revoked", "site": site, "by": by}));
             }
             Entry::Returned { site, why } => {
                 tracing::info!("{site}: {why}");
@@ -773,7 +743,7 @@ impl Heart {
 
     /// What is done twice a second.
     fn look_around(&mut self) -> Result<()> {
-        self.take_up_revocations()?;
+        self.take_up_acts()?;
         self.look_after_share();
         self.write_status()
     }
@@ -793,13 +763,17 @@ impl Heart {
     }
 
     fn write_status(&mut self) -> Result<()> {
-        let state = match self.machine.phase() {
+        self.look(self.state());
+        self.watch.write_status()
+    }
+
+    /// What the run does, in a word.
+    fn state(&self) -> &'static str {
+        match self.machine.phase() {
             Phase::Training => "training",
             Phase::Closing => "closing",
             Phase::Finished => "finished",
-        };
-        self.look(state);
-        self.watch.write_status()
+        }
     }
 
     /// Adds a line to `events.jsonl`.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::hash::Digest;
+use atoll_core::journal::{Act, Invitation};
 use atoll_core::site::SiteId;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
@@ -17,6 +18,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Serialize};
 
+use crate::acts;
 use crate::run::{RunDir, write_atomically};
 
 /// A key pair, ready for handshakes.
@@ -92,83 +94,45 @@ pub struct Ticket {
     pub coordinator: Digest,
     /// Lets one key in.
     pub secret: Digest,
-    /// Until when, in seconds since 1970; none for ever. What counts is what the coordinator remembers.
+    /// Until when, in seconds since 1970; none for ever. What counts is what the journal says.
     #[serde(default)]
     pub expires: Option<u64>,
-}
-
-/// What a secret is worth.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Claim {
-    /// It lets a key in as this site; with its hash, by which it is known to be used up.
-    Good(SiteId, Digest),
-    /// It did so until it expired.
-    Expired(SiteId),
-    /// No ticket of this run has it, or it was withdrawn.
-    Unknown,
-}
-
-/// What the run folder remembers of a ticket: not its secret.
-#[derive(Debug, Serialize, Deserialize)]
-struct Stub {
-    site: SiteId,
-    #[serde(default)]
-    expires: Option<u64>,
-}
-
-impl Stub {
-    fn read(path: &Path) -> Option<Self> {
-        serde_json::from_slice(&fs::read(path).ok()?).ok()
-    }
 }
 
 const PREFIX: &str = "atoll1.";
 
 impl Ticket {
-    /// Makes a ticket that is good until `expires` (seconds since 1970), and notes the hash of its secret in the run folder.
+    /// Makes a ticket, and asks for what it promises in the run folder.
     ///
     /// # Errors
     /// If the folder cannot be written.
     pub fn issue(
         dir: &RunDir,
         run: &str,
-        site: SiteId,
+        invitation: Invitation,
         addresses: Vec<String>,
         coordinator: Digest,
-        expires: Option<u64>,
     ) -> Result<Self> {
-        let mut secret = [0u8; 32];
-        SystemRandom::new().fill(&mut secret).map_err(|_| anyhow!("the system gives no randomness for a secret"))?;
-        let (run, secret) = (run.to_string(), Digest(secret));
-        let ticket = Self { run, site: site.clone(), addresses, coordinator, secret, expires };
-        let folder = dir.tickets();
-        fs::create_dir_all(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
-        let stub = serde_json::to_vec(&Stub { site, expires })?;
-        write_atomically(&folder.join(format!("{}.json", Digest::of(&secret.0))), &stub)?;
+        let ticket = Self::make(run, &invitation, addresses, coordinator)?;
+        acts::ask(dir, &Act::Invite(ticket.hash(), invitation))?;
         Ok(ticket)
     }
 
-    /// What the ticket with this secret is worth `now`, in seconds since 1970.
-    pub fn claim(dir: &RunDir, secret: &[u8; 32], now: u64) -> Claim {
-        let hash = Digest::of(secret);
-        match Stub::read(&dir.tickets().join(format!("{hash}.json"))) {
-            Some(stub) if stub.expires.is_some_and(|expires| expires <= now) => Claim::Expired(stub.site),
-            Some(stub) => Claim::Good(stub.site, hash),
-            None => Claim::Unknown,
-        }
-    }
-
-    /// Withdraws all tickets that were issued to `site`, and says how many. Keys that they have let in stay in.
+    /// Makes a ticket that is worth nothing before the run knows of it.
     ///
     /// # Errors
-    /// If one cannot be removed.
-    pub fn withdraw(dir: &RunDir, site: &SiteId) -> Result<usize> {
-        let tickets = fs::read_dir(dir.tickets()).into_iter().flatten().flatten().map(|file| file.path());
-        let theirs: Vec<_> = tickets.filter(|path| Stub::read(path).is_some_and(|stub| stub.site == *site)).collect();
-        for path in &theirs {
-            fs::remove_file(path).with_context(|| format!("{} cannot be removed", path.display()))?;
-        }
-        Ok(theirs.len())
+    /// If the system gives no randomness.
+    pub fn make(run: &str, invitation: &Invitation, addresses: Vec<String>, coordinator: Digest) -> Result<Self> {
+        let mut secret = [0u8; 32];
+        SystemRandom::new().fill(&mut secret).map_err(|_| anyhow!("the system gives no randomness for a secret"))?;
+        let (run, secret) = (run.to_string(), Digest(secret));
+        let &Invitation { ref site, expires, .. } = invitation;
+        Ok(Self { run, site: site.clone(), addresses, coordinator, secret, expires })
+    }
+
+    /// By which the run knows it.
+    pub fn hash(&self) -> Digest {
+        Digest::of(&self.secret.0)
     }
 
     /// One line of text to hand over.
@@ -197,6 +161,7 @@ impl Ticket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use atoll_core::journal::Role;
 
     #[test]
     fn a_key_is_made_once_and_stays() {
@@ -212,18 +177,13 @@ mod tests {
     fn tickets_round_trip_and_damage_is_seen() {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir(folder.path().to_path_buf());
-        let site: SiteId = "oslo".parse().unwrap();
+        let invitation = Invitation { site: "oslo".parse().unwrap(), role: Role::Train, expires: Some(100) };
         let (at, key) = (vec!["[::1]:1".to_string()], Digest::of(b"k"));
-        let ticket = Ticket::issue(&dir, "r", site.clone(), at, key, Some(100)).unwrap();
+        let ticket = Ticket::issue(&dir, "r", invitation.clone(), at, key).unwrap();
         let text = ticket.to_text();
         assert_eq!(Ticket::from_text(&text).unwrap(), ticket);
-        let good = Claim::Good(site.clone(), Digest::of(&ticket.secret.0));
-        assert_eq!(Ticket::claim(&dir, &ticket.secret.0, 99), good);
-        assert_eq!(Ticket::claim(&dir, &ticket.secret.0, 100), Claim::Expired(site.clone()));
-        assert_eq!(Ticket::claim(&dir, &[0; 32], 99), Claim::Unknown);
-        assert_eq!(Ticket::withdraw(&dir, &"rome".parse().unwrap()).unwrap(), 0);
-        assert_eq!(Ticket::withdraw(&dir, &site).unwrap(), 1);
-        assert_eq!(Ticket::claim(&dir, &ticket.secret.0, 99), Claim::Unknown);
+        let asked: Vec<Act> = acts::pending(&dir).unwrap().into_iter().map(|(_, act)| act).collect();
+        assert_eq!(asked, [Act::Invite(ticket.hash(), invitation)]);
         for bad in ["", "hello", &text[..text.len() - 3], &text.replace("atoll1.", "atoll1.A")] {
             let error = Ticket::from_text(bad).unwrap_err().to_string();
             assert!(error.contains("hint:"), "{error}");

@@ -7,7 +7,8 @@
 //! | [`hf`] | Hugging Face folders |
 //! | [`run`] | the run folder and `run.toml` |
 //! | [`identity`] | keys and tickets |
-//! | [`revocation`] | how an operator takes a key off the list |
+//! | [`acts`] | what an operator wants done about members |
+//! | [`remote`] | a run from afar: look at it, fetch its model, administer it |
 //! | [`link`] | TLS connections that carry frames |
 //! | [`wan`] | a thin, long, lossy link for trying things out |
 //! | [`journal`] | the journal on disk |
@@ -22,6 +23,7 @@
 //! | [`report`] | what an operator sees |
 //! | [`fuzz`] | what must hold for any bytes from outside |
 
+pub mod acts;
 pub mod coordinator;
 pub mod crew;
 pub mod data;
@@ -31,8 +33,8 @@ pub mod identity;
 pub mod journal;
 pub mod link;
 pub mod objects;
+pub mod remote;
 pub mod report;
-pub mod revocation;
 pub mod rollback;
 pub mod run;
 pub mod shared;
@@ -40,3 +42,4 @@ pub mod site;
 pub mod snapshot;
 pub mod store;
 pub mod wan;
+mod way;

@@ -360,6 +360,7 @@ mod tests {
         let hello = Frame::hello(Hello {
             purpose: Purpose::Data,
             secret: None,
+            successor: None,
             layout: None,
             engine: String::new(),
             device: String::new(),

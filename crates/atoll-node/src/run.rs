@@ -324,12 +324,8 @@ impl RunDir {
         self.0.join("first")
     }
 
-    pub fn tickets(&self) -> PathBuf {
-        self.0.join("tickets")
-    }
-
-    pub fn revocations(&self) -> PathBuf {
-        self.0.join("revocations")
+    pub fn acts(&self) -> PathBuf {
+        self.0.join("acts")
     }
 
     pub fn journal(&self) -> PathBuf {

@@ -27,18 +27,17 @@ use atoll_core::round::{Measured, Site, SiteEvent, SiteOrder, SiteSettings, Stop
 use atoll_core::site::Time;
 use atoll_core::team::{Alone, Team};
 use atoll_core::training::{Packing, Training};
-use atoll_core::wire::Hello;
 
 use crate::crew::Crew;
 use crate::data::{DataError, corpus, ingest, is_dataset};
 use crate::data::{Dataset, IngestOptions, IngestProgress, LeasedFeed, Leases, Source, Split, TextField, Tokenizer};
 use crate::identity::{Identity, Ticket};
-use crate::link::Dialer;
 use crate::run::{Terms, write_atomically};
+use crate::way::Way;
 use arriving::Arriving;
 use desk::{Desk, Done, Job};
 use meter::Meter;
-use net::{Command, Doors, Incoming, Route};
+use net::{Command, Incoming, Route};
 use residuals::Residuals;
 
 /// What the operator of a site decides.
@@ -101,15 +100,7 @@ pub fn join(
     let identity = Identity::load_or_create(&options.dir.join("site.key"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let mut route = Route {
-        dialer: Dialer::new(&identity, options.ticket.coordinator)?,
-        doors: Doors::new(options.ticket.addresses.clone()),
-        hello: Hello {
-            purpose: atoll_core::wire::Purpose::Enlist,
-            secret: Some(options.ticket.secret.0),
-            layout: None,
-            engine: options.engine.clone(),
-            device: options.device.clone(),
-        },
+        way: Way::new(&options.ticket, &identity, &options.engine, &options.device)?,
         streams: options.streams,
         largest: 0,
         meter: Meter::default(),
@@ -129,7 +120,7 @@ pub fn join(
     let feed = LeasedFeed::new(dataset.clone(), leases.clone(), terms.config.seed, context, packing)?;
     let rows = options.rows.unwrap_or(training.rows);
     let engine = make_engine(Parts { terms: terms.clone(), manifest: manifest.clone(), rows, feed: Box::new(feed) })?;
-    route.hello.layout = Some(engine.manifest().fingerprint());
+    route.way.hello.layout = Some(engine.manifest().fingerprint());
     let fragment_lens: Vec<usize> = manifest.fragments().map(|id| manifest.fragment_len(id).unwrap_or(0)).collect();
     route.largest = Codec::F32.payload_len(fragment_lens.iter().copied().max().unwrap_or(0));
     let meter = route.meter.clone();

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::codec::check_finite;
-use atoll_core::hash::{Digest, little_endian};
+use atoll_core::hash::{Digest, from_little_endian, little_endian};
 use atoll_core::journal::{Book, Chain, Commit, Entry};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
@@ -290,8 +290,7 @@ pub(crate) fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
     let values = |name: &str, index: usize| -> Result<Vec<f32>> {
         let name = format!("{name}.{index}");
         let tensor = tensors.tensor(&name)?;
-        let values: Vec<f32> =
-            tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let values = from_little_endian(tensor.data());
         check_finite(&values).with_context(|| name)?;
         Ok(values)
     };

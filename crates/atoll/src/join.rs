@@ -1,16 +1,14 @@
 //! `atoll join`: a site.
 
-use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use atoll_core::round::Stop;
-use atoll_node::identity::Ticket;
 use atoll_node::site::{SiteOptions, join};
 
 use crate::cpu::Cpu;
 use crate::devices::{Device, Devices};
-use crate::{precision, stop};
+use crate::{precision, stop, ticket};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -53,8 +51,8 @@ pub(crate) fn run(arguments: &Arguments, devices: &dyn Devices) -> Result<()> {
         bail!("--rows must be at least 1");
     }
     let device = device(arguments, devices)?;
-    let ticket = ticket(&arguments.ticket)?;
-    let dir = arguments.dir.clone().unwrap_or_else(|| PathBuf::from(format!("atoll-{}", ticket.site)));
+    let ticket = ticket::read(&arguments.ticket)?;
+    let dir = arguments.dir.clone().unwrap_or_else(|| ticket::folder(&ticket));
     let options = SiteOptions {
         dir,
         ticket,
@@ -74,17 +72,6 @@ pub(crate) fn run(arguments: &Arguments, devices: &dyn Devices) -> Result<()> {
         _ => println!("{} left the run; the same command comes back to it", options.ticket.site),
     }
     Ok(())
-}
-
-fn ticket(text: &str) -> Result<Ticket> {
-    let path = PathBuf::from(text);
-    let is_file = text.len() < 4096 && path.is_file();
-    let text = if is_file {
-        fs::read_to_string(&path).with_context(|| format!("{} cannot be read", path.display()))?
-    } else {
-        text.to_string()
-    };
-    Ticket::from_text(&text)
 }
 
 fn device(arguments: &Arguments, devices: &dyn Devices) -> Result<Box<dyn Device>> {

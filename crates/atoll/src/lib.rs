@@ -17,6 +17,7 @@ mod links;
 mod model;
 mod new;
 mod precision;
+mod remote;
 mod replay;
 mod revoke;
 mod rollback;
@@ -63,6 +64,8 @@ enum Command {
     Ticket(ticket::Arguments),
     /// Take a site's key off the list, at once and for good; its tickets too.
     Revoke(revoke::Arguments),
+    /// Look at a run from afar, fetch its model, invite and revoke, replace a key: whatever one's ticket allows.
+    Remote(remote::Arguments),
     /// Join a run as a site and train.
     Join(join::Arguments),
     /// List what this machine can train on, with memory and a measured rate of matrix products.
@@ -105,6 +108,7 @@ pub fn run(devices: &dyn Devices) -> ExitCode {
         Command::Coordinate(arguments) => coordinate::run(&arguments),
         Command::Ticket(arguments) => ticket::run(&arguments),
         Command::Revoke(arguments) => revoke::run(&arguments),
+        Command::Remote(arguments) => remote::run(&arguments),
         Command::Join(arguments) => join::run(&arguments, devices),
         Command::Devices(arguments) => devices::run(&arguments, devices),
         Command::Status(arguments) => status::run(&arguments),

@@ -1,12 +1,12 @@
 //! `atoll revoke`: takes a site's key off the run's list, and its tickets with it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use atoll_core::journal::Act;
 use atoll_core::site::SiteId;
-use atoll_node::identity::Ticket;
-use atoll_node::revocation;
+use atoll_node::acts::{self, Known};
 use atoll_node::run::{RunConfig, RunDir};
 
 #[derive(Debug, clap::Args)]
@@ -24,38 +24,44 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let Arguments { dir, site } = arguments;
     let dir = RunDir(dir.clone());
     RunConfig::load(&dir.config())?;
-    let withdrawn = Ticket::withdraw(&dir, site)?;
-    match revocation::key_of(&dir, site)? {
-        None if withdrawn == 0 => bail!(
-            "the run in {} knows no site {site}\nhint: `atoll status {0}` lists those that have joined",
-            dir.0.display()
-        ),
-        None => println!("{site} never joined; its tickets are withdrawn"),
-        Some((_, true)) => println!("the key of {site} was revoked before"),
-        Some((key, false)) => {
-            revocation::ask(&dir, site, key)?;
-            wait_for_the_coordinator(&dir, site)?;
+    let Known { key, is_invited } = acts::known(&dir, site)?;
+    let living = key.and_then(|(key, is_revoked)| (!is_revoked).then_some(key));
+    if living.is_none() && !is_invited {
+        match key {
+            Some(_) => println!("the key of {site} was revoked before"),
+            None => bail!(
+                "the run in {} knows no site {site}\nhint: `atoll status {0}` lists those that have joined",
+                dir.0.display()
+            ),
+        }
+        return Ok(());
+    }
+    let asked = acts::ask(&dir, &Act::Revoke(site.clone(), living))?;
+    match (is_taken_up(&dir, &asked)?, key, living) {
+        (false, ..) => println!("no coordinator is running; {site} will be refused from the moment that one starts"),
+        (true, None, _) => println!("{site} never joined; its tickets are withdrawn"),
+        (true, _, None) => println!("the key of {site} was revoked before; its tickets are withdrawn"),
+        (true, ..) => {
+            println!("the key of {site} is revoked: it is disconnected, and what it had leased is back in the pool");
         }
     }
     Ok(())
 }
 
-/// Waits until the journal has it, if there is somebody to write it.
-fn wait_for_the_coordinator(dir: &RunDir, site: &SiteId) -> Result<()> {
+/// Waits until the journal has it; false if there is nobody to write it.
+fn is_taken_up(dir: &RunDir, asked: &Path) -> Result<bool> {
     let began = Instant::now();
-    while revocation::is_pending(dir, site) {
+    while asked.exists() {
         if dir.hold().is_ok() {
-            println!("no coordinator is running; {site} will be refused from the moment that one starts");
-            return Ok(());
+            return Ok(false);
         }
         if began.elapsed() > PATIENCE {
             bail!(
-                "the coordinator has not taken the revocation up\nhint: look at its log; the revocation stays in {} until it does",
-                dir.revocations().display()
+                "the coordinator has not taken the revocation up\nhint: look at its log; if it stands by, revoke where the one is that leads; {} stays until it is done",
+                asked.display()
             );
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-    println!("the key of {site} is revoked: it is disconnected, and what it had leased is back in the pool");
-    Ok(())
+    Ok(true)
 }

@@ -30,11 +30,24 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         report.state = "dead".to_string();
         report.sites.iter_mut().for_each(|site| site.state = "unknown".to_string());
     }
-    if arguments.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+    show(&report, arguments.rounds, arguments.json)?;
+    if report.state == "dead" && !arguments.json {
+        println!(
+            "the coordinator was last seen {:.0} s ago; `atoll coordinate {}` goes on",
+            now - report.at,
+            dir.0.display()
+        );
+    }
+    Ok(())
+}
+
+/// Prints a report: how synchronization does with `rounds`, all of it as JSON with `json`.
+pub(crate) fn show(report: &Report, rounds: bool, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
         return Ok(());
     }
-    println!("{}", crate::view::line(&report));
+    println!("{}", crate::view::line(report));
     for site in &report.sites {
         println!(
             "  {:16} {:8} {:22} {:>9.0} tok/s  {:>8} steps  {:>10} tokens in the model",
@@ -50,15 +63,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             );
         }
     }
-    if arguments.rounds {
-        print_rounds(&report);
-    }
-    if report.state == "dead" {
-        println!(
-            "the coordinator was last seen {:.0} s ago; `atoll coordinate {}` goes on",
-            now - report.at,
-            dir.0.display()
-        );
+    if rounds {
+        print_rounds(report);
     }
     Ok(())
 }

@@ -1,10 +1,12 @@
 //! `atoll ticket`: what one site needs to join.
 
+use std::fs;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use atoll_core::journal::{Invitation, Role};
 use atoll_core::site::SiteId;
 use atoll_node::identity::{Identity, Ticket};
 use atoll_node::report::Report;
@@ -19,9 +21,27 @@ pub(crate) struct Arguments {
     /// Where the site finds the coordinator, host:port; may be given several times.
     #[arg(long, value_name = "HOST:PORT")]
     address: Vec<String>,
+    #[command(flatten)]
+    terms: Terms,
+}
+
+/// What a ticket is good for.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Terms {
+    /// What its owner may do: train; observe, which is to look at the run and to fetch its model; or administer, which is to invite and
+    /// to revoke besides.
+    #[arg(long, default_value = "train")]
+    role: Role,
     /// How long the ticket may wait for its site: so many s, m, h or d, or "never" expires. A site that it let in stays.
     #[arg(long, value_name = "TIME", default_value = "7d")]
     expires: Lifetime,
+}
+
+impl Terms {
+    /// The invitation of a site under these terms.
+    pub(crate) fn invite(&self, site: SiteId) -> Invitation {
+        Invitation { site, role: self.role, expires: self.expires.end() }
+    }
 }
 
 /// Seconds for which a ticket is good; none for ever.
@@ -58,10 +78,33 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let config = RunConfig::load(&dir.config())?;
     let key = Identity::load(&dir.key())?;
     let addresses = addresses(arguments, &config, &dir)?;
-    let (site, expires) = (arguments.site.clone(), arguments.expires.end());
-    let ticket = Ticket::issue(&dir, &config.name, site, addresses, key.fingerprint, expires)?;
+    let invitation = arguments.terms.invite(arguments.site.clone());
+    if Report::load(&dir.status()).is_ok_and(|report| report.state == "standby") {
+        bail!(
+            "the coordinator in {} stands by\nhint: make tickets where the one is that leads, or with `atoll remote`",
+            dir.0.display()
+        );
+    }
+    let ticket = Ticket::issue(&dir, &config.name, invitation, addresses, key.fingerprint)?;
     println!("{}", ticket.to_text());
     Ok(())
+}
+
+/// The ticket that this is, or that lies in the file of this name.
+pub(crate) fn read(text: &str) -> Result<Ticket> {
+    let path = PathBuf::from(text);
+    let is_file = text.len() < 4096 && path.is_file();
+    let text = if is_file {
+        fs::read_to_string(&path).with_context(|| format!("{} cannot be read", path.display()))?
+    } else {
+        text.to_string()
+    };
+    Ticket::from_text(&text)
+}
+
+/// The folder of a site that was not given another.
+pub(crate) fn folder(ticket: &Ticket) -> PathBuf {
+    PathBuf::from(format!("atoll-{}", ticket.site))
 }
 
 fn addresses(arguments: &Arguments, config: &RunConfig, dir: &RunDir) -> Result<Vec<String>> {

@@ -207,6 +207,7 @@ fn other_protocols_and_other_layouts_are_refused() {
         Frame::hello(Hello {
             purpose: Purpose::Control,
             secret: Some(ticket.secret.0),
+            successor: None,
             layout: Some(Digest::of(b"another")),
             engine: "odd".into(),
             device: "odd".into(),

@@ -30,7 +30,14 @@ fn used(process: &Process) -> (u64, usize) {
 }
 
 fn hello(purpose: Purpose) -> Frame {
-    Frame::hello(Hello { purpose, secret: None, layout: None, engine: "none".into(), device: "none".into() })
+    Frame::hello(Hello {
+        purpose,
+        secret: None,
+        successor: None,
+        layout: None,
+        engine: "none".into(),
+        device: "none".into(),
+    })
 }
 
 /// Connections that begin something and never end it.

@@ -203,7 +203,14 @@ impl Liar {
 
 async fn greet(dialer: &Dialer, address: &str, secret: [u8; 32], purpose: Purpose) -> (Link, Terms) {
     let mut link = dialer.dial(address).await.unwrap();
-    let hello = Hello { purpose, secret: Some(secret), layout: None, engine: "none".into(), device: "none".into() };
+    let hello = Hello {
+        purpose,
+        secret: Some(secret),
+        successor: None,
+        layout: None,
+        engine: "none".into(),
+        device: "none".into(),
+    };
     write_frame(&mut link, &Frame::hello(hello)).await.unwrap();
     match read_frame(&mut link).await.unwrap() {
         Some(Frame::Welcome(welcome)) => (link, Terms::read(&welcome.config).unwrap()),

@@ -141,14 +141,23 @@ fn a_leader_that_was_stopped_for_a_while_can_do_no_harm() {
     let _standby = pair.standby();
     pair.lab.wait_for("commits", |report| report.commits > 8);
     pair.wait_for("the standby to follow", |report| report.commits > 4);
+    let unused = pair.ticket("c");
+    pair.lab.wait_for("the ticket to be in the journal", |_| {
+        pair.entries("run")
+            .iter()
+            .any(|entry| matches!(entry, Entry::Invited { invitation, .. } if invitation.site.to_string() == "c"))
+    });
     signal(&leader, "STOP");
     let taken = pair.wait_for("the standby to lead", |report| report.state == "training");
     pair.wait_for("the sites to come over", |report| report.commits > taken.commits + 4);
+    // What the earlier leader has promised the later one keeps.
+    let _late = pair.lab.join("c", &unused, &["--share", "0.2"]);
+    pair.wait_for("a new site", |report| report.sites.iter().any(|site| site.name == "c" && site.contributions > 0));
     signal(&leader, "CONT");
     assert!(!wait(&mut leader).success());
     assert!(pair.lab.log("coordinator").contains("another coordinator leads"), "{}", pair.lab.log("coordinator"));
     let later = pair.wait_for("the run to go on", |report| report.commits > taken.commits + 8);
-    assert_eq!(later.sites.iter().filter(|site| site.state != "away").count(), 2);
+    assert_eq!(later.sites.iter().filter(|site| site.state != "away").count(), 3);
     let (earlier, later) = (pair.entries("run"), pair.entries("second"));
     assert_eq!(earlier[..], later[..earlier.len()], "the earlier leader has added nothing");
     assert_eq!(pair.book("second").epoch, 2);

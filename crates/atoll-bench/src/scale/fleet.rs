@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use atoll_core::codec::Payload;
 use atoll_core::data::{DatasetId, Ranges};
 use atoll_core::hash::Digest;
-use atoll_core::journal::{Accepted, Book, Entry};
+use atoll_core::journal::{Accepted, Book, Entry, Role};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Global, Recipe};
@@ -312,7 +312,7 @@ fn book<'a>(model: &Model, sites: impl Iterator<Item = &'a SiteId>) -> Result<Bo
     })?;
     for site in sites {
         let key = Digest::of(site.to_string().as_bytes());
-        book.apply(&Entry::Admitted { site: site.clone(), key, ticket: key })?;
+        book.apply(&Entry::Admitted { site: site.clone(), key, ticket: key, role: Role::Train })?;
     }
     Ok(book)
 }

@@ -17,7 +17,7 @@
 //! stops in an orderly way writes `Left` twice: as its last contribution leaves it, and as it is without that one.
 
 use crate::codec::Payload;
-use crate::hash::{Digest, little_endian};
+use crate::hash::{Digest, from_little_endian, little_endian};
 use crate::team::Alone;
 
 /// What is owed to the model, and the contribution, by its payload's address, that left it.
@@ -94,7 +94,7 @@ fn take_part(bytes: &[u8]) -> Option<(u8, Digest, &[u8], &[u8])> {
 }
 
 fn values(body: &[u8], count: usize) -> Option<Vec<f32>> {
-    let values: Vec<f32> = body.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let values = from_little_endian(body);
     (body.len() == 4 * count && values.iter().all(|value| value.is_finite())).then_some(values)
 }
 

@@ -7,7 +7,7 @@ use crate::codec::{self, Codec, CodecError, Payload};
 use crate::data::{DatasetId, Ranges};
 use crate::engine::Progress;
 use crate::hash::Digest;
-use crate::journal::{Accepted, Book, Chain, Commit, Entry, Evaluated, Notice, Settled};
+use crate::journal::{Accepted, Book, Chain, Commit, Entry, Evaluated, Invitation, Notice, Role, Settled};
 use crate::manifest::FragmentId;
 use crate::outer::{Averaging, Guard, OuterRule, Recipe};
 use crate::rng::Rng;
@@ -90,6 +90,7 @@ pub(super) fn frames() -> Vec<Vec<u8>> {
     let hello = Hello {
         purpose: Purpose::Control,
         secret: Some([7; 32]),
+        successor: None,
         layout: Some(digest),
         engine: "e".into(),
         device: "d".into(),
@@ -167,7 +168,7 @@ fn began() -> Book {
                 Entry::Began { run: "r".into(), seed: 1, context: 4, layout: digest, theta: vec![digest; LENS.len()] };
             book.apply(&began).expect("the first entry");
         }
-        book.apply(&Entry::Admitted { site, key: digest, ticket: digest }).expect("a new site");
+        book.apply(&Entry::Admitted { site, key: digest, ticket: digest, role: Role::Train }).expect("a new site");
     }
     book
 }
@@ -354,9 +355,12 @@ pub(super) fn journals() -> Vec<Vec<u8>> {
         ranges: Ranges::span(6, 8),
         why: "no".into(),
     };
+    let invitation = Invitation { site: site.clone(), role: Role::Train, expires: Some(7) };
     let entries = [
         Entry::Began { run: "r".into(), seed: 1, context: 4, layout: digest, theta: vec![digest; 2] },
-        Entry::Admitted { site: site.clone(), key: digest, ticket: digest },
+        Entry::Leads { epoch: 1, holder: digest },
+        Entry::Invited { ticket: digest, invitation, by: None },
+        Entry::Admitted { site: site.clone(), key: digest, ticket: digest, role: Role::Train },
         Entry::Joined { site: site.clone(), session: 1, dataset: DatasetId(digest), samples: 100 },
         Entry::Leased { site: site.clone(), number: 1, ranges: Ranges::span(0, 10) },
         Entry::Committed(commit),
@@ -364,7 +368,9 @@ pub(super) fn journals() -> Vec<Vec<u8>> {
         Entry::Evaluated(Evaluated { commits: 1, nats: 1.0, tokens: 1, bytes: 1 }),
         Entry::Returned { site: site.clone(), why: "gone".into() },
         Entry::RolledBack { from: 3, to: 1, journal: digest, sessions: [(site.clone(), 2)].into() },
-        Entry::Revoked { site, key: digest },
+        Entry::Rekeyed { site: site.clone(), from: digest, to: Digest::of(b"new") },
+        Entry::Withdrawn { site: site.clone(), by: None },
+        Entry::Revoked { site, key: Digest::of(b"new"), by: Some("admin".parse().expect("a good name")) },
         Entry::Finished,
     ];
     let lines: Vec<String> =

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::codec::Payload;
 use crate::hash::Digest;
-use crate::journal::{Accepted, Book, Commit, Entry, Evaluated, Member};
+use crate::journal::{Accepted, Act, Book, Commit, Entry, Evaluated, Member};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe};
 use crate::plan::{self, Codecs, Link, Load, Rung};
@@ -31,8 +31,10 @@ pub enum Event {
     Arrived(SiteId, Digest, Seen),
     /// A site's payload is here in full and is useless.
     Useless(SiteId, Digest, String),
-    /// The operator wants this key of that site off the list.
-    Revoked(SiteId, Digest),
+    /// The operator wants something done about members, or this administrator does.
+    Acted(Act, Option<SiteId>),
+    /// A site that has the first of these keys wants the second in its place.
+    Rekeyed(SiteId, Digest, Digest),
     /// A merge that was ordered is done.
     Merged(Merged),
     /// A merge that was ordered failed on this payload.
@@ -283,7 +285,8 @@ impl Coordinator {
             }
             Event::Arrived(site, payload, seen) => self.arrive(&site, payload, seen, &mut orders),
             Event::Useless(site, payload, why) => self.arrive_useless(&site, payload, why, &mut orders),
-            Event::Revoked(site, key) => self.revoke(&site, key, &mut orders),
+            Event::Acted(act, by) => self.act(act, by, &mut orders),
+            Event::Rekeyed(site, from, to) => self.rekey(&site, from, to, &mut orders),
             Event::Merged(merged) => self.commit(now, &merged, &mut orders),
             Event::Unmergeable(fragment, payload, why) => self.give_up_merge(fragment, payload, &why, &mut orders),
             Event::Tick => {}

@@ -10,7 +10,7 @@ use atoll_core::codec::Payload;
 use atoll_core::hash::Digest;
 use atoll_core::round::{Seen, Status};
 use atoll_core::site::SiteId;
-use atoll_core::wire::{Frame, Hello, PROTOCOL, Purpose, Welcome};
+use atoll_core::wire::{Answer, CHUNK, Frame, Hello, PROTOCOL, Purpose, Request, Welcome};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot, watch as signal};
 
@@ -44,6 +44,12 @@ pub(super) enum Input {
     Arrived(SiteId, Digest, Seen),
     /// What a site sent under that name is no payload, for this reason.
     Useless(SiteId, Digest, String),
+    /// Somebody wants to know or to do something.
+    Asked {
+        site: SiteId,
+        request: Request,
+        reply: oneshot::Sender<Answer>,
+    },
 }
 
 /// Somebody wants to come in.
@@ -74,7 +80,7 @@ pub(super) struct House {
     /// What is to be sent to each site.
     pub(super) outgoings: Arc<Outgoings>,
     /// Keys that are off the list: their connections end.
-    pub(super) revoked: signal::Receiver<BTreeSet<Digest>>,
+    pub(super) off_the_list: signal::Receiver<BTreeSet<Digest>>,
 }
 
 /// Frames that may wait for a slow reader; further standings are dropped, since the next says it all.
@@ -154,16 +160,17 @@ async fn receive(house: &Arc<House>, tcp: TcpStream, place: Place) -> Result<()>
         house.outgoings.open(&site); // Before the site learns that it may open data connections.
     }
     write_frame(&mut link, &Frame::Welcome(Box::new(welcome))).await?;
-    let mut revoked = house.revoked.clone();
+    let mut off_the_list = house.off_the_list.clone();
     let serve = async {
         match purpose {
             Purpose::Control => control(house, site.clone(), link).await,
             Purpose::Data | Purpose::Enlist => data(house, &site, link).await,
+            Purpose::Desk => desk(house, &site, link).await,
         }
     };
     tokio::select! {
         result = serve => result,
-        Ok(_) = revoked.wait_for(|keys| keys.contains(&key)) => bail!("the key of {site} was revoked"),
+        Ok(_) = off_the_list.wait_for(|keys| keys.contains(&key)) => bail!("the key of {site} is off the list"),
     }
 }
 
@@ -273,6 +280,24 @@ async fn data(house: &Arc<House>, site: &SiteId, link: Link) -> Result<()> {
     tokio::select! { result = write => result, result = read => result }
 }
 
+/// Answers one question after another.
+async fn desk(house: &Arc<House>, site: &SiteId, mut link: Link) -> Result<()> {
+    while let Some(frame) = within(SILENCE_SECONDS, read_frame(&mut link)).await?? {
+        let answer = match frame {
+            Frame::Ask(request) => {
+                let (reply, answer) = oneshot::channel();
+                let asked = Input::Asked { site: site.clone(), request, reply };
+                house.inputs.send(asked).await.map_err(|_| closed())?;
+                Frame::Answer(answer.await.map_err(|_| closed())?)
+            }
+            Frame::Get { digest, offset, length } => look_up(house, digest, offset, length).await?,
+            _ => bail!("at the desk there are asks and gets"),
+        };
+        within(SILENCE_SECONDS, write_frame(&mut link, &answer)).await??;
+    }
+    Ok(())
+}
+
 /// The bytes of that address, made or read if they are not at hand; none if they are not here.
 async fn fetch(house: &House, digest: Digest) -> Result<Option<Bytes>> {
     match house.shelf.at_hand(digest) {
@@ -288,7 +313,7 @@ async fn fetch(house: &House, digest: Digest) -> Result<Option<Bytes>> {
 async fn look_up(house: &Arc<House>, digest: Digest, offset: u64, length: u32) -> Result<Frame> {
     let bytes = fetch(house, digest).await?;
     let range = |bytes: &Bytes| {
-        let start = usize::try_from(offset).ok()?;
+        let start = usize::try_from(offset).ok().filter(|_| length as usize <= CHUNK)?;
         bytes.get(start..start.checked_add(length as usize)?).map(<[u8]>::to_vec)
     };
     Ok(match bytes.as_ref().and_then(range) {

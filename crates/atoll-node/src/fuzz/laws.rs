@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Waker};
 use atoll_core::codec::{Codec, check_finite};
 use atoll_core::delta::residual::{self, Residual};
 use atoll_core::hash::Digest;
+use atoll_core::journal::{Act, Invitation, Role};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::Global;
@@ -21,12 +22,12 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use crate::coordinator::arriving::{Added, Arriving};
 use crate::data::shards::{Shard, ShardInfo};
 use crate::data::{Dataset, IngestOptions, Sample, Source, Split, TextField, Tokenizer, ingest};
-use crate::identity::{Claim, Identity, Ticket};
+use crate::identity::{Identity, Ticket};
 use crate::link::read_frame;
 use crate::report::Report;
 use crate::run::{RunConfig, RunDir, Terms};
 use crate::wan::Wan;
-use crate::{hf, site, snapshot};
+use crate::{acts, hf, site, snapshot};
 
 /// Shows `law` a folder with these files, which is gone afterwards.
 pub(super) fn in_folder<T>(files: &[(&str, &[u8])], law: impl FnOnce(&Path) -> T) -> T {
@@ -433,10 +434,9 @@ pub(super) fn all_weights() -> Vec<Vec<u8>> {
 /// Weights of the fragment of which a site owes something.
 const OWED: usize = 9;
 
-/// Files that a node has left for itself are read or as good as not there: what an operator sees, a ticket's stub, a
-/// site's session and what it still owes.
+/// Files that a node has left for itself are read or as good as not there: what an operator sees, an act, a site's
+/// session and what it still owes.
 pub(super) fn site_files(bytes: &[u8]) {
-    let secret = [7; 32];
     in_folder(&[("status.json", bytes), ("session", bytes)], |folder| {
         if let Ok(report) = Report::load(&folder.join("status.json")) {
             assert!(serde_json::to_vec(&report).is_ok());
@@ -449,11 +449,9 @@ pub(super) fn site_files(bytes: &[u8]) {
     {
         assert!(owed.values.len() == OWED && check_finite(&owed.values).is_ok());
     }
-    let stub = format!("tickets/{}.json", Digest::of(&secret));
-    in_folder(&[(&stub, bytes)], |folder| {
-        if let Claim::Good(_, hash) = Ticket::claim(&RunDir(folder.to_path_buf()), &secret, 0) {
-            assert_eq!(hash, Digest::of(&secret));
-        }
+    in_folder(&[("acts/1.json", bytes)], |folder| match acts::pending(&RunDir(folder.to_path_buf())) {
+        Ok(acts) => assert_eq!(acts.len(), 1),
+        Err(error) => is_told(&error),
     });
 }
 
@@ -462,7 +460,11 @@ pub(super) fn all_site_files() -> Vec<Vec<u8>> {
     let owed = Residual { after: Digest::of(b"payload"), values: vec![1.0; OWED] };
     let sent = Codec::Sparse(1024).encode(&[1.0; OWED]).expect("finite");
     let residuals = [residual::file(Digest::of(b"layout")), residual::left(&owed), residual::sent(&sent)].concat();
-    vec![report, residuals, b"1790000000000000".to_vec(), b"{\"site\":\"oslo\"}".to_vec()]
+    let (site, key): (SiteId, _) = ("oslo".parse().expect("a good name"), Digest::of(b"key"));
+    let invitation = Invitation { site: site.clone(), role: Role::Observe, expires: Some(7) };
+    let [revoke, invite] = [Act::Revoke(site, Some(key)), Act::Invite(key, invitation)]
+        .map(|act| serde_json::to_vec(&act).expect("acts are plain data"));
+    vec![report, residuals, b"1790000000000000".to_vec(), revoke, invite]
 }
 
 // ---- links ----

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use atoll_core::codec::Codec;
 use atoll_core::data::{DatasetId, Ranges};
 use atoll_core::hash::Digest;
-use atoll_core::journal::{Accepted, Book, Chain, Commit, Entry};
+use atoll_core::journal::{Accepted, Book, Chain, Commit, Entry, Role};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::outer::{Averaging, Global, Guard, OuterRule, Recipe};
 use atoll_core::round::{Coordinator, Event, Goal, Sync};
@@ -72,7 +72,7 @@ fn first_entries(global: &Global) -> [Entry; 5] {
     let (layout, theta) = (manifest().fingerprint(), global.digests());
     [
         Entry::Began { run: "r".into(), seed: SEED, context: 4, layout, theta },
-        Entry::Admitted { site: site(), key: digest, ticket: digest },
+        Entry::Admitted { site: site(), key: digest, ticket: digest, role: Role::Train },
         Entry::Joined { site: site(), session: 1, dataset: DatasetId(digest), samples: 100 },
         Entry::Leased { site: site(), number: 1, ranges: Ranges::span(0, 10) },
         Entry::Leased { site: site(), number: 2, ranges: Ranges::span(10, 20) },

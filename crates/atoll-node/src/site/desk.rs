@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 use atoll_core::codec::Codec;
 use atoll_core::delta::{Change, DeltaError, Local, Payload};
-use atoll_core::hash::Digest;
+use atoll_core::hash::{Digest, from_little_endian};
 use atoll_core::journal::Notice;
 use atoll_core::manifest::FragmentId;
 use atoll_core::team::Team;
@@ -141,8 +141,7 @@ fn work(
                 Some(applied(notice.fragment, notice.version, result))
             }
             Job::Install(fragment, version, bytes) => {
-                let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                Some(applied(fragment, version, local.install(fragment, &weights.collect::<Vec<_>>())))
+                Some(applied(fragment, version, local.install(fragment, &from_little_endian(&bytes))))
             }
             Job::Lend(answer) => {
                 let _ = answer.send(local.thetas()); // Whoever asked may have stopped.

@@ -3,7 +3,6 @@
 //! again what is still wanted.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc::Sender};
 use std::time::{Duration, Instant};
 
@@ -12,14 +11,15 @@ use atoll_core::data::Ranges;
 use atoll_core::hash::Digest;
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Standing, Status};
-use atoll_core::wire::{CHUNK, Frame, Hello, Purpose, Welcome};
+use atoll_core::wire::{CHUNK, Frame, Purpose, Welcome};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::arriving::{Arriving, Partial, Weights};
 use super::desk::Done;
 use super::meter::Meter;
 use crate::coordinator::lock;
-use crate::link::{Dialer, Link, SILENCE_SECONDS, is_foreign_key, read_frame, within, write_frame};
+use crate::link::{Link, read_frame, write_frame};
+use crate::way::{Refused, Way, fetch_tokenizer};
 
 /// What comes in from the network.
 pub(super) enum Incoming {
@@ -48,9 +48,7 @@ pub(super) enum Command {
 /// How to reach the coordinator.
 #[derive(Clone)]
 pub(super) struct Route {
-    pub(super) dialer: Dialer,
-    pub(super) doors: Doors,
-    pub(super) hello: Hello,
+    pub(super) way: Way,
     /// Data connections.
     pub(super) streams: usize,
     /// Bytes of the largest fragment's weights.
@@ -60,62 +58,8 @@ pub(super) struct Route {
     pub(super) arriving: Arriving,
 }
 
-/// Where coordinators of the run may be found: at most one of them leads.
-#[derive(Debug, Clone)]
-pub(super) struct Doors {
-    addresses: Vec<String>,
-    /// Which one to try first: the last that opened.
-    first: Arc<AtomicUsize>,
-    /// The latest epoch that a coordinator has led in.
-    epoch: Arc<AtomicU64>,
-}
-
-impl Doors {
-    pub(super) fn new(addresses: Vec<String>) -> Self {
-        Self { addresses, first: Arc::default(), epoch: Arc::default() }
-    }
-
-    /// Those to try, in this order. Data go where control went.
-    fn to_try(&self, purpose: Purpose) -> Vec<(usize, &String)> {
-        let count = self.addresses.len();
-        let first = self.first.load(Ordering::Relaxed);
-        let tries = if purpose == Purpose::Data { count.min(1) } else { count };
-        (first..first + tries).map(|index| index % count).map(|index| (index, &self.addresses[index])).collect()
-    }
-
-    /// Notes that a coordinator of that epoch opened; false if another has led since.
-    fn opened(&self, index: usize, epoch: u64) -> bool {
-        let is_latest = self.epoch.fetch_max(epoch, Ordering::Relaxed) <= epoch;
-        if is_latest {
-            self.first.store(index, Ordering::Relaxed);
-        }
-        is_latest
-    }
-
-    /// Whoever was there does not answer any more.
-    fn try_another(&self) {
-        let next = (self.first.load(Ordering::Relaxed) + 1) % self.addresses.len().max(1);
-        self.first.store(next, Ordering::Relaxed);
-    }
-
-    /// Seconds of silence after which another door is tried, if the longest pause between two answers was of late so long.
-    fn patience(&self, longest: f64) -> f64 {
-        let most = SILENCE_SECONDS as f64;
-        if self.addresses.len() > 1 { (PAUSES * longest).clamp(SILENCE_MIN, most) } else { most }
-    }
-}
-
-/// Silence of so many times the longest pause of late is no accident; nor is it before so many seconds.
-const PAUSES: f64 = 4.0;
-const SILENCE_MIN: f64 = 3.0;
 /// How fast a long pause is forgotten, from answer to answer.
 const FORGETTING: f64 = 0.1;
-
-/// A refusal, told apart from failures that a retry may mend.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(super) struct Refused(pub(super) String);
-
 /// Gets that may be unanswered per data connection: with eight of them 16 MiB, the product of 1 Gbit/s and 130 ms.
 const GETS_AHEAD: usize = 64;
 /// A status is repeated after this many seconds, so that a long step does not look like silence.
@@ -124,43 +68,6 @@ const REPEAT_SECONDS: u64 = 1;
 const RETRY_SECONDS_MAX: f64 = 2.0;
 
 impl Route {
-    /// Connects and introduces itself.
-    pub(super) async fn greet(&self, purpose: Purpose) -> Result<(Link, Welcome)> {
-        let mut problem = anyhow!("the ticket names no address");
-        for (index, address) in self.doors.to_try(purpose) {
-            match self.knock(address, purpose).await {
-                Ok((link, welcome)) if self.doors.opened(index, welcome.epoch) => return Ok((link, welcome)),
-                Ok(_) => problem = anyhow!("the coordinator at {address} does not lead the run any more"),
-                // One that was deposed and does not know it yet may not know this site either.
-                Err(_) if problem.is::<Refused>() => {}
-                Err(error) => problem = error,
-            }
-        }
-        Err(problem)
-    }
-
-    async fn knock(&self, address: &str, purpose: Purpose) -> Result<(Link, Welcome)> {
-        let opened = async {
-            let mut link = self.dialer.dial(address).await?;
-            write_frame(&mut link, &Frame::hello(Hello { purpose, ..self.hello.clone() })).await?;
-            let answer = within(SILENCE_SECONDS, read_frame(&mut link)).await??;
-            anyhow::Ok((link, answer))
-        };
-        // Behind another door may be somebody who answers sooner.
-        let patience = Duration::from_secs_f64(self.doors.patience(1.0));
-        let opened = tokio::time::timeout(patience, opened).await;
-        match opened.unwrap_or_else(|_| Err(anyhow!("the coordinator at {address} does not answer"))) {
-            Ok((link, Some(Frame::Welcome(welcome)))) => Ok((link, *welcome)),
-            Ok((_, Some(Frame::Refused(why)))) => Err(Refused(why).into()),
-            Ok(_) => bail!("the coordinator at {address} hung up"),
-            Err(error) if is_foreign_key(&error) => Err(Refused(format!(
-                "the coordinator at {address} has another key than the ticket names\nhint: ask the operator for a new ticket; if the key was not changed on purpose, somebody else is answering there"
-            ))
-            .into()),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Connects once, patiently, and fetches the tokenizer unless `have` says that it is known.
     pub(super) async fn enlist(
         &self,
@@ -170,10 +77,10 @@ impl Route {
         let mut pause = 0.2;
         loop {
             let attempt = async {
-                let (link, welcome) = self.greet(Purpose::Enlist).await?;
+                let (mut link, welcome) = self.way.greet(Purpose::Enlist).await?;
                 let tokenizer = match have(welcome.tokenizer) {
                     Some(tokenizer) => tokenizer,
-                    None => fetch_alone(link, welcome.tokenizer, welcome.tokenizer_bytes).await?,
+                    None => fetch_tokenizer(&mut link, &welcome).await?,
                 };
                 anyhow::Ok((welcome, tokenizer))
             };
@@ -186,27 +93,6 @@ impl Route {
             pause = f64::min(pause * 1.5, RETRY_SECONDS_MAX);
         }
     }
-}
-
-/// Fetches some bytes over a connection that is used for nothing else.
-async fn fetch_alone(mut link: Link, digest: Digest, bytes: u64) -> Result<Vec<u8>> {
-    const BYTES_MAX: u64 = 256 << 20;
-    if bytes > BYTES_MAX {
-        bail!("the coordinator announces a tokenizer of {bytes} bytes");
-    }
-    let mut buffer = Vec::new();
-    while (buffer.len() as u64) < bytes {
-        let length = (bytes - buffer.len() as u64).min(CHUNK as u64) as u32;
-        write_frame(&mut link, &Frame::Get { digest, offset: buffer.len() as u64, length }).await?;
-        match read_frame(&mut link).await? {
-            Some(Frame::Chunk { bytes, .. }) if !bytes.is_empty() => buffer.extend(bytes),
-            _ => bail!("the coordinator does not send the tokenizer"),
-        }
-    }
-    if Digest::of(&buffer) != digest {
-        bail!("the tokenizer arrived damaged");
-    }
-    Ok(buffer)
 }
 
 /// Keeps a connection alive until the site is refused or the trainer has hung up.
@@ -227,7 +113,7 @@ pub(super) async fn keep_connected(
                 }
                 let end = talk(control, data, &mut commands, &inbox, &fetches, &route).await;
                 if end.as_ref().is_err_and(|error| error.is::<Silence>()) {
-                    route.doors.try_another();
+                    route.way.doors.try_another();
                 }
                 route.meter.disconnected();
                 lock(&fetches).retain(|_, fetch| fetch.is_worth_resuming());
@@ -257,10 +143,10 @@ pub(super) async fn keep_connected(
 }
 
 async fn connect(route: &Route) -> Result<(Link, Vec<Link>)> {
-    let (control, _) = route.greet(Purpose::Control).await?;
+    let (control, _) = route.way.greet(Purpose::Control).await?;
     let mut data = Vec::new();
     for _ in 0..route.streams.max(1) {
-        data.push(route.greet(Purpose::Data).await?.0);
+        data.push(route.way.greet(Purpose::Data).await?.0);
     }
     Ok((control, data))
 }
@@ -375,7 +261,7 @@ async fn talk(
         let mut longest = 0.0f64;
         loop {
             // Every status is answered, and one is sent every second.
-            let (began, patience) = (Instant::now(), Duration::from_secs_f64(route.doors.patience(longest)));
+            let (began, patience) = (Instant::now(), Duration::from_secs_f64(route.way.doors.patience(longest)));
             let answer = tokio::time::timeout(patience, read_frame(&mut reader)).await.map_err(|_| Silence)?;
             longest = began.elapsed().as_secs_f64().max(longest * (1.0 - FORGETTING));
             match answer? {

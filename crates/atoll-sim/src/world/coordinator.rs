@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use atoll_core::codec::Payload;
 use atoll_core::hash::{Digest, little_endian};
-use atoll_core::journal::{Book, Chain, Entry};
+use atoll_core::journal::{Book, Chain, Entry, Role};
 use atoll_core::outer::{Global, Reason};
 use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Seen};
 use atoll_core::site::SiteId;
@@ -44,6 +44,7 @@ impl World<'_> {
             site: site.name.clone(),
             key: Digest::of(site.name.to_string().as_bytes()),
             ticket: Digest::of(site.name.to_string().as_bytes()),
+            role: Role::Train,
         }));
         entries.iter().for_each(|entry| self.disk.append(entry));
     }

@@ -3,7 +3,7 @@
 
 use super::{Coordinator, Order};
 use crate::hash::Digest;
-use crate::journal::Entry;
+use crate::journal::{Act, Entry, Role};
 use crate::site::SiteId;
 
 /// Why a site may not come in.
@@ -19,6 +19,19 @@ pub enum Refusal {
         "the ticket was already used by another key\nhint: each ticket admits one site once; ask the operator for a new one"
     )]
     TicketUsed,
+    /// No ticket of this run has that secret, or it was withdrawn.
+    #[error(
+        "the ticket is not one of this run's, or was withdrawn\nhint: ask the operator for a new one, `atoll ticket`"
+    )]
+    UnknownTicket,
+    /// The ticket waited too long for its site.
+    #[error("the ticket of {0} has expired\nhint: ask the operator for a new one, `atoll ticket`")]
+    Expired(SiteId),
+    /// The site has another key by now.
+    #[error(
+        "this key of {0} was replaced by a newer one\nhint: if `atoll remote … rekey` was interrupted here, run it again; else use the folder that has the newer key"
+    )]
+    Replaced(SiteId),
     /// The operator took the key off the list.
     #[error(
         "the key of {0} was revoked by the run's operator\nhint: only the operator can let this site in again, with a new key and a new ticket"
@@ -30,37 +43,75 @@ pub enum Refusal {
 }
 
 impl Coordinator {
-    /// Which site has this key; with a claim (a ticket's name and hash) also lets a new one in.
+    /// Which site has this key, and what it may do; with a ticket, of which this is the hash, also lets a new one in. `now` is in
+    /// seconds since 1970.
     ///
     /// # Errors
     /// A sentence for the site's operator.
-    pub fn admit(&mut self, key: Digest, claim: Option<(SiteId, Digest)>) -> Result<(SiteId, Option<Entry>), Refusal> {
+    pub fn admit(
+        &mut self,
+        key: Digest,
+        ticket: Option<Digest>,
+        now: u64,
+    ) -> Result<(SiteId, Role, Option<Entry>), Refusal> {
         if let Some(site) = self.book.revoked.get(&key) {
             return Err(Refusal::Revoked(site.clone()));
         }
-        if let Some(site) = self.book.site_of(key) {
-            return Ok((site.clone(), None));
+        if let Some(site) = self.book.replaced.get(&key) {
+            return Err(Refusal::Replaced(site.clone()));
         }
-        let (site, ticket) = claim.ok_or(Refusal::UnknownKey)?;
+        if let Some(site) = self.book.site_of(key) {
+            return Ok((site.clone(), self.book.sites[site].role, None));
+        }
+        let ticket = ticket.ok_or(Refusal::UnknownKey)?;
         if self.book.tickets.contains(&ticket) {
             return Err(Refusal::TicketUsed);
+        }
+        let invitation = self.book.invited.get(&ticket).ok_or(Refusal::UnknownTicket)?;
+        let (site, role) = (invitation.site.clone(), invitation.role);
+        if invitation.expires.is_some_and(|expires| expires <= now) {
+            return Err(Refusal::Expired(site));
         }
         // Whoever lost a key comes back with another one.
         if self.book.sites.contains_key(&site) && !self.book.is_revoked(&site) {
             return Err(Refusal::NameTaken(site));
         }
-        let entry = Entry::Admitted { site: site.clone(), key, ticket };
+        let entry = Entry::Admitted { site: site.clone(), key, ticket, role };
         self.book.apply(&entry).map_err(|_| Refusal::TicketUsed)?;
-        Ok((site, Some(entry)))
+        Ok((site, role, Some(entry)))
+    }
+
+    /// Does what an operator wants, or an administrator, unless it is done already.
+    pub(super) fn act(&mut self, act: Act, by: Option<SiteId>, orders: &mut Vec<Order>) {
+        match act {
+            Act::Invite(ticket, invitation) => {
+                if !self.book.invited.contains_key(&ticket) && !self.book.tickets.contains(&ticket) {
+                    self.record(Entry::Invited { ticket, invitation, by }, orders);
+                }
+            }
+            Act::Revoke(site, key) => {
+                if self.book.is_invited(&site) {
+                    self.record(Entry::Withdrawn { site: site.clone(), by: by.clone() }, orders);
+                }
+                key.into_iter().for_each(|key| self.revoke(&site, key, by.clone(), orders));
+            }
+        }
+    }
+
+    /// Gives a site another key, as the owner of its present one wants, unless that may not be.
+    pub(super) fn rekey(&mut self, site: &SiteId, from: Digest, to: Digest, orders: &mut Vec<Order>) {
+        if self.book.can_replace(site, from, to) {
+            self.record(Entry::Rekeyed { site: site.clone(), from, to }, orders);
+        }
     }
 
     /// Takes a key off the list, unless it is off already or the site has another one by now.
-    pub(super) fn revoke(&mut self, site: &SiteId, key: Digest, orders: &mut Vec<Order>) {
+    fn revoke(&mut self, site: &SiteId, key: Digest, by: Option<SiteId>, orders: &mut Vec<Order>) {
         let is_theirs = self.book.sites.get(site).is_some_and(|member| member.key == key);
         if !is_theirs || self.book.is_revoked(site) {
             return;
         }
-        self.record(Entry::Revoked { site: site.clone(), key }, orders);
+        self.record(Entry::Revoked { site: site.clone(), key, by }, orders);
         for index in 0..self.rounds.len() {
             self.turn_down(index, "the site's key was revoked", |owner, _| owner == site, orders);
         }
