@@ -154,7 +154,7 @@ fn a_truncated_model() {
 #[test]
 #[cfg(unix)]
 fn a_full_disk_stops_the_coordinator_and_loses_nothing() {
-    let lab = Lab::new(100_000, &[]);
+    let lab = Lab::new(400_000, &[]);
     let limited = format!(
         "trap '' XFSZ; ulimit -f 200; exec {} coordinate {} --listen {}",
         env!("CARGO_BIN_EXE_atoll"),
@@ -180,7 +180,7 @@ fn a_full_disk_stops_the_coordinator_and_loses_nothing() {
     let mut coordinator = lab.coordinate();
     let report = lab.finish(&mut coordinator);
     assert!(wait(&mut site).success(), "{}", lab.log("a"));
-    assert!(report.tokens >= 100_000);
+    assert!(report.tokens >= 400_000);
     lab.replay();
 }
 
