@@ -231,6 +231,9 @@ fn table(sites: &[SiteReport], area: Rect, buf: &mut Buffer) {
 pub(crate) fn line(report: &Report) -> String {
     let here: Vec<&SiteReport> = report.sites.iter().filter(|site| site.state != "away").collect();
     let rate: f64 = here.iter().map(|site| site.tokens_per_second).sum();
+    if report.state == "standby" {
+        return format!("standing by at {}", plural(report.commits, "commit"));
+    }
     let mut facts = vec![format!("{:.0}%", report.progress * 100.0), plural(report.commits, "commit")];
     facts.extend(report.loss.last.map(|loss| format!("loss {loss:.3}")));
     facts.extend(report.bits_per_byte.last.map(|bits| format!("{bits:.2} bits/byte")));
