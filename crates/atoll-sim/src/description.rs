@@ -91,6 +91,8 @@ pub struct Hardships {
     pub away: f64,
     /// Crashes and cuts end after this many seconds, so that every world can show that it recovers.
     pub seconds: f64,
+    /// A second coordinator stands by, the run lies in an object store, and either may be paused as well as killed.
+    pub standby: bool,
 }
 
 impl Hardships {
@@ -106,10 +108,11 @@ impl Hardships {
         cuts: 0,
         away: Self::AWAY,
         seconds: Self::SECONDS,
+        standby: false,
     };
 
     /// The hostile network that belongs to `seed`: up to 20 % loss, 10 % doubling, 0.4 s of delay, five
-    /// crashes and five cuts.
+    /// crashes and five cuts; half of the worlds have a standby.
     pub fn of(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0xA70);
         Self {
@@ -120,6 +123,7 @@ impl Hardships {
             cuts: rng.below(6) as u32,
             away: Self::AWAY,
             seconds: Self::SECONDS,
+            standby: rng.chance(0.5),
         }
     }
 }

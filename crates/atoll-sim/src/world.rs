@@ -4,6 +4,7 @@
 //! processes of their own; [`faults`] breaks them; [`witness`] believes nobody's bookkeeping.
 
 mod coordinator;
+mod failover;
 mod faults;
 mod happening;
 mod site;
@@ -22,7 +23,8 @@ use atoll_core::round::{Event, Phase, SiteEvent};
 use atoll_core::site::Time;
 
 use crate::{Description, Habitat};
-use coordinator::{Disk, Head};
+use coordinator::Disk;
+use failover::Post;
 use happening::Happening;
 use site::Island;
 use witness::{Witness, check};
@@ -36,6 +38,8 @@ pub struct Outcome {
     pub tokens: u64,
     /// Commits.
     pub commits: u64,
+    /// How often a coordinator took the run over; 0 in a world with one.
+    pub epochs: u64,
     /// Digest of the model.
     pub digest: Digest,
     /// What the habitat says of the finished model: see [`Habitat::error`].
@@ -93,11 +97,8 @@ struct World<'a> {
     trace: Digest,
     faults_left: u32,
     disk: Disk,
-    coordinator: Option<Head>,
-    /// Counts the lives of the coordinator.
-    life: u64,
-    /// When it has asked to be woken.
-    wakes: Time,
+    /// Where coordinators are: one, or two that have the same disk.
+    posts: Vec<Post>,
     sites: Vec<Island>,
     witness: Witness,
 }
@@ -109,6 +110,7 @@ thread_local! {
 impl<'a> World<'a> {
     fn new(description: Description, habitat: &'a mut dyn Habitat) -> Self {
         let sites = description.sites.iter().cloned().map(Island::new).collect();
+        let posts = if description.hardships.standby { 2 } else { 1 };
         Self {
             chance: description.chance.clone(),
             manifest: habitat.manifest(),
@@ -120,9 +122,7 @@ impl<'a> World<'a> {
             trace: Digest::default(),
             faults_left: description.hardships.crashes + description.hardships.cuts,
             disk: Disk::default(),
-            coordinator: None,
-            life: 0,
-            wakes: Time::default(),
+            posts: (0..posts).map(|_| Post::default()).collect(),
             sites,
             witness: Witness::default(),
             description,
@@ -134,7 +134,9 @@ impl<'a> World<'a> {
             "a coordinator that keeps no payloads cannot recover from a crash".into()
         })?;
         self.begin();
-        self.after(0.0, Happening::CoordinatorStarts);
+        for post in 0..self.posts.len() {
+            self.after(post as f64, Happening::CoordinatorStarts(post));
+        }
         for index in 0..self.sites.len() {
             let delay = self.chance.unit();
             self.after(delay, Happening::SiteStarts(index));
@@ -158,7 +160,7 @@ impl<'a> World<'a> {
     }
 
     fn unfinished(&self) -> String {
-        let Some(head) = self.coordinator.as_ref() else { return "the coordinator never came back".into() };
+        let Some((_, head)) = self.leader() else { return "the coordinator never came back".into() };
         let rounds = 0..self.description.sync.fragments;
         let waiting: Vec<_> = rounds.map(|index| head.machine.waiting(self.now, index)).collect();
         let tokens = head.machine.book().tokens;
@@ -209,18 +211,27 @@ impl<'a> World<'a> {
     }
 
     fn happen(&mut self, happening: Happening) -> Result<(), String> {
+        if let Some(seconds) = self.pause_of(&happening) {
+            self.after(seconds, happening);
+            return Ok(());
+        }
         match happening {
-            Happening::CoordinatorStarts => self.start_coordinator(),
-            Happening::CoordinatorTick(life) if life == self.life => {
-                self.tell_coordinator(Event::Tick)?;
-                self.after(COORDINATOR_TICK_SECONDS, Happening::CoordinatorTick(life));
-                Ok(())
+            Happening::CoordinatorStarts(post) => self.start_coordinator(post),
+            Happening::CoordinatorTick(post, life) if life == self.posts[post].life => {
+                self.after(COORDINATOR_TICK_SECONDS, Happening::CoordinatorTick(post, life));
+                self.tick(post)
             }
-            Happening::CoordinatorWakes(life) if life == self.life => self.tell_coordinator(Event::Tick),
-            Happening::Merged(life, merged, bytes) if life == self.life => self.finish_merge(merged, bytes),
+            Happening::CoordinatorWakes(post, life) if life == self.posts[post].life => {
+                self.tell_coordinator(post, Event::Tick)
+            }
+            Happening::Claim(post, life, entries) if life == self.posts[post].life => self.claim(post, entries),
+            Happening::Merged(post, life, merged, bytes) if life == self.posts[post].life => {
+                self.finish_merge(post, merged, bytes)
+            }
+            Happening::Doubt(index, connection) if self.sites[index].connection == connection => self.doubt(index),
             Happening::Status(index, connection, status) if self.linked(index, connection) => {
                 let site = self.sites[index].residence.name.clone();
-                self.tell_coordinator(Event::Heard(site, status))
+                self.tell_coordinator_of(index, Event::Heard(site, status))
             }
             Happening::Payload(index, connection, digest, bytes) if self.linked(index, connection) => {
                 self.receive_payload(index, connection, digest, &bytes.0)
@@ -255,12 +266,13 @@ impl<'a> World<'a> {
     }
 
     fn linked(&self, index: usize, connection: u64) -> bool {
-        self.coordinator.is_some() && self.sites[index].connection == connection
+        let site = &self.sites[index];
+        site.connection == connection && site.post.is_some_and(|post| self.posts[post].head().is_some())
     }
 
     fn close(self) -> Result<Outcome, String> {
         let seconds = self.seconds();
-        let head = self.coordinator.as_ref().ok_or("the run finished without a coordinator")?;
+        let (_, head) = self.leader().ok_or("the run finished without a coordinator")?;
         let book = head.machine.book();
         check(head.machine.phase() == Phase::Finished, || "sites finished before the run".into())?;
         if self.description.keeps_payloads {
@@ -279,6 +291,7 @@ impl<'a> World<'a> {
             trace: self.trace,
             tokens: book.tokens,
             commits: book.commits(),
+            epochs: book.epoch,
             digest: book.digest(),
             error: self.habitat.error(&theta, &tokens).map_err(|error| error.to_string())?,
             seconds,

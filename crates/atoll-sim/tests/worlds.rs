@@ -18,8 +18,17 @@ fn two_hundred_hostile_worlds_keep_every_invariant() {
 fn seeds_that_once_failed_hold() {
     for line in include_str!("seeds.txt").lines().filter(|line| !line.starts_with('#')) {
         let seed = line.split_whitespace().next().and_then(|seed| seed.parse().ok()).expect("a seed per line");
-        simulate(seed, Hardships::of(seed)).unwrap();
+        simulate(seed, Hardships { standby: false, ..Hardships::of(seed) }).unwrap();
+        simulate(seed, Hardships { standby: true, ..Hardships::of(seed) }).unwrap();
     }
+}
+
+#[test]
+fn a_standby_takes_over_and_the_earlier_leader_is_fenced_off() {
+    let epochs = |seed| simulate(seed, Hardships { standby: true, crashes: 8, ..Hardships::of(seed) }).unwrap().epochs;
+    let all: Vec<u64> = (0..40).map(epochs).collect();
+    let changes: u64 = all.iter().map(|epochs| epochs - 1).sum();
+    assert!(all.iter().all(|epochs| *epochs > 0) && changes > 20, "{all:?}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The coordinator's shell: a disk that outlives it, and what it serves.
+//! The coordinator's shell: a disk that outlives it, which two may have in common, and what it serves.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -11,6 +11,7 @@ use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Seen};
 use atoll_core::site::SiteId;
 use atoll_core::team::Alone;
 
+use super::failover::Duty;
 use super::happening::{Bytes, Happening};
 use super::witness::{SPOILT, check};
 use super::{COORDINATOR_TICK_SECONDS, Store, World};
@@ -18,16 +19,20 @@ use super::{COORDINATOR_TICK_SECONDS, Store, World};
 /// What outlives the coordinator's process.
 #[derive(Default)]
 pub(super) struct Disk {
-    journal: Vec<String>,
+    pub(super) journal: Vec<String>,
+    /// Signs of life that whoever leads has given.
+    pub(super) beats: u64,
     chain: Chain,
     payloads: Store,
 }
 
-/// A living coordinator.
+/// A coordinator that leads.
 pub(super) struct Head {
     pub(super) machine: Coordinator,
     pub(super) global: Global,
     deltas: Store,
+    /// Entries that the journal has, as far as it knows.
+    pub(super) entries: usize,
 }
 
 impl World<'_> {
@@ -49,14 +54,13 @@ impl World<'_> {
         entries.iter().for_each(|entry| self.disk.append(entry));
     }
 
-    /// Rebuilds everything from the disk, recomputing every outer step.
-    pub(super) fn start_coordinator(&mut self) -> Result<(), String> {
+    /// Rebuilds everything from the disk, recomputing every outer step, and leads from there.
+    pub(super) fn lead(&mut self, post: usize) -> Result<(), String> {
         let (book, global, deltas) = self.replay()?;
         self.witness.see_start(&book.fragments.iter().map(|fragment| fragment.version).collect::<Vec<_>>())?;
-        self.life += 1;
         let machine = Coordinator::new(self.description.sync.clone(), self.description.goal, book, self.lens());
-        self.coordinator = Some(Head { machine, global, deltas });
-        self.after(0.0, Happening::CoordinatorTick(self.life));
+        let entries = self.disk.journal.len();
+        self.posts[post].duty = Duty::Leads(Box::new(Head { machine, global, deltas, entries }));
         for index in 0..self.sites.len() {
             let delay = 0.1 + self.chance.unit();
             self.after(delay, Happening::Reconnect(index, self.sites[index].life));
@@ -80,57 +84,82 @@ impl World<'_> {
         Ok((book, global, deltas))
     }
 
-    pub(super) fn tell_coordinator(&mut self, event: Event) -> Result<(), String> {
-        let Some(head) = self.coordinator.as_mut() else { return Ok(()) };
-        let orders = head.machine.handle(self.now, event);
+    /// Tells the coordinator that a site is connected to.
+    pub(super) fn tell_coordinator_of(&mut self, index: usize, event: Event) -> Result<(), String> {
+        self.sites[index].post.map_or(Ok(()), |post| self.tell_coordinator(post, event))
+    }
+
+    pub(super) fn tell_coordinator(&mut self, post: usize, event: Event) -> Result<(), String> {
+        let now = self.posts[post].clock(self.now);
+        let Some(head) = self.posts[post].head_mut() else { return Ok(()) };
+        let orders = head.machine.handle(now, event);
         head.machine.book().ledger.verify()?;
         // A crash may come between any two orders.
         let crash = self.faults_left > 0 && self.chance.chance(0.0005);
         let until = if crash { self.chance.below(orders.len() as u64 + 1) as usize } else { orders.len() };
         for order in orders.into_iter().take(until) {
-            self.carry_out(order)?;
+            self.carry_out(post, order)?;
         }
         if crash {
             self.faults_left -= 1;
-            self.crash_coordinator()?;
+            self.crash_coordinator(post)?;
         }
-        self.wake_coordinator();
+        self.wake_coordinator(post);
         Ok(())
     }
 
     /// Schedules what the coordinator would not see in time with its ticks, such as a window's end.
-    fn wake_coordinator(&mut self) {
-        let Some(head) = self.coordinator.as_ref() else { return };
-        let (at, _) = head.machine.wake_at(self.now);
-        let is_planned = self.wakes > self.now && self.wakes <= at;
-        if !is_planned && at > self.now && at < self.now.after(COORDINATOR_TICK_SECONDS) {
-            self.wakes = at;
-            self.after(at.seconds_since(self.now), Happening::CoordinatorWakes(self.life));
+    fn wake_coordinator(&mut self, post: usize) {
+        let (now, life) = (self.posts[post].clock(self.now), self.posts[post].life);
+        let Some(head) = self.posts[post].head() else { return };
+        let (at, _) = head.machine.wake_at(now);
+        let wakes = self.posts[post].wakes;
+        let is_planned = wakes > now && wakes <= at;
+        if !is_planned && at > now && at < now.after(COORDINATOR_TICK_SECONDS) {
+            self.posts[post].wakes = at;
+            self.after(at.seconds_since(now), Happening::CoordinatorWakes(post, life));
         }
     }
 
-    fn carry_out(&mut self, order: Order) -> Result<(), String> {
+    fn carry_out(&mut self, post: usize, order: Order) -> Result<(), String> {
+        if self.posts[post].head().is_none() {
+            return Ok(()); // It came out that it does not lead any more.
+        }
         match order {
-            Order::Record(entry) => {
-                self.witness.see_entry(&entry, &self.sites)?;
-                self.disk.append(&entry);
-            }
+            Order::Record(entry) => self.record(post, &entry)?,
             Order::Tell(site, standing) => {
                 self.witness.see_standing(&standing);
                 let index = self.index_of(&site)?;
-                let connection = self.sites[index].connection;
-                self.send(index, 0.0, &Happening::Standing(index, connection, standing));
+                if self.sites[index].post == Some(post) {
+                    let connection = self.sites[index].connection;
+                    self.send(index, 0.0, &Happening::Standing(index, connection, standing));
+                }
             }
-            Order::Merge(merge) => self.merge(&merge)?,
-            Order::Push(site, digest) => self.push(&site, digest)?,
+            Order::Merge(merge) => self.merge(post, &merge)?,
+            Order::Push(site, digest) => self.push(post, &site, digest)?,
             Order::Halt(why) => return Err(why),
-            Order::Forget(digest) => self.forget(digest),
+            Order::Forget(digest) => self.forget(post, digest),
         }
         Ok(())
     }
 
-    fn merge(&mut self, merge: &Merge) -> Result<(), String> {
-        let Some(head) = self.coordinator.as_mut() else { return Ok(()) };
+    /// Appends to the journal, unless somebody else has since this coordinator looked.
+    fn record(&mut self, post: usize, entry: &Entry) -> Result<(), String> {
+        let there = self.disk.journal.len();
+        match self.posts[post].head_mut() {
+            Some(head) if head.entries == there => head.entries += 1,
+            _ => return self.depose(post),
+        }
+        let epoch = self.posts[post].head().map_or(0, |head| head.machine.book().epoch);
+        self.witness.see_author(entry, epoch)?;
+        self.witness.see_entry(entry, &self.sites)?;
+        self.disk.append(entry);
+        Ok(())
+    }
+
+    fn merge(&mut self, post: usize, merge: &Merge) -> Result<(), String> {
+        let life = self.posts[post].life;
+        let Some(head) = self.posts[post].head_mut() else { return Ok(()) };
         let payload = |digest| self.disk.payload(digest);
         let step = head
             .global
@@ -144,24 +173,24 @@ impl World<'_> {
         let merged =
             Merged { fragment: merge.fragment, delta: step.delta, bytes, digest: step.digest, measures: step.measures };
         let seconds = 0.001 + self.chance.unit() * 0.05;
-        self.after(seconds, Happening::Merged(self.life, merged, Bytes(Rc::new(step.payload))));
+        self.after(seconds, Happening::Merged(post, life, merged, Bytes(Rc::new(step.payload))));
         Ok(())
     }
 
-    pub(super) fn finish_merge(&mut self, merged: Merged, bytes: Bytes) -> Result<(), String> {
-        if let Some(head) = self.coordinator.as_mut() {
+    pub(super) fn finish_merge(&mut self, post: usize, merged: Merged, bytes: Bytes) -> Result<(), String> {
+        if let Some(head) = self.posts[post].head_mut() {
             head.deltas.insert(merged.delta, bytes.0);
         }
-        self.tell_coordinator(Event::Merged(merged))
+        self.tell_coordinator(post, Event::Merged(merged))
     }
 
     /// A world that keeps all payloads ignores this, to replay from them.
-    fn forget(&mut self, digest: Digest) {
+    fn forget(&mut self, post: usize, digest: Digest) {
         if self.description.keeps_payloads {
             return;
         }
         self.disk.payloads.remove(&digest);
-        if let Some(head) = self.coordinator.as_mut() {
+        if let Some(head) = self.posts[post].head_mut() {
             head.forget_old_deltas();
         }
     }
@@ -178,30 +207,35 @@ impl World<'_> {
         self.send(index, 0.0, &Happening::Acknowledged(index, connection, digest, true));
         let site = self.sites[index].residence.name.clone();
         let seen = Payload::check_any(bytes, &self.lens(), &Alone).map(Seen::from).map_err(|error| error.to_string());
-        self.tell_coordinator(Event::Arrived(site.clone(), digest, seen?))?;
+        self.tell_coordinator_of(index, Event::Arrived(site.clone(), digest, seen?))?;
         // Now and then a payload turns out to be useless, perhaps when it is being merged already.
         if self.chance.chance(self.description.hardships.loss / 10.0) {
-            self.tell_coordinator(Event::Useless(site, digest, SPOILT.into()))?;
+            self.tell_coordinator_of(index, Event::Useless(site, digest, SPOILT.into()))?;
         }
         Ok(())
     }
 
     /// Answers a request of site number `index`.
     pub(super) fn deliver(&mut self, index: usize, connection: u64, digest: Digest) {
-        let bytes = self.coordinator.as_ref().and_then(|head| head.bytes(digest));
-        if let (Some(head), Some(bytes)) = (self.coordinator.as_mut(), &bytes) {
+        let head = self.sites[index].post.and_then(|post| self.posts[post].head_mut());
+        let bytes = head.and_then(|head| {
+            let bytes = head.bytes(digest)?;
             // Weights that were asked for are there for a while, though commits move on.
             head.deltas.entry(digest).or_insert_with(|| bytes.clone());
-        }
+            Some(bytes)
+        });
         let count = bytes.as_ref().map_or(0, |bytes| bytes.len());
         let seconds = self.sites[index].occupy_down(self.now, count);
         self.send(index, seconds, &Happening::Delivered(index, connection, digest, bytes.map(Bytes)));
     }
 
     /// Sends a commit to a site that has not asked for it.
-    fn push(&mut self, site: &SiteId, digest: Digest) -> Result<(), String> {
+    fn push(&mut self, post: usize, site: &SiteId, digest: Digest) -> Result<(), String> {
         let index = self.index_of(site)?;
-        let Some(bytes) = self.coordinator.as_ref().and_then(|head| head.bytes(digest)) else { return Ok(()) };
+        if self.sites[index].post != Some(post) {
+            return Ok(());
+        }
+        let Some(bytes) = self.posts[post].head().and_then(|head| head.bytes(digest)) else { return Ok(()) };
         let seconds = self.sites[index].occupy_down(self.now, bytes.len());
         let connection = self.sites[index].connection;
         self.send(index, seconds, &Happening::Pushed(index, connection, digest, Bytes(bytes)));
@@ -214,7 +248,7 @@ impl World<'_> {
 }
 
 impl Disk {
-    fn append(&mut self, entry: &Entry) {
+    pub(super) fn append(&mut self, entry: &Entry) {
         let line = self.chain.write(entry);
         self.journal.push(line);
     }

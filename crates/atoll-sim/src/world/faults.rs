@@ -1,6 +1,7 @@
 //! Crashes and cuts.
 
 use super::World;
+use super::failover::Duty;
 use super::happening::Happening;
 
 impl World<'_> {
@@ -15,7 +16,7 @@ impl World<'_> {
         let crash = self.chance.below(all) < u64::from(hardships.crashes);
         let victim = self.chance.below(self.sites.len() as u64 + 1) as usize;
         match (crash, victim.checked_sub(1)) {
-            (true, None) if self.coordinator.is_some() => self.crash_coordinator()?,
+            (true, None) => self.harm_a_coordinator()?,
             (true, Some(index)) if self.sites[index].process.is_some() => self.crash_site(index)?,
             (false, Some(index)) => self.cut(index)?,
             _ => {}
@@ -25,15 +26,21 @@ impl World<'_> {
         Ok(())
     }
 
-    pub(super) fn crash_coordinator(&mut self) -> Result<(), String> {
-        self.coordinator = None;
-        self.life += 1;
-        for index in 0..self.sites.len() {
-            self.disconnect(index)?;
+    /// Kills a coordinator, or lets it stand still if there is another.
+    fn harm_a_coordinator(&mut self) -> Result<(), String> {
+        if self.posts.len() == 1 {
+            return if self.posts[0].head().is_some() { self.crash_coordinator(0) } else { Ok(()) };
         }
-        let delay = 0.5 + 5.0 * self.chance.unit();
-        self.after(delay, Happening::CoordinatorStarts);
-        Ok(())
+        let leader = self.leader().map_or(0, |(post, _)| post);
+        let post = if self.chance.chance(0.75) { leader } else { 1 - leader };
+        match (self.chance.chance(0.5), &self.posts[post].duty) {
+            (_, Duty::None) => Ok(()),
+            (true, _) => self.crash_coordinator(post),
+            (false, _) => {
+                self.pause_coordinator(post);
+                Ok(())
+            }
+        }
     }
 
     fn crash_site(&mut self, index: usize) -> Result<(), String> {

@@ -14,12 +14,16 @@ pub(super) enum Happening {
     Status(usize, u64, Box<Status>),
     Payload(usize, u64, Digest, Bytes),
     Request(usize, u64, Digest),
-    /// A merge is done, in life number `.0`; with it come the bytes to broadcast.
-    Merged(u64, Merged, Bytes),
-    CoordinatorTick(u64),
+    /// A merge is done at post number `.0` in its life number `.1`; with it come the bytes to broadcast.
+    Merged(usize, u64, Merged, Bytes),
+    CoordinatorTick(usize, u64),
     /// It asked to be woken between two ticks.
-    CoordinatorWakes(u64),
-    CoordinatorStarts,
+    CoordinatorWakes(usize, u64),
+    CoordinatorStarts(usize),
+    /// A standby says that it leads, behind so many entries.
+    Claim(usize, u64, usize),
+    /// Site number `.0` has heard nothing for long over connection number `.1`.
+    Doubt(usize, u64),
     /// To site number `.0`, over connection number `.1`.
     Standing(usize, u64, Box<Standing>),
     Acknowledged(usize, u64, Digest, bool),

@@ -23,6 +23,10 @@ use crate::{Inhabitant, Leases, Residence};
 pub(super) struct Island {
     pub(super) residence: Residence,
     pub(super) connection: u64,
+    /// Where it is connected to.
+    pub(super) post: Option<usize>,
+    /// The latest epoch of a coordinator that it has been connected to.
+    pub(super) epoch: u64,
     /// Counts the lives of the process.
     pub(super) life: u64,
     pub(super) process: Option<Process>,
@@ -72,6 +76,8 @@ impl Island {
         Self {
             residence,
             connection: 0,
+            post: None,
+            epoch: 0,
             life: 0,
             process: None,
             finished: false,
@@ -141,11 +147,17 @@ impl World<'_> {
     }
 
     pub(super) fn connect(&mut self, index: usize) -> Result<(), String> {
-        if self.coordinator.is_none() || self.sites[index].process.is_none() || self.sites[index].finished {
-            return Ok(()); // The coordinator's start connects everybody.
+        if self.sites[index].process.is_none() || self.sites[index].finished {
+            return Ok(());
         }
+        let is_connected = self.sites[index].post.is_some_and(|post| self.posts[post].head().is_some());
+        if self.posts.len() > 1 && is_connected {
+            return Ok(());
+        }
+        let Some(post) = self.open_door(index) else { return Ok(()) };
         let site = &mut self.sites[index];
         site.connection += 1;
+        site.post = Some(post);
         (site.up_free, site.down_free) = (self.now, self.now);
         let measured = Measured { link: site.residence.link.as_measured(), ..Measured::default() };
         self.tell_site(index, SiteEvent::Connected)?;
@@ -159,8 +171,8 @@ impl World<'_> {
             process.pushed.clear();
             process.waiting.push_back(Input::Event(SiteEvent::Disconnected));
         }
-        let name = site.residence.name.clone();
-        self.tell_coordinator(Event::Gone(name))
+        let (name, post) = (site.residence.name.clone(), site.post.take());
+        post.map_or(Ok(()), |post| self.tell_coordinator(post, Event::Gone(name)))
     }
 
     /// A site's events wait while it steps, as its thread would make them.

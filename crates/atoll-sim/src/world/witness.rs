@@ -28,6 +28,8 @@ pub(super) struct Witness {
     consumed: BTreeSet<(DatasetId, u64)>,
     /// What of it came from which site.
     shares: BTreeMap<SiteId, Share>,
+    /// The epoch that is led, and who does.
+    led: (u64, Option<Digest>),
     /// Highest version of each fragment ever announced.
     announced: BTreeMap<usize, u64>,
     /// What each site's contributions to a fragment have left, beginning with what its process has taken up.
@@ -109,6 +111,22 @@ impl Witness {
         }
         *history = vec![Left { residual: taken, spoken: BTreeSet::new() }];
         Ok(())
+    }
+
+    /// A coordinator that leads in `epoch`, or is about to lead after it, has appended this.
+    pub(super) fn see_author(&mut self, entry: &Entry, epoch: u64) -> Result<(), String> {
+        let (led, _) = self.led;
+        check(epoch == led, || format!("a coordinator of epoch {epoch} acts in epoch {led}"))?;
+        if let Entry::Leads { epoch, holder } = entry {
+            check(*epoch == led + 1, || format!("epoch {epoch} follows epoch {led}"))?;
+            self.led = (*epoch, Some(*holder));
+        }
+        Ok(())
+    }
+
+    /// Who was the last to say that it leads.
+    pub(super) fn leader(&self) -> Option<Digest> {
+        self.led.1
     }
 
     /// A standing goes out.
