@@ -6,7 +6,7 @@ mod recovery;
 use atoll_core::fuzz::Target;
 
 /// The decoders of this crate.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     Target { name: "run_toml", law: laws::run_toml, seeds: laws::run_tomls },
     Target { name: "terms", law: laws::terms, seeds: laws::all_terms },
     Target { name: "ticket", law: laws::ticket, seeds: laws::tickets },
@@ -20,6 +20,7 @@ pub const TARGETS: [Target; 14] = [
     Target { name: "weights", law: laws::weights, seeds: laws::all_weights },
     Target { name: "recovery", law: recovery::law, seeds: recovery::seeds },
     Target { name: "site_files", law: laws::site_files, seeds: laws::all_site_files },
+    Target { name: "shared", law: laws::shared, seeds: laws::all_shared },
     Target { name: "wan", law: laws::wan, seeds: laws::wans },
 ];
 

@@ -26,6 +26,7 @@ use crate::identity::{Identity, Ticket};
 use crate::link::read_frame;
 use crate::report::Report;
 use crate::run::{RunConfig, RunDir, Terms};
+use crate::shared::{Beat, Shared, State};
 use crate::wan::Wan;
 use crate::{acts, hf, site, snapshot};
 
@@ -465,6 +466,56 @@ pub(super) fn all_site_files() -> Vec<Vec<u8>> {
     let [revoke, invite] = [Act::Revoke(site, Some(key)), Act::Invite(key, invitation)]
         .map(|act| serde_json::to_vec(&act).expect("acts are plain data"));
     vec![report, residuals, b"1790000000000000".to_vec(), revoke, invite]
+}
+
+// ---- object stores ----
+
+/// Whatever lies in an object store is read, refused, or as good as not there; and no file is written outside the run folder.
+pub(super) fn shared(bytes: &[u8]) {
+    let files =
+        [("store/leader", bytes), ("store/snapshots/000000000003", bytes), ("store/journal/000000000001", bytes)];
+    in_folder(&files, |folder| {
+        let shared = Shared::open(&folder.join("store").to_string_lossy()).expect("a folder");
+        let _ = shared.leader().expect("it is there");
+        assert!(shared.segment(1).is_ok_and(|text| text.is_some()) || std::str::from_utf8(bytes).is_err());
+        let before = files_below(folder);
+        let run = RunDir(folder.join("run"));
+        if let Err(error) = shared.fetch_snapshot(&run) {
+            assert!(!error.to_string().is_empty());
+        }
+        let outside = |path: &String| !path.starts_with("run");
+        assert!(files_below(folder).into_iter().filter(outside).eq(before), "only the run folder is written to");
+    });
+}
+
+/// Paths of all files in a folder, sorted.
+fn files_below(folder: &Path) -> Vec<String> {
+    let mut files = Vec::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(next) = folders.pop() {
+        for file in fs::read_dir(&next).into_iter().flatten().flatten() {
+            let path = file.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if let Ok(below) = path.strip_prefix(folder) {
+                files.push(below.to_string_lossy().into_owned());
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+pub(super) fn all_shared() -> Vec<Vec<u8>> {
+    let (address, state) = ("host:7000".to_string(), State::Leading);
+    let beat = Beat { epoch: 2, holder: Digest::of(b"me"), address, number: 7, state };
+    let chunk = format!("chunks/000001/{}", Digest::of(b"chunk"));
+    let parcel = serde_json::json!({"files": [
+        {"path": "journal.jsonl", "bytes": 0, "chunks": []},
+        {"path": "snapshots/000000000003/book.json", "bytes": 5, "chunks": [chunk]},
+        {"path": "../evil", "bytes": 0, "chunks": []},
+    ]});
+    vec![serde_json::to_vec(&beat).expect("a beat is plain data"), parcel.to_string().into_bytes()]
 }
 
 // ---- links ----
