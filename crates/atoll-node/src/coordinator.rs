@@ -622,7 +622,9 @@ impl Heart {
                 self.snapshot = SnapshotState::Due(next);
                 Ok(())
             }
-            Done::Beaten(beaten) => self.share.as_mut().map_or(Ok(()), |share| share.beaten(beaten, self.journal.next())),
+            Done::Beaten(beaten) => {
+                self.share.as_mut().map_or(Ok(()), |share| share.beaten(beaten, self.journal.next()))
+            }
             Done::Shared(put) => {
                 self.share.iter_mut().for_each(|share| share.put(&put));
                 self.retire_payloads();

@@ -15,6 +15,7 @@
 //! | [`shared`] | what of a run lies in its object store |
 //! | [`store`] | payloads on disk, by content address |
 //! | [`snapshot`] | the model and the book on disk; recovery |
+//! | [`replay`] | every commit computed again |
 //! | [`rollback`] | back to an earlier commit |
 //! | [`crew`] | threads for work that falls into parts |
 //! | [`coordinator`] | the coordinator's shell |
@@ -31,6 +32,7 @@ pub mod identity;
 pub mod journal;
 pub mod link;
 pub mod objects;
+pub mod replay;
 pub mod report;
 pub mod revocation;
 pub mod rollback;

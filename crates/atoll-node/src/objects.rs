@@ -120,9 +120,13 @@ impl Objects {
             "obs" => services::ObsConfig::from_uri(&uri).and_then(Operator::from_config),
             "oss" => services::OssConfig::from_uri(&uri).and_then(Operator::from_config),
             "cos" => services::CosConfig::from_uri(&uri).and_then(Operator::from_config),
-            _ => bail!("there is no object store of kind {scheme}\nhint: a folder's path, s3://, obs://, oss:// or cos://"),
+            _ => bail!(
+                "there is no object store of kind {scheme}\nhint: a folder's path, s3://, obs://, oss:// or cos://"
+            ),
         };
-        let operator = operator.map_err(|error| anyhow!("{address} cannot be opened: {error}\nhint: the address takes ?endpoint=… and, for s3, &region=…"))?;
+        let operator = operator.map_err(|error| {
+            anyhow!("{address} cannot be opened: {error}\nhint: the address takes ?endpoint=… and, for s3, &region=…")
+        })?;
         let patience = TimeoutLayer::new().with_timeout(Duration::from_secs(ANSWER_SECONDS));
         let retry = RetryLayer::new().with_max_times(TRIES).with_min_delay(Duration::from_millis(50)).with_jitter();
         let operator = operator.layer(patience).layer(retry);

@@ -209,7 +209,8 @@ impl Past {
 
     /// What follows the commit in the new journal.
     fn epilogue(&self, from: u64) -> Vec<Entry> {
-        let is_about_members = |entry: &&Entry| matches!(entry, Entry::Leads { .. } | Entry::Admitted { .. } | Entry::Revoked { .. });
+        let is_about_members =
+            |entry: &&Entry| matches!(entry, Entry::Leads { .. } | Entry::Admitted { .. } | Entry::Revoked { .. });
         let back = Entry::RolledBack { from, to: self.book.commits(), journal: self.last.0, sessions: self.sessions() };
         self.later.iter().filter(is_about_members).cloned().chain([back]).collect()
     }

@@ -118,7 +118,9 @@ fn a_killed_leader_is_followed(store: Option<String>) {
     pair.wait_for("the standby to follow", |report| report.state == "standby" && report.commits > 4);
     let announced = pair.lab.status().unwrap().commits;
     drop(leader); // SIGKILL
-    pair.wait_for("the standby to lead and commit", |report| report.state == "training" && report.commits > announced + 4);
+    pair.wait_for("the standby to lead and commit", |report| {
+        report.state == "training" && report.commits > announced + 4
+    });
 
     // The earlier leader comes back behind the later one, which finishes the run.
     let arguments = ["coordinate", &pair.lab.path("run"), "--listen", &pair.lab.listen(), "--standby"];

@@ -212,7 +212,9 @@ impl<'a> Standby<'a> {
             }
             let leader = beat.map_or_else(|| "another coordinator".to_string(), |beat| beat.address);
             if !options.standby && self.vigil.has_seen_life() {
-                bail!("the run is led by {leader}\nhint: start this one with --standby; it goes on when that one is gone");
+                bail!(
+                    "the run is led by {leader}\nhint: start this one with --standby; it goes on when that one is gone"
+                );
             }
             if options.standby && !told {
                 tracing::info!("standing by behind {leader}, at commit {}", self.state.book.commits());
@@ -293,14 +295,16 @@ impl<'a> Standby<'a> {
                 snapshot::replay(global, commit, self.store)?;
                 payloads.insert(book.entries + 1, snapshot::addresses(commit));
             }
-            book.apply(entry).map_err(|error| anyhow!("the journal in the object store contradicts itself: {error}"))?;
+            book.apply(entry)
+                .map_err(|error| anyhow!("the journal in the object store contradicts itself: {error}"))?;
         }
         self.state.journal.write(&lines)
     }
 
     /// Fetches what the commits among `entries` merged; false if the store has dropped some of it.
     fn has_payloads(&self, entries: &[Entry]) -> Result<bool> {
-        let commits = entries.iter().filter_map(|entry| if let Entry::Committed(commit) = entry { Some(commit) } else { None });
+        let commits =
+            entries.iter().filter_map(|entry| if let Entry::Committed(commit) = entry { Some(commit) } else { None });
         for Commit { contributions, .. } in commits {
             for accepted in contributions {
                 if self.store.get(accepted.payload).is_some() {
@@ -319,7 +323,10 @@ impl<'a> Standby<'a> {
     fn begin_anew(&mut self) -> Result<()> {
         let newest = self.shared.snapshots()?.pop().filter(|entries| *entries > self.state.book.entries);
         if newest.is_none() {
-            bail!("a contribution is missing in the object store {}\nhint: restore its payloads/ from a backup", self.shared.objects().place());
+            bail!(
+                "a contribution is missing in the object store {}\nhint: restore its payloads/ from a backup",
+                self.shared.objects().place()
+            );
         }
         tracing::info!("too far behind; fetching the newest snapshot");
         self.shared.fetch_snapshot(&self.prepared.dir)?;

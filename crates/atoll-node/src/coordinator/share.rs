@@ -45,16 +45,7 @@ impl Share {
     /// What the coordinator has that leads from here on.
     pub(super) fn new(shared: Arc<Shared>, holder: Digest, address: String, recovered: &Recovered) -> Self {
         let payloads = recovered.payloads.clone();
-        Self {
-            shared,
-            holder,
-            address,
-            beats: 0,
-            is_beating: false,
-            putting: None,
-            due: Instant::now(),
-            payloads,
-        }
+        Self { shared, holder, address, beats: 0, is_beating: false, putting: None, due: Instant::now(), payloads }
     }
 
     /// Whether a snapshot is being put.

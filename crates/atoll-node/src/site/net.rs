@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::arriving::{Arriving, Partial, Weights};
 use super::desk::Done;
 use super::meter::Meter;
+use super::told;
 use crate::coordinator::lock;
 use crate::link::{Dialer, Link, SILENCE_SECONDS, is_foreign_key, read_frame, within, write_frame};
 
@@ -381,6 +382,7 @@ async fn talk(
             match answer? {
                 Some(Frame::Standing(standing)) => {
                     meter.answered(standing.heard);
+                    told::note(&standing);
                     inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the trainer has stopped"))?;
                 }
                 _ => bail!("the coordinator hung up"),
