@@ -198,20 +198,16 @@ fn most(times: &[f64]) -> f64 {
     times.iter().copied().reduce(f64::max).unwrap_or(f64::NAN)
 }
 
+const FAULTS: &str = "
+Seconds, each the median and the most. Detected: until the leader knew. Survivors' commit: until the first commit
+without the site, or the first after the fault's end, from the fault and from its detection. Trains: from restart,
+resumption or healed link to the first step on the present model; contributes: to the first commit with work that
+set out from it. Takeover: from the fault to the first commit under the next leader.
+
+fault              count      detected   survivors' commit     detected to it          trains     contributes        takeover";
+
 fn print_faults(verdict: &Verdict) {
-    println!(
-        "\nSeconds, each the median and the most. Detected: until the leader knew. Survivors' commit: until the first commit"
-    );
-    println!(
-        "without the site, from the fault and from its detection. Trains: from restart, resumption or healed link to the"
-    );
-    println!(
-        "first step on the present model; contributes: to the first commit with work that set out from it. Takeover: from"
-    );
-    println!("the fault to the first commit under the next leader.\n");
-    println!(
-        "fault              count      detected   survivors' commit     detected to it          trains     contributes        takeover"
-    );
+    println!("{FAULTS}");
     for (kind, ..) in KINDS {
         let count = verdict.aftermaths.iter().filter(|aftermath| aftermath.kind == kind).count();
         let cell = |of: Of| match times(verdict, |other| other == kind, of) {
@@ -231,11 +227,13 @@ fn print_faults(verdict: &Verdict) {
 }
 
 /// Figures with what is wanted of them and, where others have published theirs, these.
-const WANTED: [(&str, &str, &str); 13] = [
+const WANTED: [(&str, &str, &str); 15] = [
     ("tokens_share", "0.95 or more", "torchft: 0.82 to 0.88 of the steps"),
+    ("available_share", "", "what dead and stopped processes leave of it"),
     ("participation", "0.90 or more", ""),
     ("commit_after_detection_seconds_p50", "below 2", ""),
     ("commit_after_detection_seconds_max", "below 2", ""),
+    ("commit_after_detection_led_seconds_max", "below 2", "those during which a coordinator led all the while"),
     ("commit_after_fault_seconds_p50", "", "torchft: 5 to 14"),
     ("rejoin_seconds_p50", "below 10", "torchft: 54 to 86"),
     ("rejoin_commit_seconds_p50", "", ""),
@@ -252,7 +250,7 @@ fn print_summary(verdict: &Verdict, evidence: &Evidence) {
     println!("\n                                        reached   wanted         others");
     for (name, wanted, others) in WANTED {
         let value = figures.get(name).copied().unwrap_or(f64::NAN);
-        println!("{name:37} {value:>9.3}   {wanted:14} {others}");
+        println!("{name:38} {value:>9.3}   {wanted:14} {others}");
     }
     println!(
         "\n{} faults and {} commits in {:.0} s; {:.0} tokens/s without faults, {:.1} % of the time in inner steps; {} processes",
@@ -272,15 +270,18 @@ fn print_summary(verdict: &Verdict, evidence: &Evidence) {
 fn figures(verdict: &Verdict, evidence: &Evidence) -> Figures {
     let of = |of: Of| times(verdict, |_| true, of);
     let detected = of(|aftermath| aftermath.commit_after_detection);
+    let led = of(|aftermath| aftermath.commit_after_detection.filter(|_| aftermath.is_led));
     let commits = of(|aftermath| aftermath.commit);
     let rejoin = of(|aftermath| aftermath.rejoin);
     let rejoin_commit = of(|aftermath| aftermath.rejoin_commit);
     let takeover = of(|aftermath| aftermath.takeover);
     let named = [
         ("tokens_share", verdict.tokens_share),
+        ("available_share", verdict.available_share),
         ("participation", verdict.participation),
         ("commit_after_detection_seconds_p50", middle(&detected)),
         ("commit_after_detection_seconds_max", most(&detected)),
+        ("commit_after_detection_led_seconds_max", most(&led)),
         ("commit_after_fault_seconds_p50", middle(&commits)),
         ("commit_after_fault_seconds_max", most(&commits)),
         ("rejoin_seconds_p50", middle(&rejoin)),

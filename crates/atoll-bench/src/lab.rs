@@ -260,6 +260,8 @@ impl Layout<'_> {
                 ("PROGRAM", program.clone()),
                 ("BENCH", self.bench.to_string()),
                 ("TASK", task.to_string()),
+                // The end of a log tells why a process ended.
+                ("RUST_BACKTRACE", "0".to_string()),
             ]),
         };
         let delay = |rtt_ms: u32| format!("{}us", u64::from(rtt_ms) * 500);

@@ -25,6 +25,8 @@ pub(super) struct Verdict {
     pub(super) calm_utilization: f64,
     /// Tokens that entered the model in the storm, over those that would have at the rate without faults.
     pub(super) tokens_share: f64,
+    /// Share of the storm's site-seconds in which the site's process was there and not stopped: more tokens cannot be.
+    pub(super) available_share: f64,
     /// See [`participation`].
     pub(super) participation: f64,
     /// The longest time that a site took no step though it was running and linked all the while.
@@ -49,10 +51,12 @@ pub(super) struct Aftermath {
     pub(super) kind: Kind,
     /// From the fault to the moment at which the leader knew that the site takes no part.
     pub(super) detection: Option<f64>,
-    /// From the fault to the first commit without the site.
+    /// From the fault to the first commit without the site or, if it is well again by then, the first at all.
     pub(super) commit: Option<f64>,
-    /// From the detection to the first commit without the site.
+    /// The same from the detection.
     pub(super) commit_after_detection: Option<f64>,
+    /// Whether a coordinator led all the while from the fault to that commit.
+    pub(super) is_led: bool,
     /// From the end of the fault to the first step of the site that follows the present model: after loading it, for a
     /// process that was started anew; else after taking in a commit.
     pub(super) rejoin: Option<f64>,
@@ -83,6 +87,7 @@ pub(super) fn judge(evidence: &Evidence) -> Verdict {
         calm_tokens_per_second,
         calm_utilization: utilizations.sum::<f64>() / sites.len().max(1) as f64,
         tokens_share: tokens(&commits, context, notes.storm) / (calm_tokens_per_second * length(notes.storm)),
+        available_share: available_share(evidence),
         participation: participation(evidence, &commits),
         longest_stall: stalls(|(living, _)| living),
         longest_stall_cut: stalls(|(_, cut)| cut),
@@ -141,6 +146,16 @@ fn out(evidence: &Evidence, site: &str) -> Vec<Span> {
     let faults = notes.faults.iter().filter(|fault| fault.place == site && fault.kind.takes_site_out());
     let ends = notes.ends.iter().filter(|end| end.place == site).map(|end| (end.at, end.again));
     faults.map(|fault| (fault.began, fault.ended)).chain(ends).collect()
+}
+
+fn available_share(evidence: &Evidence) -> f64 {
+    let Evidence { notes, sites, .. } = evidence;
+    let is_gone = |fault: &&Happened| matches!(fault.kind, Kind::KillSite | Kind::PauseSite);
+    let faults = notes.faults.iter().filter(is_gone).map(|fault| (fault.began, fault.ended));
+    let ends = notes.ends.iter().filter(|end| sites.iter().any(|site| site.name == end.place));
+    let spans = faults.chain(ends.map(|end| (end.at, end.again)));
+    let gone: f64 = spans.map(|(from, to)| (to.min(notes.storm.1) - from.max(notes.storm.0)).max(0.0)).sum();
+    1.0 - gone / (length(notes.storm) * sites.len().max(1) as f64)
 }
 
 /// The mean over the storm's commits of: sites whose contribution is in it, among those that were living throughout its
@@ -210,6 +225,7 @@ fn aftermath(evidence: &Evidence, commits: &[Timed<'_>], fault: &Happened) -> Af
         detection: None,
         commit: None,
         commit_after_detection: None,
+        is_led: true,
         rejoin: None,
         rejoin_commit: None,
         takeover: None,
@@ -221,12 +237,16 @@ fn aftermath(evidence: &Evidence, commits: &[Timed<'_>], fault: &Happened) -> Af
         return aftermath;
     }
     let next_fault = next_fault(evidence, fault);
-    let without =
-        |after: f64| commits.iter().find(|(at, commit)| *at >= after && !has(commit, place)).map(|(at, _)| *at);
+    let is_survivors = |(at, commit): &&Timed<'_>| at > ended || !has(commit, place);
+    let next = |after: f64| commits.iter().filter(|(at, _)| *at >= after).find(is_survivors).map(|(at, _)| *at);
     let detected = detected(evidence, fault);
     aftermath.detection = detected.map(|at| at - began);
-    aftermath.commit = without(*began).filter(|at| *at < next_fault).map(|at| at - began);
-    aftermath.commit_after_detection = detected.and_then(|at| Some(without(at)? - at));
+    aftermath.commit = next(*began).map(|at| at - began);
+    aftermath.commit_after_detection = detected.and_then(|at| Some(next(at)? - at));
+    let until = began + [aftermath.detection, aftermath.commit_after_detection].into_iter().flatten().sum::<f64>();
+    let mut leaders = evidence.notes.faults.iter().filter(|other| other.kind.is_of_leader());
+    let lead = |other: &Happened| (other.began, takeover(&evidence.entries, other.began).unwrap_or(other.ended));
+    aftermath.is_led = !leaders.any(|other| touch(lead(other), (*began, until)));
     aftermath.rejoin = trains_again(evidence, fault).filter(|at| *at < next_fault).map(|at| at - ended);
     aftermath.rejoin_commit =
         contributes_again(commits, place, *ended).filter(|at| *at < next_fault).map(|at| at - ended);
@@ -364,4 +384,214 @@ fn wiped(evidence: &Evidence) -> usize {
     let begins = evidence.entries.iter().filter(|(_, entry)| matches!(entry, Entry::Began { .. })).count();
     let rolled_back = evidence.entries.iter().filter(|(_, entry)| matches!(entry, Entry::RolledBack { .. })).count();
     wiped + begins.saturating_sub(1) + rolled_back
+}
+
+#[cfg(test)]
+mod tests {
+    use atoll_core::codec::Codec;
+    use atoll_core::manifest::FragmentId;
+    use atoll_core::outer::{Averaging, Guard, OuterRule, Recipe};
+
+    use super::*;
+    use crate::chaos::weather::{Notes, Seen};
+    use crate::emulated::Moment;
+    use atoll_node::site::told::Told;
+
+    const CONTEXT: u64 = 8;
+
+    fn began() -> (f64, Entry) {
+        let (layout, theta) = (Digest::of(b"layout"), vec![Digest::of(b"theta")]);
+        (0.0, Entry::Began { run: "r".to_string(), seed: 1, context: CONTEXT, layout, theta })
+    }
+
+    fn joined(at: f64, site: &str, session: u64) -> (f64, Entry) {
+        let dataset = DatasetId(Digest::of(b"data"));
+        (at, Entry::Joined { site: site.parse().unwrap(), session, dataset, samples: 1000 })
+    }
+
+    /// A commit of these contributions: site, number, base and samples.
+    fn commit(at: f64, version: u64, contributions: &[(&str, u64, u64, (u64, u64))]) -> (f64, Entry) {
+        let contributions = contributions.iter().map(|(site, number, base, (from, to))| Accepted {
+            site: site.parse().unwrap(),
+            number: *number,
+            payload: Digest::of(b"payload"),
+            base: *base,
+            steps: 1,
+            tokens: 8,
+            weight: 1.0,
+            norm: 1.0,
+            trust: 0.0,
+            ranges: Ranges::span(*from, *to),
+        });
+        let commit = Commit {
+            fragment: FragmentId(0),
+            version,
+            contributions: contributions.collect(),
+            recipe: Recipe {
+                merge: Averaging::Radial,
+                rule: OuterRule::default(),
+                codec: Codec::F32,
+                share: 1.0,
+                guard: Guard::default(),
+            },
+            delta: Digest::of(b"delta"),
+            bytes: 1,
+            digest: digest(version),
+            agreements: Vec::new(),
+            seconds: at,
+        };
+        (at, Entry::Committed(commit))
+    }
+
+    fn digest(version: u64) -> Digest {
+        Digest::of(&version.to_le_bytes())
+    }
+
+    fn site(name: &str, acts: &[(Act, f64)]) -> SiteEvidence {
+        let moment = |(act, end): &(Act, f64)| Moment { act: *act, begin: end - STEP_SECONDS, end: *end };
+        SiteEvidence { name: name.to_string(), moments: acts.iter().map(moment).collect(), told: Vec::new() }
+    }
+
+    fn fault(kind: Kind, place: &str, began: f64, ended: f64) -> Happened {
+        Happened { kind, place: place.to_string(), began, ended }
+    }
+
+    fn evidence(entries: Vec<(f64, Entry)>, sites: Vec<SiteEvidence>, faults: Vec<Happened>) -> Evidence {
+        let starts = sites.iter().map(|site| (site.name.clone(), 0.0)).collect();
+        let notes = Notes { calm: (0.0, 10.0), storm: (10.0, 30.0), faults, starts, ..Notes::default() };
+        Evidence { notes, entries, sites, gone: Vec::new(), mismatches: 0 }
+    }
+
+    #[test]
+    fn tokens_are_compared_with_the_time_without_faults() {
+        let entries = vec![
+            began(),
+            commit(5.0, 1, &[("a", 1, 0, (0, 10))]),
+            commit(15.0, 2, &[("a", 2, 1, (10, 20))]),
+            commit(25.0, 3, &[("a", 3, 2, (20, 25))]),
+            commit(35.0, 4, &[("a", 4, 3, (25, 90))]),
+        ];
+        let verdict = judge(&evidence(entries, vec![site("a", &[])], Vec::new()));
+        assert_eq!(verdict.calm_tokens_per_second, 8.0);
+        assert_eq!(verdict.tokens_share, 15.0 * 8.0 / (8.0 * 20.0));
+        assert_eq!(verdict.commits, 2);
+    }
+
+    #[test]
+    fn only_sites_that_lived_throughout_a_round_are_missed() {
+        let all = [("a", 1, 0, (0, 1)), ("b", 1, 0, (1, 2)), ("c", 1, 0, (2, 3))];
+        let entries = vec![began(), commit(12.0, 1, &all), commit(14.0, 2, &all[..1]), commit(16.0, 3, &all[..2])];
+        let sites = || ["a", "b", "c"].map(|name| site(name, &[])).into();
+        let share = |faults| judge(&evidence(entries.clone(), sites(), faults)).participation;
+        // The first commit has no round before it.
+        assert_eq!(share(Vec::new()), (1.0 / 3.0 + 2.0 / 3.0) / 2.0);
+        let killed = fault(Kind::KillSite, "c", 13.0, 15.0);
+        assert_eq!(share(vec![killed]), f64::midpoint(1.0 / 2.0, 1.0));
+        let slow = fault(Kind::SlowSite, "c", 11.0, 20.0);
+        assert_eq!(share(vec![slow]), (1.0 / 3.0 + 2.0 / 3.0) / 2.0);
+    }
+
+    #[test]
+    fn a_stall_is_a_living_sites() {
+        let steps = [11.0, 12.03, 15.06, 15.09, 20.12].map(|end| (Act::Step, end));
+        let stalls = |faults| {
+            let verdict = judge(&evidence(vec![began()], vec![site("a", &steps)], faults));
+            [verdict.longest_stall, verdict.longest_stall_cut].map(|stall| (stall * 1e3).round() / 1e3)
+        };
+        assert_eq!(stalls(Vec::new()), [5.0, 0.0]);
+        assert_eq!(stalls(vec![fault(Kind::PauseSite, "a", 16.0, 19.0)]), [3.0, 0.0]);
+        assert_eq!(stalls(vec![fault(Kind::CutSite, "a", 16.0, 19.0)]), [3.0, 5.0]);
+        assert_eq!(stalls(vec![fault(Kind::CutSite, "b", 16.0, 19.0)]), [5.0, 0.0]);
+    }
+
+    #[test]
+    fn a_killed_site_is_missed_then_trains_then_contributes() {
+        let (a, b) = (("a", 1, 2, (0, 1)), ("b", 1, 2, (1, 2)));
+        let entries = vec![
+            began(),
+            commit(11.0, 1, &[a, b]),
+            commit(12.5, 2, &[a, b]),
+            commit(14.0, 3, &[b]),
+            commit(16.0, 4, &[("a", 1, 1, (0, 1)), b]),
+            commit(18.0, 5, &[("a", 1, 3, (0, 1)), b]),
+        ];
+        let sites = vec![site("a", &[(Act::Step, 12.0), (Act::Write(0), 15.0), (Act::Step, 15.5)]), site("b", &[])];
+        let mut evidence = evidence(entries, sites, vec![fault(Kind::KillSite, "a", 12.1, 14.5)]);
+        evidence.gone = vec![(12.2, "hub".to_string(), "a".to_string())];
+        let aftermath = judge(&evidence).aftermaths[0].clone();
+        let rounded = |seconds: Option<f64>| (seconds.unwrap() * 1e3).round() / 1e3;
+        assert_eq!(rounded(aftermath.detection), 0.1);
+        assert_eq!(rounded(aftermath.commit), 1.9, "the commit at 12.5 still had its contribution");
+        assert_eq!(rounded(aftermath.commit_after_detection), 1.8);
+        assert_eq!(rounded(aftermath.rejoin), 0.97);
+        assert_eq!(rounded(aftermath.rejoin_commit), 3.5, "the one at 16 set out from before");
+        assert_eq!(aftermath.takeover, None);
+    }
+
+    #[test]
+    fn a_site_that_was_cut_off_is_back_with_a_commit() {
+        let acts = [(Act::Step, 13.0), (Act::Step, 16.0), (Act::Write(0), 17.0), (Act::Step, 17.5)];
+        let mut evidence = evidence(vec![began()], vec![site("a", &acts)], vec![fault(Kind::CutSite, "a", 12.0, 15.0)]);
+        evidence.notes.seen = vec![Seen { at: 14.5, site: "a".to_string(), state: "silent".to_string() }];
+        let aftermath = judge(&evidence).aftermaths[0].clone();
+        assert_eq!(aftermath.detection, Some(2.5));
+        assert!((aftermath.rejoin.unwrap() - 2.47).abs() < 1e-9);
+        assert_eq!(aftermath.rejoin_commit, None);
+    }
+
+    #[test]
+    fn a_takeover_ends_with_a_commit_of_the_next_leader() {
+        let contribution = [("a", 1, 0, (0, 1))];
+        let leads = |at, epoch| (at, Entry::Leads { epoch, holder: Digest::of(b"a process") });
+        let entries = vec![
+            began(),
+            leads(0.0, 1),
+            commit(11.0, 1, &contribution),
+            commit(12.1, 2, &contribution),
+            leads(14.0, 2),
+            commit(15.0, 3, &contribution),
+        ];
+        let faults = vec![fault(Kind::KillLeader, "hub", 12.0, 16.0)];
+        let verdict = judge(&evidence(entries, vec![site("a", &[])], faults));
+        assert_eq!(verdict.aftermaths[0].takeover, Some(3.0));
+        assert_eq!(verdict.aftermaths[0].commit, None);
+    }
+
+    #[test]
+    fn what_a_site_was_told_must_be_in_the_journal() {
+        let entries = vec![began(), joined(1.0, "a", 7), commit(12.0, 1, &[("a", 1, 0, (0, 10))])];
+        let told = |session, settled, fragments| Told { session, settled, fragments };
+        let judged = |told| {
+            let sites = vec![SiteEvidence { told: vec![told], ..site("a", &[]) }];
+            let verdict = judge(&evidence(entries.clone(), sites, Vec::new()));
+            (verdict.tokens_lost, verdict.commits_lost)
+        };
+        let (known, first) = (vec![(1, digest(1))], vec![(0, Digest::of(b"theta"))]);
+        assert_eq!(judged(told(7, vec![(1, Settled::Committed(1))], known.clone())), (0.0, 0));
+        assert_eq!(judged(told(7, vec![(2, Settled::Refused("x".to_string()))], first)), (0.0, 0));
+        assert_eq!(judged(told(7, vec![(2, Settled::Committed(1))], known.clone())), (80.0, 0), "another contribution");
+        assert_eq!(judged(told(8, vec![(1, Settled::Committed(1))], known)), (80.0, 0), "of another session");
+        assert_eq!(judged(told(7, Vec::new(), vec![(2, digest(2))])), (0.0, 1), "a commit that is not there");
+        assert_eq!(judged(told(7, Vec::new(), vec![(1, digest(2))])), (0.0, 1), "with another digest");
+    }
+
+    #[test]
+    fn tokens_that_count_twice_are_lost_too() {
+        let entries = vec![
+            began(),
+            joined(1.0, "a", 7),
+            commit(12.0, 1, &[("a", 1, 0, (0, 10))]),
+            commit(13.0, 2, &[("a", 2, 0, (6, 12))]),
+        ];
+        assert_eq!(judge(&evidence(entries, vec![site("a", &[])], Vec::new())).tokens_lost, 32.0);
+    }
+
+    #[test]
+    fn a_session_more_than_processes_is_a_wiped_state() {
+        let entries = vec![began(), joined(1.0, "a", 1), joined(15.0, "a", 2), joined(20.0, "a", 3)];
+        let mut evidence = evidence(entries, vec![site("a", &[])], Vec::new());
+        assert_eq!(judge(&evidence).states_wiped, 2);
+        evidence.notes.starts.push(("a".to_string(), 14.0));
+        assert_eq!(judge(&evidence).states_wiped, 1);
+    }
 }
