@@ -227,7 +227,7 @@ pub(super) async fn keep_connected(
                     return;
                 }
                 let end = talk(control, data, &mut commands, &inbox, &fetches, &route).await;
-                if end.as_ref().is_err_and(|error| error.is::<Silence>()) {
+                if end.as_ref().is_err_and(anyhow::Error::is::<Silence>) {
                     route.doors.try_another();
                 }
                 route.meter.disconnected();

@@ -96,9 +96,9 @@ fn weights_that_cannot_be_had_any_more_are_fetched_as_they_are_now() {
 
 #[test]
 fn a_site_without_coordinator_can_train_until_it_would_be_given_up() {
-    let mut site = site(None);
-    hear(&mut site, standing(1, 3, 10));
-    let mut wants_seconds = |seconds: f64| {
+    let wants_seconds = |seconds: f64| {
+        let mut site = site(None);
+        hear(&mut site, standing(1, 3, 10));
         let progress = Progress { steps: 1, tokens: 8, ..Progress::default() };
         let mut wants = 0;
         for step in 0..100 {
