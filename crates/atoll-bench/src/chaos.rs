@@ -81,6 +81,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
         replayed.commits, replayed.tokens
     );
     figures.insert("replayed_commits".to_string(), replayed.commits as f64);
+    evidence.notes.doubts.iter().for_each(|doubt| println!("NOTE: {doubt}"));
     println!("logs, journals and chaos.svg are in {}", arguments.out.display());
     Ok(figures)
 }
@@ -157,8 +158,8 @@ fn happen(wanlab: &Path, folder: &Path, scenario: &Scenario, arguments: &Argumen
     // Nothing is committed any more, and both coordinators come to have the same journal.
     sites.iter().try_for_each(|site| lab.kill(site))?;
     std::thread::sleep(std::time::Duration::from_secs_f64(LAST_WORDS_SECONDS));
-    notes.save(folder)?;
-    lab.end().map(drop)
+    notes.doubts = lab.end()?.doubts;
+    notes.save(folder)
 }
 
 /// Whether each coordinator's journal is the one in the object store, as far as it goes; computes the first one's again.

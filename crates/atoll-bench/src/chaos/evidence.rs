@@ -7,7 +7,6 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
 use atoll_core::journal::{Chain, Entry};
-use atoll_node::report::Report;
 use atoll_node::site::told::Told;
 
 use super::COORDINATORS;
@@ -23,8 +22,6 @@ pub(super) struct Evidence {
     pub(super) sites: Vec<SiteEvidence>,
     /// Control connections that ended: when, which coordinator's, which site's.
     pub(super) gone: Vec<(f64, String, String)>,
-    /// Times that a site's copy of the model had another digest than announced.
-    pub(super) mismatches: u64,
 }
 
 /// What is known of a site.
@@ -58,14 +55,11 @@ impl Evidence {
             moments: Diary::read(&diary(folder, name)),
             told: told(folder, name),
         };
-        let reports = COORDINATORS.iter().filter_map(|place| Report::load(&run_dir(folder, place).status()).ok());
-        let mismatches = |report: Report| report.sites.iter().map(|site| site.digest_mismatches).sum();
         Ok(Self {
             notes,
             entries,
             sites: sites.iter().map(site).collect(),
             gone: COORDINATORS.iter().flat_map(|place| gone(folder, place)).collect(),
-            mismatches: reports.map(mismatches).fold(0, u64::max),
         })
     }
 }

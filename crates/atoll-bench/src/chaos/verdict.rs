@@ -94,7 +94,7 @@ pub(super) fn judge(evidence: &Evidence) -> Verdict {
         tokens_lost: lost(evidence, context),
         commits_lost: commits_lost(sites, entries),
         states_wiped: wiped(evidence),
-        digest_mismatches: evidence.mismatches,
+        digest_mismatches: notes.mismatches.values().sum(),
         crashes: notes.ends.iter().filter(|end| !end.deposed).count(),
     }
 }
@@ -459,7 +459,7 @@ mod tests {
     fn evidence(entries: Vec<(f64, Entry)>, sites: Vec<SiteEvidence>, faults: Vec<Happened>) -> Evidence {
         let starts = sites.iter().map(|site| (site.name.clone(), 0.0)).collect();
         let notes = Notes { calm: (0.0, 10.0), storm: (10.0, 30.0), faults, starts, ..Notes::default() };
-        Evidence { notes, entries, sites, gone: Vec::new(), mismatches: 0 }
+        Evidence { notes, entries, sites, gone: Vec::new() }
     }
 
     #[test]

@@ -30,6 +30,10 @@ pub(super) struct Notes {
     pub(super) starts: Vec<(String, f64)>,
     /// What the leading coordinator said of each site, as it changed.
     pub(super) seen: Vec<Seen>,
+    /// Times that a site's copy of the model had another digest than announced: the most that any of its processes said.
+    pub(super) mismatches: BTreeMap<String, u64>,
+    /// Why the lab's own clockwork is not to be trusted this time, if so.
+    pub(super) doubts: Vec<String>,
     /// For segments of the journal in the object store, by their first entry: when they were put there.
     pub(super) segments: Vec<(u64, f64)>,
 }
@@ -227,6 +231,8 @@ impl<'a> Weather<'a> {
 
     fn hear(&mut self, report: &Report) {
         for site in &report.sites {
+            let most = self.notes.mismatches.entry(site.name.clone()).or_default();
+            *most = site.digest_mismatches.max(*most);
             if self.states.get(&site.name) != Some(&site.state) {
                 self.states.insert(site.name.clone(), site.state.clone());
                 let (site, state) = (site.name.clone(), site.state.clone());
