@@ -2,8 +2,8 @@
 //! emulated links, and counts what went over them. It lies beside this repository; where it is not, or we
 //! are not root, the benchmarks that need it say so loudly and are skipped.
 //!
-//! The links here are a star: every site has a link of its own to the [`HUB`], as long and as wide as the
-//! others'. They start without a rate and without losses, and get theirs by [`Lab::shape`].
+//! The links here are a star: every site has a link of its own to the [`HUB`], and to a second place of a coordinator if
+//! there is one. They start without a rate and without losses, and get theirs by [`Lab::shape`].
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,10 +20,12 @@ use serde_json::Value;
 
 /// Name of the place at which the coordinator runs.
 pub(crate) const HUB: &str = "hub";
+/// Name of the place at which another coordinator stands by.
+pub(crate) const SECOND_HUB: &str = "hub2";
 /// Where the lab's source is, from the root of the repository.
 const SOURCE: &str = "../shared/wanlab";
 /// The lab is over after so long, whatever happens to us.
-const LIMIT: &str = "30m";
+const LIMIT_MINUTES: u64 = 30;
 /// How long a process may take to end when it is asked to.
 const GRACE_SECONDS: u64 = 1;
 
@@ -72,12 +74,20 @@ fn build() -> Result<PathBuf> {
 #[derive(Serialize)]
 struct Plan {
     until: &'static str,
-    limit: &'static str,
+    limit: String,
     grace: String,
     sample: &'static str,
     sysctl: BTreeMap<&'static str, &'static str>,
     default: BTreeMap<&'static str, String>,
     site: BTreeMap<String, Place>,
+    link: Vec<Length>,
+}
+
+/// A link that is not as long as the others.
+#[derive(Serialize)]
+struct Length {
+    on: String,
+    delay: String,
 }
 
 #[derive(Serialize)]
@@ -86,55 +96,92 @@ struct Place {
     env: BTreeMap<&'static str, String>,
 }
 
+/// What a lab is made of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Layout<'a> {
+    /// Which benchmark its processes belong to.
+    pub(crate) bench: &'a str,
+    /// What this program does at each place.
+    pub(crate) tasks: &'a [(String, String)],
+    /// Milliseconds there and back, of all links but those from these places.
+    pub(crate) rtt_ms: u32,
+    pub(crate) rtts_ms: &'a [(String, u32)],
+    pub(crate) congestion: Option<&'static str>,
+    /// Whether the lab goes on when a process ends; else it ends with the first.
+    pub(crate) endures: bool,
+    /// What is to happen in it takes so long.
+    pub(crate) seconds: f64,
+}
+
 /// A running lab. Dropping it ends everything in it.
 pub(crate) struct Lab {
     child: Child,
     out: PathBuf,
+    /// Bytes of its log that were looked at for processes that ended.
+    read: usize,
 }
 
 impl Lab {
-    /// Starts this program at each place with that task, and the others joined to the hub by links that
-    /// are as long as `link` but neither narrow nor lossy.
-    pub(crate) fn start(
-        wanlab: &Path,
-        out: &Path,
-        bench: &str,
-        tasks: &[(String, String)],
-        link: Link,
-        congestion: Option<&'static str>,
-    ) -> Result<Self> {
+    /// Starts this program at each place, all joined by links that are neither narrow nor lossy.
+    pub(crate) fn start(wanlab: &Path, out: &Path, layout: &Layout<'_>) -> Result<Self> {
         fs::create_dir_all(out)?;
-        let program = std::env::current_exe()?.display().to_string();
-        let place = |task: &str| Place {
-            run: r#"exec "$PROGRAM" "$BENCH" --worker "$TASK""#,
-            env: BTreeMap::from([
-                ("PROGRAM", program.clone()),
-                ("BENCH", bench.to_string()),
-                ("TASK", task.to_string()),
-            ]),
-        };
-        let plan = Plan {
-            until: "any",
-            limit: LIMIT,
-            grace: format!("{GRACE_SECONDS}s"),
-            sample: "50ms",
-            sysctl: congestion.map(|name| ("net.ipv4.tcp_congestion_control", name)).into_iter().collect(),
-            default: BTreeMap::from([("delay", format!("{}us", u64::from(link.rtt_ms) * 500))]),
-            site: tasks.iter().map(|(name, task)| (name.clone(), place(task))).collect(),
-        };
         let path = out.join("lab.toml");
-        fs::write(&path, toml::to_string(&plan)?)?;
-        let log = fs::File::create(out.join("wanlab.log"))?;
+        fs::write(&path, toml::to_string(&layout.plan()?)?)?;
+        let log = fs::File::create(out.join(LOG))?;
         let mut command = Command::new(wanlab);
         command.arg("run").arg(&path).arg("-o").arg(out);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().with_context(|| format!("{} cannot be run", wanlab.display()))?;
-        Ok(Self { child, out: out.to_path_buf() })
+        Ok(Self { child, out: out.to_path_buf(), read: 0 })
     }
 
     /// Gives every link its rate and its losses, from now on.
     pub(crate) fn shape(&self, link: Link) -> Result<()> {
-        self.tell(&format!("set {HUB} * rate={}mbit loss={}", link.mbit, link.loss))
+        self.tell(&format!("set * * rate={}mbit loss={}", link.mbit, link.loss))
+    }
+
+    /// Gives all links of a place a rate, from now on.
+    pub(crate) fn set_rate(&self, place: &str, mbit: u32) -> Result<()> {
+        self.tell(&format!("set {place} * rate={mbit}mbit"))
+    }
+
+    /// Ends all processes at a place at once, as a loss of power does.
+    pub(crate) fn kill(&self, place: &str) -> Result<()> {
+        self.tell(&format!("kill {place}"))
+    }
+
+    /// Starts at a place what was started there first.
+    pub(crate) fn start_again(&self, place: &str) -> Result<()> {
+        self.tell(&format!("start {place}"))
+    }
+
+    /// Stops all processes at a place, until they are resumed.
+    pub(crate) fn pause(&self, place: &str) -> Result<()> {
+        self.tell(&format!("pause {place}"))
+    }
+
+    /// Lets them go on.
+    pub(crate) fn resume(&self, place: &str) -> Result<()> {
+        self.tell(&format!("resume {place}"))
+    }
+
+    /// Cuts all links of a place, both ways; what is under way is lost.
+    pub(crate) fn cut(&self, place: &str) -> Result<()> {
+        self.tell(&format!("cut {place} *"))
+    }
+
+    /// Joins them again.
+    pub(crate) fn heal(&self, place: &str) -> Result<()> {
+        self.tell(&format!("heal {place} *"))
+    }
+
+    /// Places whose processes have ended since this was asked last, and their exit codes.
+    pub(crate) fn ended(&mut self) -> Vec<(String, i32)> {
+        let text = fs::read_to_string(self.out.join(LOG)).unwrap_or_default();
+        let news = text.get(self.read..).unwrap_or_default();
+        let whole = news.rfind('\n').map_or(0, |end| end + 1);
+        self.read += whole;
+        news[..whole].lines().filter_map(exit).collect()
     }
 
     fn tell(&self, command: &str) -> Result<()> {
@@ -155,8 +202,8 @@ impl Lab {
         Ok(())
     }
 
-    /// Whether all is well: nobody has interrupted us and no process has ended by itself.
-    fn check(&mut self) -> Result<()> {
+    /// Whether all is well: nobody has interrupted us and the lab has not ended by itself.
+    pub(crate) fn check(&mut self) -> Result<()> {
         if INTERRUPTED.load(Ordering::SeqCst) {
             bail!("interrupted");
         }
@@ -192,6 +239,43 @@ impl Lab {
             lines[lines.len().saturating_sub(4)..].iter().map(|line| format!("  {name}: {line}\n")).collect::<String>()
         };
         logs.iter().map(tail).collect()
+    }
+}
+
+/// The lab's own log.
+const LOG: &str = "wanlab.log";
+
+/// `   12.345  oslo exited with 1`.
+fn exit(line: &str) -> Option<(String, i32)> {
+    let (head, code) = line.split_once(" exited with ")?;
+    Some((head.split_whitespace().last()?.to_string(), code.trim().parse().ok()?))
+}
+
+impl Layout<'_> {
+    fn plan(&self) -> Result<Plan> {
+        let program = std::env::current_exe()?.display().to_string();
+        let place = |task: &str| Place {
+            run: r#"exec "$PROGRAM" "$BENCH" --worker "$TASK""#,
+            env: BTreeMap::from([
+                ("PROGRAM", program.clone()),
+                ("BENCH", self.bench.to_string()),
+                ("TASK", task.to_string()),
+                // The end of a log tells why a process ended.
+                ("RUST_BACKTRACE", "0".to_string()),
+            ]),
+        };
+        let delay = |rtt_ms: u32| format!("{}us", u64::from(rtt_ms) * 500);
+        let length = |(place, rtt_ms): &(String, u32)| Length { on: format!("{place} *"), delay: delay(*rtt_ms) };
+        Ok(Plan {
+            until: if self.endures { "all" } else { "any" },
+            limit: format!("{}m", LIMIT_MINUTES + (self.seconds / 60.0) as u64),
+            grace: format!("{GRACE_SECONDS}s"),
+            sample: "50ms",
+            sysctl: self.congestion.map(|name| ("net.ipv4.tcp_congestion_control", name)).into_iter().collect(),
+            default: BTreeMap::from([("delay", delay(self.rtt_ms))]),
+            site: self.tasks.iter().map(|(name, task)| (name.clone(), place(task))).collect(),
+            link: self.rtts_ms.iter().map(length).collect(),
+        })
     }
 }
 
@@ -337,6 +421,12 @@ mod tests {
         assert_eq!(wires.delivered_by("hub", "oslo", 1800.0), Some(101.5));
         assert_eq!(wires.delivered_by("hub", "oslo", 3000.0), None);
         assert_eq!(wires.bytes("hub", "nowhere", (100.0, 101.0)), 0.0);
+    }
+
+    #[test]
+    fn processes_that_ended_are_seen_in_the_log() {
+        assert_eq!(exit("   12.345  site-1 exited with 137"), Some(("site-1".to_string(), 137)));
+        assert_eq!(exit("   12.345  kill site-1"), None);
     }
 
     #[test]

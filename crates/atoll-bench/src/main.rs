@@ -1,9 +1,10 @@
 //! Benchmarks. `cargo run --release -p atoll-bench -- NAME [--quick] [--json]` runs one, prints a table that
 //! a reader understands and, with `--json`, as its last line one object with stable names. `--quick` ends
-//! within two minutes. Numbers here are measured, not asserted: machines differ and are shared.
+//! within minutes. Numbers here are measured, not asserted: machines differ and are shared.
 
 mod absent;
 mod bytes;
+mod chaos;
 mod codec;
 mod emulated;
 mod engine;
@@ -31,7 +32,7 @@ use clap::{Parser, ValueEnum};
 struct Arguments {
     /// Which one.
     name: Name,
-    /// End within two minutes.
+    /// End within two minutes; `chaos`, within six.
     #[arg(long)]
     quick: bool,
     /// Print one JSON object as the last line.
@@ -51,7 +52,7 @@ struct Arguments {
     /// Tokens of each run of `parity`.
     #[arg(long)]
     tokens: Option<u64>,
-    /// Minutes of training in `joint` and `slow`.
+    /// Minutes of training in `joint` and `slow`, of the storm in `chaos`.
     #[arg(long)]
     minutes: Option<f64>,
     /// The Python whose PyTorch `engine` compares with; without it $PYTHON, else python3.
@@ -60,6 +61,15 @@ struct Arguments {
     /// The `llama-bench` of llama.cpp that `engine` compares with.
     #[arg(long, value_name = "PATH", default_value = "llama-bench")]
     llama_bench: PathBuf,
+    /// Seed of the storm in `chaos`.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Folder for all that `chaos` leaves behind: logs, journals, the timeline.
+    #[arg(long, value_name = "FOLDER", default_value = "target/chaos")]
+    out: PathBuf,
+    /// Look again at the storm that is in the folder of `chaos`, without a new one.
+    #[arg(long)]
+    again: bool,
     /// What `engine` asks of a process that it starts.
     #[arg(long, value_name = "JSON", hide = true)]
     worker: Option<String>,
@@ -89,6 +99,8 @@ enum Name {
     Bytes,
     /// One synchronization of two sites: seconds that it blocks, seconds until it is applied.
     Exchange,
+    /// A run in a storm of killed, paused and cut off sites and coordinators: what it loses, how soon it goes on.
+    Chaos,
 }
 
 /// Named results.
@@ -98,7 +110,7 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     if let Some(spec) = &arguments.worker {
         return match arguments.name {
-            Name::Wan | Name::Bytes | Name::Exchange => roles::play(spec),
+            Name::Wan | Name::Bytes | Name::Exchange | Name::Chaos => roles::play(spec),
             _ => engine::work(spec),
         };
     }
@@ -115,6 +127,7 @@ fn main() -> Result<()> {
         Name::Wan => wan::run(&arguments)?,
         Name::Bytes => bytes::run(&arguments)?,
         Name::Exchange => exchange::run(&arguments)?,
+        Name::Chaos => chaos::run(&arguments)?,
     };
     println!("\nmachine: {}", machine());
     // What could not be measured has no figure.

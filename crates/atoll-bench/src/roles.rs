@@ -12,8 +12,11 @@ use atoll_core::engine::Engine;
 use atoll_node::coordinator::{Options, coordinate};
 use atoll_node::identity::Ticket;
 use atoll_node::run::RunDir;
-use atoll_node::site::{Parts, SiteOptions, join};
+use atoll_node::site::{Parts, SiteOptions, join, told};
 use serde::{Deserialize, Serialize};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::emulated::{Diary, Emulated};
 use crate::meter;
@@ -31,8 +34,20 @@ pub(crate) enum Role {
         meter: PathBuf,
         /// A file that the benchmark holds locked as long as it lives.
         alive: PathBuf,
+        /// Whether it waits behind whoever leads.
+        standby: Standby,
     },
     Site(SiteRole),
+}
+
+/// When a coordinator starts as a standby.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Standby {
+    Never,
+    /// Once the run has begun in its folder.
+    Later,
+    Always,
 }
 
 /// What a site needs to know.
@@ -58,20 +73,22 @@ const STREAMS: usize = 4;
 
 /// Plays that role, until it is killed.
 pub(crate) fn play(spec: &str) -> Result<()> {
-    tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::INFO)
-        .with_target(false)
-        .with_ansi(false)
-        .with_writer(std::io::stderr)
-        .init();
+    log();
     match serde_json::from_str(spec).context("--worker wants a role in JSON")? {
-        Role::Coordinator { dir, listen, meter, alive } => {
+        Role::Coordinator { dir, listen, meter, alive, standby } => {
             meter::start(&meter)?;
             end_with(File::open(alive)?);
-            lead(&RunDir(dir), &listen)
+            lead(&RunDir(dir), listen, standby)
         }
         Role::Site(role) => follow(role),
     }
+}
+
+/// Logs what an operator sees, and what a site is told by coordinators: see [`told`](atoll_node::site::told).
+fn log() {
+    let targets = Targets::new().with_default(tracing::Level::INFO).with_target(told::TARGET, tracing::Level::TRACE);
+    let lines = tracing_subscriber::fmt::layer().with_target(false).with_ansi(false).with_writer(std::io::stderr);
+    tracing_subscriber::registry().with(lines.with_filter(targets)).init();
 }
 
 /// Ends this process, and with it the lab, when the benchmark is gone, however it went.
@@ -83,10 +100,15 @@ fn end_with(alive: File) {
     });
 }
 
-fn lead(dir: &RunDir, listen: &str) -> Result<()> {
+fn lead(dir: &RunDir, listen: String, standby: Standby) -> Result<()> {
     let (_never, stop) = tokio::sync::watch::channel(false);
+    let standby = match standby {
+        Standby::Never => false,
+        Standby::Later => dir.journal().exists(),
+        Standby::Always => true,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(coordinate(dir, &Options { listen: listen.to_string(), ..Options::default() }, stop))?;
+    runtime.block_on(coordinate(dir, &Options { listen, standby, ..Options::default() }, stop))?;
     Ok(())
 }
 

@@ -30,10 +30,10 @@ use atoll_node::run::{CoordinatorSection, Keep, ModelSection, RunConfig, RunDir,
 
 use crate::emulated::{Act, Diary, Moment};
 use crate::engine::everybody_seconds;
-use crate::lab::{HUB, Lab, Link, Wires, between};
+use crate::lab::{HUB, Lab, Layout, Link, Wires, between};
 use crate::median;
 use crate::meter::{self, Reading};
-use crate::roles::{Role, SiteRole};
+use crate::roles::{Role, SiteRole, Standby};
 
 /// Milliseconds of an inner step, everywhere.
 pub(crate) const STEP_MS: u64 = 30;
@@ -54,6 +54,8 @@ const CONTEXT: usize = 128;
 /// A model by its size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Size {
+    /// 5.6 M parameters.
+    M6,
     /// 12.6 M parameters.
     M12,
     /// 30.8 M.
@@ -67,6 +69,7 @@ pub(crate) enum Size {
 impl Size {
     fn section(self) -> ModelSection {
         let (hidden, inner, layers) = match self {
+            Self::M6 => (256, 864, 6),
             Self::M12 => (384, 1296, 6),
             Self::M30 => (512, 1536, 9),
             Self::M51 => (640, 1792, 10),
@@ -154,10 +157,19 @@ impl Scenario {
         let folder = tempfile::tempdir()?;
         let alive = File::create(alive(folder.path()))?;
         alive.lock()?;
-        let dir = RunDir(folder.path().join("run"));
-        let tasks = self.prepare(folder.path(), &dir)?;
+        let dir = run_dir(folder.path(), HUB);
+        let tasks = self.prepare(folder.path(), &[HUB])?;
         let out = folder.path().join("lab");
-        let mut lab = Lab::start(wanlab, &out, self.bench, &tasks, self.link, congestion())?;
+        let layout = Layout {
+            bench: self.bench,
+            tasks: &tasks,
+            rtt_ms: self.link.rtt_ms,
+            rtts_ms: &[],
+            congestion: congestion(),
+            endures: false,
+            seconds: self.settle_seconds + self.seconds,
+        };
+        let mut lab = Lab::start(wanlab, &out, &layout)?;
         if self.shaped_at_once {
             lab.wait(LOAD_SECONDS, "the lab listens", || out.join("ctl").exists())?;
             lab.shape(self.link)?;
@@ -188,28 +200,51 @@ impl Scenario {
         })
     }
 
-    fn names(&self) -> impl Iterator<Item = String> + use<> {
+    /// The sites.
+    pub(crate) fn names(&self) -> impl Iterator<Item = String> + use<> {
         (1..=self.sites).map(|number| format!("site-{number}"))
     }
 
-    /// The run folder, a dataset for all, and each place's task.
-    fn prepare(&self, folder: &Path, dir: &RunDir) -> Result<Vec<(String, String)>> {
-        let config = self.config();
+    /// Run folders, a dataset for all, and each place's task. More than one coordinator share the run in an object
+    /// store; the first begins it, and whichever starts behind a leader stands by.
+    pub(crate) fn prepare(&self, folder: &Path, coordinators: &[&str]) -> Result<Vec<(String, String)>> {
+        let mut config = self.config();
+        if coordinators.len() > 1 {
+            config.coordinator.store = Some(store(folder).display().to_string());
+        }
+        let dir = run_dir(folder, HUB);
         fs::create_dir_all(&dir.0)?;
         write_atomically(&dir.config(), toml::to_string(&config)?.as_bytes())?;
         let key = Identity::load_or_create(&dir.key())?;
-        let data = data(folder, dir, &config)?;
-        let coordinator = Role::Coordinator {
-            dir: dir.0.clone(),
-            listen: format!("0.0.0.0:{PORT}"),
-            meter: meter(folder, HUB),
-            alive: alive(folder),
-        };
-        let mut tasks = vec![(HUB.to_string(), serde_json::to_string(&coordinator)?)];
+        let data = data(folder, &dir, &config)?;
+        let mut tasks = Vec::new();
+        for (index, name) in coordinators.iter().enumerate() {
+            let own = run_dir(folder, name);
+            fs::create_dir_all(&own.0)?;
+            for (from, to) in [(dir.config(), own.config()), (dir.tokenizer(), own.tokenizer()), (dir.key(), own.key())]
+            {
+                if index > 0 {
+                    fs::copy(from, to)?;
+                }
+            }
+            let coordinator = Role::Coordinator {
+                dir: own.0,
+                listen: format!("0.0.0.0:{PORT}"),
+                meter: meter(folder, name),
+                alive: alive(folder),
+                standby: match index {
+                    _ if coordinators.len() == 1 => Standby::Never,
+                    0 => Standby::Later,
+                    _ => Standby::Always,
+                },
+            };
+            tasks.push((name.to_string(), serde_json::to_string(&coordinator)?));
+        }
+        let doors: Vec<String> = coordinators.iter().map(|name| format!("{name}:{PORT}")).collect();
         for (seed, name) in (1..).zip(self.names()) {
             let site: SiteId = name.parse()?;
             let invitation = Invitation { site, role: Default::default(), expires: None };
-            let ticket = Ticket::issue(dir, &config.name, invitation, vec![format!("{HUB}:{PORT}")], key.fingerprint)?;
+            let ticket = Ticket::issue(&dir, &config.name, invitation, doors.clone(), key.fingerprint)?;
             let role = SiteRole {
                 dir: folder.join(&name),
                 ticket: ticket.to_text(),
@@ -240,11 +275,23 @@ impl Scenario {
     }
 }
 
-fn diary(folder: &Path, site: &str) -> PathBuf {
+/// The run folder of a coordinator.
+pub(crate) fn run_dir(folder: &Path, coordinator: &str) -> RunDir {
+    RunDir(folder.join(if coordinator == HUB { "run".to_string() } else { format!("run-{coordinator}") }))
+}
+
+/// The object store of a run with several coordinators.
+pub(crate) fn store(folder: &Path) -> PathBuf {
+    folder.join("store")
+}
+
+/// Where a site's engine notes what it does.
+pub(crate) fn diary(folder: &Path, site: &str) -> PathBuf {
     folder.join(format!("{site}.diary"))
 }
 
-fn alive(folder: &Path) -> PathBuf {
+/// The file that the benchmark holds locked as long as it lives.
+pub(crate) fn alive(folder: &Path) -> PathBuf {
     folder.join("alive")
 }
 
@@ -252,12 +299,13 @@ fn meter(folder: &Path, site: &str) -> PathBuf {
     folder.join(format!("{site}.meter"))
 }
 
-fn now() -> f64 {
+/// Seconds since 1970.
+pub(crate) fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// BBR, if this kernel has it: what a lossy long link wants.
-fn congestion() -> Option<&'static str> {
+pub(crate) fn congestion() -> Option<&'static str> {
     let known = fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap_or_default();
     known.split_whitespace().any(|name| name == "bbr").then_some("bbr")
 }
@@ -514,7 +562,9 @@ mod tests {
 
     #[test]
     fn models_have_the_sizes_they_are_named_after() {
-        for (size, parameters) in [(Size::M12, 12_600_576), (Size::M30, 30_812_160), (Size::M51, 50_968_320)] {
+        for (size, parameters) in
+            [(Size::M6, 5_623_296), (Size::M12, 12_600_576), (Size::M30, 30_812_160), (Size::M51, 50_968_320)]
+        {
             assert_eq!(size.parameters().unwrap(), parameters);
         }
         assert_eq!(Size::M30.name().unwrap(), "30.8 M");

@@ -16,6 +16,7 @@
 //! | [`shared`] | what of a run lies in its object store |
 //! | [`store`] | payloads on disk, by content address |
 //! | [`snapshot`] | the model and the book on disk; recovery |
+//! | [`replay`] | every commit computed again |
 //! | [`rollback`] | back to an earlier commit |
 //! | [`crew`] | threads for work that falls into parts |
 //! | [`coordinator`] | the coordinator's shell |
@@ -34,6 +35,7 @@ pub mod journal;
 pub mod link;
 pub mod objects;
 pub mod remote;
+pub mod replay;
 pub mod report;
 pub mod rollback;
 pub mod run;

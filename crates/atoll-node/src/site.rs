@@ -7,6 +7,7 @@ mod desk;
 mod meter;
 mod net;
 mod residuals;
+pub mod told;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;

@@ -226,7 +226,7 @@ const NOTICES: u64 = 8;
 /// A site that has been away for this many of its own rounds gives back its leases.
 const ROUNDS_AWAY: f64 = 20.0;
 /// … but not before this many seconds.
-const SECONDS_AWAY: f64 = 30.0;
+pub(super) const SECONDS_AWAY: f64 = 30.0;
 /// A site is silent after this many of its own reporting intervals.
 const INTERVALS_SILENT: f64 = 6.0;
 /// A site is stalled after this many of its own step times without a step.

@@ -14,7 +14,7 @@ use crate::hash::Digest;
 use crate::journal::{Evaluated, Notice, Settled, TAIL};
 use crate::manifest::FragmentId;
 use crate::plan::{self, Link};
-use crate::round::{Phase, Receipt, Standing, Status, Vitals};
+use crate::round::{Phase, Receipt, SECONDS_AWAY, Standing, Status, Vitals};
 use crate::site::Time;
 
 /// What happened at the site.
@@ -280,8 +280,10 @@ enum Upload {
 
 /// Seconds between two reports when nothing in particular happens.
 const REPORT_SECONDS: f64 = 0.5;
-/// Rounds for which a site would like to hold leases.
+/// Rounds for which a site would like to hold leases …
 const ROUNDS_IN_HAND: u64 = 3;
+/// … and seconds. It gets new ones when half is spent: whoever has no coordinator trains on until it would be given up.
+const SECONDS_IN_HAND: f64 = 2.0 * SECONDS_AWAY;
 /// Weight of the newest value in the smoothed steps that a contribution is under way.
 const TURN_SHARE: f64 = 0.2;
 
@@ -786,7 +788,7 @@ impl Site {
     fn report_now(&mut self, orders: &mut Vec<SiteOrder>) {
         self.number += 1;
         self.news = false;
-        let wants = ROUNDS_IN_HAND * u64::from(self.steps_per_round) * self.settings.samples_per_step;
+        let wants = self.steps_in_hand() * self.settings.samples_per_step;
         orders.push(SiteOrder::Report(Box::new(Status {
             session: self.settings.session,
             number: self.number,
@@ -803,6 +805,13 @@ impl Site {
             leaving: self.leaving,
             vitals: self.vitals.clone(),
         })));
+    }
+
+    /// Steps for which it would like to hold leases.
+    fn steps_in_hand(&self) -> u64 {
+        let rounds = ROUNDS_IN_HAND * u64::from(self.steps_per_round);
+        let seconds = self.vitals.step_seconds;
+        if seconds > 0.0 { rounds.max((SECONDS_IN_HAND / seconds).ceil() as u64) } else { rounds }
     }
 
     /// Whether the bytes of that address are still wanted.

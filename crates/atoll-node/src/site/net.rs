@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::arriving::{Arriving, Partial, Weights};
 use super::desk::Done;
 use super::meter::Meter;
+use super::told;
 use crate::coordinator::lock;
 use crate::link::{Link, read_frame, write_frame};
 use crate::way::{Refused, Way, fetch_tokenizer};
@@ -112,7 +113,7 @@ pub(super) async fn keep_connected(
                     return;
                 }
                 let end = talk(control, data, &mut commands, &inbox, &fetches, &route).await;
-                if end.as_ref().is_err_and(|error| error.is::<Silence>()) {
+                if end.as_ref().is_err_and(anyhow::Error::is::<Silence>) {
                     route.way.doors.try_another();
                 }
                 route.meter.disconnected();
@@ -267,6 +268,7 @@ async fn talk(
             match answer? {
                 Some(Frame::Standing(standing)) => {
                     meter.answered(standing.heard);
+                    told::note(&standing);
                     inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the trainer has stopped"))?;
                 }
                 _ => bail!("the coordinator hung up"),

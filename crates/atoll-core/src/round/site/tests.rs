@@ -93,3 +93,23 @@ fn weights_that_cannot_be_had_any_more_are_fetched_as_they_are_now() {
     site.handle(Time(4), SiteEvent::Fetched(digest(7), false));
     assert_eq!(fetched(&hear(&mut site, standing(2, 10, 100))), Some(10));
 }
+
+#[test]
+fn a_site_without_coordinator_can_train_until_it_would_be_given_up() {
+    let wants_seconds = |seconds: f64| {
+        let mut site = site(None);
+        hear(&mut site, standing(1, 3, 10));
+        let progress = Progress { steps: 1, tokens: 8, ..Progress::default() };
+        let mut wants = 0;
+        for step in 0..100 {
+            let stepped = SiteEvent::Stepped { progress, trained: Ranges::new(), seconds };
+            for order in site.handle(Time(step * 1_000_000), stepped) {
+                wants = if let SiteOrder::Report(status) = order { status.wants } else { wants };
+            }
+        }
+        wants as f64 / 2.0 * seconds
+    };
+    // There may be just half of what it wants: then it has asked for no more.
+    assert!(wants_seconds(0.03) / 2.0 >= SECONDS_AWAY);
+    assert_eq!(wants_seconds(40.0), 3.0 * 4.0 * 40.0, "three rounds are always in hand");
+}
