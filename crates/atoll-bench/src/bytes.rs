@@ -38,6 +38,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
         size: SIZE,
         fragments: None,
         sites: SITES,
+        steps_ms: &[STEP_MS],
         steps: STEPS,
         link: LINK,
         shaped_at_once: false,

@@ -92,6 +92,7 @@ fn scenario() -> Scenario {
         size: SIZE,
         fragments: None,
         sites: SITES,
+        steps_ms: &[STEP_MS],
         steps: STEPS,
         link: Link { mbit: LINK_MBIT, loss: 0.0, rtt_ms: RTTS_MS[SITES - 1] },
         shaped_at_once: false,

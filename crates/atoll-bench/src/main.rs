@@ -6,6 +6,7 @@ mod absent;
 mod bytes;
 mod chaos;
 mod codec;
+mod efficiency;
 mod emulated;
 mod engine;
 mod exchange;
@@ -91,6 +92,8 @@ enum Name {
     Parity,
     /// Three sites against one that trains alone on the same tokens: held-out bits per byte.
     Joint,
+    /// Sites of speeds 1:2:4:8 in one run against the sum of what each does alone: tokens per second.
+    Efficiency,
     /// What a slow site costs the others: their tokens per second with and without it.
     Slow,
     /// Four sites behind slow, long and lossy links: the share of time that they spend in inner steps.
@@ -110,7 +113,7 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     if let Some(spec) = &arguments.worker {
         return match arguments.name {
-            Name::Wan | Name::Bytes | Name::Exchange | Name::Chaos => roles::play(spec),
+            Name::Wan | Name::Bytes | Name::Exchange | Name::Efficiency | Name::Chaos => roles::play(spec),
             _ => engine::work(spec),
         };
     }
@@ -127,6 +130,7 @@ fn main() -> Result<()> {
         Name::Wan => wan::run(&arguments)?,
         Name::Bytes => bytes::run(&arguments)?,
         Name::Exchange => exchange::run(&arguments)?,
+        Name::Efficiency => efficiency::run(&arguments)?,
         Name::Chaos => chaos::run(&arguments)?,
     };
     println!("\nmachine: {}", machine());

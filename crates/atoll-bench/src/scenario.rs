@@ -17,6 +17,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Chain, Commit, Entry, Invitation};
+use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
 use atoll_core::round::{Goal, Setting, Sync};
@@ -35,7 +36,7 @@ use crate::median;
 use crate::meter::{self, Reading};
 use crate::roles::{Role, SiteRole, Standby};
 
-/// Milliseconds of an inner step, everywhere.
+/// Milliseconds of an inner step, nearly everywhere.
 pub(crate) const STEP_MS: u64 = 30;
 /// The same in seconds.
 pub(crate) const STEP_SECONDS: f64 = STEP_MS as f64 / 1e3;
@@ -49,7 +50,9 @@ const OTHERS_MAX: f64 = 0.1;
 const PORT: u16 = 7700;
 /// Bytes only: the dimensions below decide how many parameters there are.
 const VOCABULARY: usize = 257;
-const CONTEXT: usize = 128;
+pub(crate) const CONTEXT: usize = 128;
+/// Samples of an inner step.
+pub(crate) const ROWS: usize = 2;
 
 /// A model by its size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +94,12 @@ impl Size {
         self.section().resolve(VOCABULARY, CONTEXT).map_err(|problems| anyhow::anyhow!(problems.join("; ")))
     }
 
+    /// Its layout, in as many fragments as runs have.
+    pub(crate) fn manifest(self) -> Result<Manifest> {
+        let config = RunConfig { model: self.section(), ..RunConfig::default() };
+        Ok(config.manifest(&self.model()?))
+    }
+
     pub(crate) fn parameters(self) -> Result<usize> {
         Ok(self.model()?.parameters())
     }
@@ -109,6 +118,8 @@ pub(crate) struct Scenario {
     /// Fragments, if not as many as runs have.
     pub(crate) fragments: Option<usize>,
     pub(crate) sites: usize,
+    /// Milliseconds of an inner step at each site, from the front again if there are more sites.
+    pub(crate) steps_ms: &'static [u64],
     /// Inner steps per round, H.
     pub(crate) steps: u32,
     pub(crate) link: Link,
@@ -241,7 +252,7 @@ impl Scenario {
             tasks.push((name.to_string(), serde_json::to_string(&coordinator)?));
         }
         let doors: Vec<String> = coordinators.iter().map(|name| format!("{name}:{PORT}")).collect();
-        for (seed, name) in (1..).zip(self.names()) {
+        for ((seed, name), &step_ms) in (1..).zip(self.names()).zip(self.steps_ms.iter().cycle()) {
             let site: SiteId = name.parse()?;
             let invitation = Invitation { site, role: Default::default(), expires: None };
             let ticket = Ticket::issue(&dir, &config.name, invitation, doors.clone(), key.fingerprint)?;
@@ -251,7 +262,7 @@ impl Scenario {
                 data: data.clone(),
                 diary: diary(folder, &name),
                 meter: meter(folder, &name),
-                step_ms: STEP_MS,
+                step_ms,
                 seed,
             };
             tasks.push((name, serde_json::to_string(&Role::Site(role))?));
@@ -266,7 +277,7 @@ impl Scenario {
         RunConfig {
             name: self.bench.to_string(),
             model: self.size.section(),
-            training: Training { context: CONTEXT, rows: 2, ..Training::default() },
+            training: Training { context: CONTEXT, rows: ROWS, ..Training::default() },
             sync,
             goal: Goal { tokens: None, minutes: Some(600.0) },
             coordinator: CoordinatorSection { keep: Keep::All, ..CoordinatorSection::default() },

@@ -119,6 +119,7 @@ impl Row {
             size: self.size,
             fragments: None,
             sites: SITES,
+            steps_ms: &[STEP_MS],
             steps: STEPS,
             link: Link { mbit: self.mbit, loss: self.loss, rtt_ms: RTT_MS },
             shaped_at_once: false,
