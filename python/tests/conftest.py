@@ -27,7 +27,7 @@ num_key_value_heads = 1
 head_dim = 16"""
 
 
-def command():
+def atoll_command():
     """The `atoll` command: $ATOLL, or the newest that was built here."""
     named = os.environ.get("ATOLL")
     built = [ROOT / "target" / profile / "atoll" for profile in ("release", "debug")]
@@ -70,7 +70,7 @@ class Lab:
         path.write_text(text.replace(before, after, 1))
 
     def atoll(self, *arguments):
-        done = subprocess.run([command(), *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run([atoll_command(), *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -84,7 +84,7 @@ class Lab:
         return (self.folder / f"{name}.log").read_text()
 
     def coordinate(self):
-        process = self.spawn("coordinator", [command(), "coordinate", self.run, "--listen", self.address])
+        process = self.spawn("coordinator", [atoll_command(), "coordinate", self.run, "--listen", self.address])
         host, port = self.address.split(":")
         self.until("the coordinator listens", lambda: not socket.socket().connect_ex((host, int(port))))
         return process
@@ -92,9 +92,10 @@ class Lab:
     def ticket(self, site):
         return self.atoll("ticket", self.run, site, "--address", self.address)
 
-    def join(self, site, *more):
-        arguments = ["join", self.ticket(site), "--data", self.text, "--dir", self.folder / site, "--threads", 1, *more]
-        return self.spawn(site, [command(), *arguments])
+    def join(self, site, *more, command=None):
+        arguments = ["join", self.ticket(site), "--data", self.text, "--dir", self.folder / site]
+        threads = [] if "--device" in more else ["--threads", 1]
+        return self.spawn(site, [command or atoll_command(), *arguments, *threads, *more])
 
     def shape(self):
         """The run's model, in the words of config.json."""

@@ -171,7 +171,7 @@ def test_a_run_refuses_a_site_that_differs_and_goes_on(lab):
 
 def command(lab, *arguments, folder):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(folder)])}
-    line = [conftest.command(), "align", lab.run, "--interpreter", sys.executable, *arguments]
+    line = [conftest.atoll_command(), "align", lab.run, "--interpreter", sys.executable, *arguments]
     done = subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 

@@ -167,6 +167,6 @@ def test_a_model_that_is_not_the_runs_any_more_is_refused(golden, lab, tmp_path)
     lab = lab(20_000)
     continued(golden, lab, tmp_path)
     lab.change("rope_theta = ", "rope_theta = 7")
-    process = lab.spawn("coordinator", [conftest.command(), "coordinate", lab.run, "--listen", lab.address])
+    process = lab.spawn("coordinator", [conftest.atoll_command(), "coordinate", lab.run, "--listen", lab.address])
     assert process.wait(60) != 0
     assert "holds another model than run.toml describes\nhint: " in lab.log("coordinator")
