@@ -1,4 +1,4 @@
-"""The other side of `bench engine`: PyTorch trains the same Llama on the same number of tokens.
+"""The other side of `bench engine` and of `bench/gpu.py`: PyTorch trains the same Llama on the same number of tokens.
 
     python train.py '{"vocab": 8192, ..., "precision": "bf16", "compiled": true, "threads": 2}'
 
@@ -68,29 +68,34 @@ class Llama(nn.Module):
 
 def main():
     c = json.loads(sys.argv[1])
-    torch.set_num_threads(c["threads"])
+    device = c.get("device", "cpu")
+    if c["threads"]:
+        torch.set_num_threads(c["threads"])
     torch.manual_seed(1)
-    model = Llama(c)
+    model = Llama(c).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
     forward = torch.compile(model) if c["compiled"] else model
     bf16 = c["precision"] == "bf16"
 
     def step():
-        tokens = torch.randint(c["vocab"], (c["rows"], c["length"] + 1))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        tokens = torch.randint(c["vocab"], (c["rows"], c["length"] + 1), device=device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             loss = forward(tokens[:, :-1], tokens[:, 1:])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return loss.item()
+        return loss.item()  # Waits for the device.
 
     for line in sys.stdin:
         began = time.perf_counter()
         for _ in range(int(line)):
             loss = step()
         seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes()}), flush=True)
+        answer = {"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes()}
+        if device.startswith("cuda"):
+            answer["device_bytes"] = torch.cuda.max_memory_allocated(device)
+        print(json.dumps(answer), flush=True)
 
 
 def peak_bytes():

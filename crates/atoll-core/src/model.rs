@@ -116,6 +116,14 @@ impl ModelConfig {
         })
     }
 
+    /// Operations that training takes per token, in contexts of `length` tokens: 6 per parameter (the embedding counts
+    /// once, as the output's matrix) and, for the scores and sums of attention, of which a causal mask leaves half,
+    /// 12·L·(H·hd)·T/2.
+    pub fn flop_per_token(&self, length: usize) -> f64 {
+        let width = self.num_attention_heads * self.head_dim;
+        6.0 * self.parameters() as f64 + (12 * self.num_hidden_layers * width) as f64 * length as f64 / 2.0
+    }
+
     /// Every reason why no engine could build this model; empty when it is sound.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
@@ -234,6 +242,7 @@ mod tests {
         }
         let mini = ModelConfig::preset("mini", 8192, 256).unwrap();
         assert_eq!(mini.parameters(), 12_587_904);
+        assert_eq!(mini.flop_per_token(256), 6.0 * 12_587_904.0 + 12.0 * 6.0 * 384.0 * 128.0);
         assert!(ModelConfig::preset("huge", 1, 1).is_none());
     }
 

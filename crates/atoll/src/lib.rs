@@ -14,6 +14,7 @@ mod devices;
 mod ingest;
 mod join;
 mod links;
+mod measure;
 mod model;
 mod new;
 mod precision;
@@ -70,6 +71,8 @@ enum Command {
     Join(join::Arguments),
     /// List what this machine can train on, with memory and a measured rate of matrix products.
     Devices(devices::Arguments),
+    /// Measure what this machine brings to a run: tokens per second of a model in training.
+    Measure(measure::Arguments),
     /// Look at a run, living or finished.
     Status(status::Arguments),
     /// Continue a text with the model.
@@ -111,6 +114,7 @@ pub fn run(devices: &dyn Devices) -> ExitCode {
         Command::Remote(arguments) => remote::run(&arguments),
         Command::Join(arguments) => join::run(&arguments, devices),
         Command::Devices(arguments) => devices::run(&arguments, devices),
+        Command::Measure(arguments) => measure::run(&arguments, devices),
         Command::Status(arguments) => status::run(&arguments),
         Command::Generate(arguments) => speak::generate(&arguments),
         Command::Eval(arguments) => speak::eval(&arguments),

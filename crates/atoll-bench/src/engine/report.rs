@@ -10,7 +10,7 @@ use atoll_core::model::ModelConfig;
 
 use super::others::Others;
 use super::side::Answer;
-use super::spec::{self, Cell, Contender, LENGTH, Number, ROWS, VOCABULARY, flop_per_token};
+use super::spec::{self, Cell, Contender, LENGTH, Number, ROWS, VOCABULARY};
 use super::torch::Torch;
 use crate::{Figures, median, quantile};
 
@@ -120,7 +120,7 @@ impl Results {
     fn share(&self, measured: &Measured) -> Option<f64> {
         let Cell { number, threads, .. } = measured.cell;
         let ceiling = self.ceilings.iter().find(|ceiling| (ceiling.number, ceiling.threads) == (number, threads))?;
-        let flop = flop_per_token(&self.model) * (ROWS * LENGTH) as f64;
+        let flop = self.model.flop_per_token(LENGTH) * (ROWS * LENGTH) as f64;
         let rounds = measured.seconds.iter().zip(&ceiling.flops);
         Some(median(rounds.map(|(seconds, peak)| flop / seconds / peak).collect())).filter(|&share| share <= 1.0)
     }
@@ -266,7 +266,7 @@ mod tests {
         assert_eq!(figures["memory_vs_torch"], 0.25);
         assert_eq!(figures["threads_2_vs_1"], 1.9);
         assert_eq!(figures["mini_2_threads_fp32_atoll_tokens_per_second"], 2048.0);
-        let share = 2048.0 * flop_per_token(&spec::model("mini").unwrap()) / 1e12;
+        let share = 2048.0 * spec::model("mini").unwrap().flop_per_token(LENGTH) / 1e12;
         assert!((figures["fma_peak_share_fp32"] - share).abs() < 1e-12);
     }
 

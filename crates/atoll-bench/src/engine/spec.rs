@@ -148,13 +148,6 @@ pub(crate) fn model(preset: &str) -> Result<ModelConfig> {
     ModelConfig::preset(preset, VOCABULARY, LENGTH).with_context(|| format!("there is no preset {preset}"))
 }
 
-/// 6 per parameter (the embedding counts once, as the output's matrix) and, for the scores and sums of
-/// attention, of which a causal mask leaves half, 12·L·(H·hd)·T/2.
-pub(crate) fn flop_per_token(model: &ModelConfig) -> f64 {
-    let width = model.num_attention_heads * model.head_dim;
-    (6 * model.parameters() + 12 * model.num_hidden_layers * width * LENGTH / 2) as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,11 +159,5 @@ mod tests {
         let text = serde_json::to_string(&spec).unwrap();
         assert!(text.contains(r#""precision":"bf16""#) && text.contains(r#""compiled":true"#), "{text}");
         assert_eq!(serde_json::from_str::<Spec>(&text).unwrap(), spec);
-    }
-
-    #[test]
-    fn a_token_of_mini_takes_79_million_operations() {
-        let model = model("mini").unwrap();
-        assert_eq!(flop_per_token(&model), 6.0 * 12_587_904.0 + 12.0 * 6.0 * 384.0 * 128.0);
     }
 }
