@@ -87,6 +87,8 @@ struct Item {
 const CHUNK: u64 = 32 << 20;
 /// The journal grows at its end, and what is whole need not be put again.
 const JOURNAL_CHUNK: u64 = 1 << 20;
+/// Entries that are hardly ever more in one segment.
+const SEGMENT_USUAL: u64 = 64;
 /// A store that does not take the journal for so long ends the coordinator.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -123,27 +125,22 @@ impl Shared {
         bytes.map(|bytes| String::from_utf8(bytes).context("the journal in the object store is damaged")).transpose()
     }
 
-    /// The lines from entry number `first` on of the segment that has it, wherever that begins.
+    /// What stands behind entry number `entry` in its segment, which is nothing if that entry is its last; none if the entry
+    /// is not here.
     ///
     /// # Errors
     /// If the store fails.
-    pub fn rest_of_segment(&self, first: u64) -> Result<Option<String>> {
+    pub fn rest_behind(&self, entry: u64) -> Result<Option<String>> {
+        // What is appended at once is little, and a run may have millions of segments: it is not worth a list of them.
+        for begin in (entry.saturating_sub(SEGMENT_USUAL).max(1)..=entry).rev() {
+            if let Some(lines) = self.segment(begin)? {
+                return Ok(rest(&lines, entry - begin + 1));
+            }
+        }
         let names = self.objects.list("journal")?;
-        let begins = names.iter().filter_map(|name| name.parse().ok()).filter(|begin: &u64| *begin <= first).max();
-        let Some(begin) = begins else { return Ok(None) };
-        let Some(lines) = self.segment(begin)? else { return Ok(None) };
-        let rest: String = lines.split_inclusive('\n').skip((first - begin) as usize).collect();
-        Ok((!rest.is_empty()).then_some(rest))
-    }
-
-    /// How many entries the journal here has.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub fn entries(&self) -> Result<u64> {
-        let names = self.objects.list("journal")?;
-        let Some(last) = names.iter().filter_map(|name| name.parse::<u64>().ok()).max() else { return Ok(0) };
-        Ok(last - 1 + self.segment(last)?.unwrap_or_default().lines().count() as u64)
+        let begin = names.iter().filter_map(|name| name.parse().ok()).filter(|begin: &u64| *begin <= entry).max();
+        let Some(begin) = begin else { return Ok(None) };
+        Ok(self.segment(begin)?.and_then(|lines| rest(&lines, entry - begin + 1)))
     }
 
     /// Puts the lines from entry number `first` on, unless another coordinator has. Tries for a while if the store fails:
@@ -355,6 +352,12 @@ impl Shared {
     }
 }
 
+/// What stands behind the first `count` of these lines; none if they are not so many.
+fn rest(lines: &str, count: u64) -> Option<String> {
+    let all: Vec<&str> = lines.split_inclusive('\n').collect();
+    all.get(count as usize..).map(<[&str]>::concat)
+}
+
 /// Whether a snapshot was being fetched into that run folder when its process died.
 pub fn is_fetching(dir: &RunDir) -> bool {
     fetching(dir).exists()
@@ -393,15 +396,17 @@ mod tests {
     #[test]
     fn a_segment_belongs_to_whoever_came_first() {
         let (_folder, shared, _) = shared();
-        assert_eq!(shared.entries().unwrap(), 0);
+        assert_eq!(shared.rest_behind(1).unwrap(), None);
         assert_eq!(shared.publish(1, "a\nb\n").unwrap(), Published::Ours);
         assert_eq!(shared.publish(1, "a\nb\n").unwrap(), Published::Ours, "an answer may be lost");
         assert_eq!(shared.publish(1, "c\n").unwrap(), Published::Taken);
         assert_eq!(shared.publish(3, "d\n").unwrap(), Published::Ours);
-        assert_eq!(shared.entries().unwrap(), 3);
         assert_eq!(shared.segment(2).unwrap(), None);
-        assert_eq!(shared.rest_of_segment(2).unwrap().as_deref(), Some("b\n"));
-        assert_eq!(shared.rest_of_segment(4).unwrap(), None);
+        let rest = |entry| shared.rest_behind(entry).unwrap();
+        assert_eq!(rest(1).as_deref(), Some("b\n"));
+        assert_eq!((rest(2).as_deref(), rest(3).as_deref(), rest(4)), (Some(""), Some(""), None));
+        assert_eq!(shared.publish(4, &"e\n".repeat(100)).unwrap(), Published::Ours);
+        assert_eq!((rest(101).as_deref(), rest(103).as_deref(), rest(104)), (Some("e\ne\n"), Some(""), None));
     }
 
     #[test]

@@ -257,16 +257,14 @@ impl<'a> Standby<'a> {
 
     /// Finds where the folder's journal goes on in the store: perhaps amid a segment.
     fn join_the_journal(&mut self) -> Result<()> {
-        let (here, there) = (self.state.book.entries, self.shared.entries()?);
-        if here > there {
-            bail!(
-                "the journal in {} has {here} entries, that in the object store {there}\nhint: is coordinator.store right? If the store lost some, say --new-store with an empty prefix",
+        let here = self.state.book.entries;
+        match self.shared.rest_behind(here)? {
+            Some(rest) if rest.is_empty() => Ok(()),
+            Some(rest) => self.take(rest),
+            None => bail!(
+                "the journal in {} has {here} entries, and the object store does not have all of them\nhint: is coordinator.store right? If the store lost some, say --new-store with an empty prefix",
                 self.prepared.dir.0.display()
-            );
-        }
-        match self.shared.rest_of_segment(here + 1)? {
-            Some(text) => self.take(text),
-            None => Ok(()),
+            ),
         }
     }
 
