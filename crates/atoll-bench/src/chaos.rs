@@ -203,7 +203,7 @@ fn most(times: &[f64]) -> f64 {
 const FAULTS: &str = "
 Seconds, each the median and the most. Detected: until the leader knew. Survivors' commit: until the first commit
 without the site, or the first after the fault's end, from the fault and from its detection. Trains: from restart,
-resumption or healed link to the first step on the present model; contributes: to the first commit with work that
+resumption or healed link to the first step on the model as it was then; contributes: to the first commit with work that
 set out from it. Takeover: from the fault to the first commit under the next leader.
 
 fault              count      detected   survivors' commit     detected to it          trains     contributes        takeover";
@@ -254,19 +254,14 @@ fn print_summary(verdict: &Verdict, evidence: &Evidence) {
         let value = figures.get(name).copied().unwrap_or(f64::NAN);
         println!("{name:38} {value:>9.3}   {wanted:14} {others}");
     }
-    println!(
-        "\n{} faults and {} commits in {:.0} s; {:.0} tokens/s without faults, {:.1} % of the time in inner steps; {} processes",
-        verdict.aftermaths.len(),
-        verdict.commits,
-        evidence.notes.storm.1 - evidence.notes.storm.0,
-        verdict.calm_tokens_per_second,
-        verdict.calm_utilization * 100.0,
-        verdict.crashes,
-    );
-    println!(
-        "ended for no good reason; while cut off, a site took no step for at most {:.1} s\n",
-        verdict.longest_stall_cut
-    );
+    let seconds = evidence.notes.storm.1 - evidence.notes.storm.0;
+    let Verdict { commits, calm_tokens_per_second, calm_utilization, crashes, .. } = verdict;
+    println!("\n{} faults and {commits} commits in {seconds:.0} s.", verdict.aftermaths.len());
+    let busy = calm_utilization * 100.0;
+    println!("Without faults {calm_tokens_per_second:.0} tokens/s, {busy:.1} % of the time in inner steps.");
+    println!("{crashes} processes ended for no good reason.");
+    println!("While cut off, a site took no step for at most {:.1} s.", verdict.longest_stall_cut);
+    println!("{} contributions that sites were told are in the model were looked for.\n", verdict.contributions_told);
 }
 
 fn figures(verdict: &Verdict, evidence: &Evidence) -> Figures {
@@ -291,6 +286,7 @@ fn figures(verdict: &Verdict, evidence: &Evidence) -> Figures {
         ("rejoin_commit_seconds_p50", middle(&rejoin_commit)),
         ("takeover_seconds_p50", middle(&takeover)),
         ("takeover_seconds_max", most(&takeover)),
+        ("contributions_told", verdict.contributions_told as f64),
         ("tokens_lost", verdict.tokens_lost),
         ("commits_lost", verdict.commits_lost as f64),
         ("states_wiped", verdict.states_wiped as f64),

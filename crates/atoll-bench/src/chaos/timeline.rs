@@ -11,8 +11,9 @@ use super::evidence::Evidence;
 use super::storm::{KINDS, Kind};
 use super::verdict::{commits, context, tokens};
 
-/// Pixels: of the picture, of its left margin, of a lane, of the curve.
+/// Pixels: of the picture, up to where its lanes go and from where, of a lane, of the curve.
 const WIDTH: f64 = 1500.0;
+const RIGHT: f64 = WIDTH - 30.0;
 const LEFT: f64 = 90.0;
 const LANE: f64 = 30.0;
 const CURVE: f64 = 130.0;
@@ -49,13 +50,13 @@ struct Scale {
 
 impl Scale {
     fn x(&self, at: f64) -> f64 {
-        (LEFT + (at - self.begin) * self.pixels_per_second).clamp(LEFT, WIDTH - 10.0)
+        (LEFT + (at - self.begin) * self.pixels_per_second).clamp(LEFT, RIGHT)
     }
 }
 
 fn picture(evidence: &Evidence) -> String {
     let (begin, end) = evidence.notes.storm;
-    let scale = Scale { begin, pixels_per_second: (WIDTH - LEFT - 10.0) / (end - begin) };
+    let scale = Scale { begin, pixels_per_second: (RIGHT - LEFT) / (end - begin) };
     let names = evidence.sites.iter().map(|site| site.name.as_str());
     let places: Vec<&str> = COORDINATORS.into_iter().chain(names).collect();
     let ticks = TOP + LANE * places.len() as f64;
@@ -95,7 +96,7 @@ fn lane(svg: &mut String, evidence: &Evidence, scale: &Scale, place: &str, y: f6
     let _ = writeln!(
         svg,
         "<line class=\"faint\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{}\" y2=\"{}\"/>",
-        WIDTH - 10.0,
+        RIGHT,
         y + LANE / 2.0,
         y + LANE / 2.0
     );
@@ -145,17 +146,38 @@ fn curve_of_tokens(svg: &mut String, evidence: &Evidence, scale: &Scale, y: f64)
     let _ = writeln!(
         svg,
         "<line class=\"calm\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{level:.1}\" y2=\"{level:.1}\"><title>without faults</title></line>",
-        WIDTH - 10.0
+        RIGHT
     );
     let _ = writeln!(svg, "<polyline class=\"line\" points=\"{}\"/>", line.join(" "));
 }
 
 fn minutes(svg: &mut String, scale: &Scale, storm: (f64, f64), y: f64) {
-    let _ = writeln!(svg, "<line class=\"faint\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{y}\" y2=\"{y}\"/>", WIDTH - 10.0);
+    let _ = writeln!(svg, "<line class=\"faint\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{y}\" y2=\"{y}\"/>", RIGHT);
     let every = if storm.1 - storm.0 > 600.0 { 300 } else { 60 };
     for seconds in (0..=(storm.1 - storm.0) as u32).step_by(every) {
         let x = scale.x(storm.0 + f64::from(seconds));
         let _ =
             writeln!(svg, "<text x=\"{x:.0}\" y=\"{}\" text-anchor=\"middle\">{} min</text>", y + 18.0, seconds / 60);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chaos::evidence::SiteEvidence;
+    use crate::chaos::weather::{Happened, Notes};
+
+    #[test]
+    fn a_fault_is_a_span_in_its_places_lane() {
+        let fault = Happened { kind: Kind::CutSite, place: "site-1".to_string(), began: 150.0, ended: 160.0 };
+        let notes = Notes { calm: (0.0, 100.0), storm: (100.0, 200.0), faults: vec![fault], ..Notes::default() };
+        let site = SiteEvidence { name: "site-1".to_string(), moments: Vec::new(), told: Vec::new() };
+        let evidence = Evidence { notes, entries: Vec::new(), sites: vec![site], gone: Vec::new() };
+        let svg = picture(&evidence);
+        assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n") && !svg.contains("NaN"));
+        let middle = f64::midpoint(LEFT, RIGHT);
+        let lane = TOP + 2.0 * LANE + 5.0;
+        assert!(svg.contains(&format!("<rect x=\"{middle:.1}\" y=\"{lane:.1}\" width=\"138.0\"")), "{svg}");
+        assert!(svg.contains("site-1: site cut off, 50 s to 60 s"));
     }
 }

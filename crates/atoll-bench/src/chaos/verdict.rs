@@ -33,6 +33,8 @@ pub(super) struct Verdict {
     pub(super) longest_stall: f64,
     /// The same for sites while they were cut off.
     pub(super) longest_stall_cut: f64,
+    /// Contributions that sites were told are in the model: what the next two rest on.
+    pub(super) contributions_told: usize,
     /// See [`lost`].
     pub(super) tokens_lost: f64,
     /// Commits that sites were told of and that are not in the journal.
@@ -57,8 +59,8 @@ pub(super) struct Aftermath {
     pub(super) commit_after_detection: Option<f64>,
     /// Whether a coordinator led all the while from the fault to that commit.
     pub(super) is_led: bool,
-    /// From the end of the fault to the first step of the site that follows the present model: after loading it, for a
-    /// process that was started anew; else after taking in a commit.
+    /// From the end of the fault to the first step of the site that sets out from the model as it was then, or later: the
+    /// version of a fragment that is in the contribution of [`Self::rejoin_commit`], or an earlier one that is new enough.
     pub(super) rejoin: Option<f64>,
     /// From the end of the fault to the first commit with a contribution of the site that set out from the version which
     /// its fragment had then, or from a later one.
@@ -91,6 +93,7 @@ pub(super) fn judge(evidence: &Evidence) -> Verdict {
         participation: participation(evidence, &commits),
         longest_stall: stalls(|(living, _)| living),
         longest_stall_cut: stalls(|(_, cut)| cut),
+        contributions_told: told(sites).len(),
         tokens_lost: lost(evidence, context),
         commits_lost: commits_lost(sites, entries),
         states_wiped: wiped(evidence),
@@ -247,9 +250,10 @@ fn aftermath(evidence: &Evidence, commits: &[Timed<'_>], fault: &Happened) -> Af
     let mut leaders = evidence.notes.faults.iter().filter(|other| other.kind.is_of_leader());
     let lead = |other: &Happened| (other.began, takeover(&evidence.entries, other.began).unwrap_or(other.ended));
     aftermath.is_led = !leaders.any(|other| touch(lead(other), (*began, until)));
-    aftermath.rejoin = trains_again(evidence, fault).filter(|at| *at < next_fault).map(|at| at - ended);
-    aftermath.rejoin_commit =
-        contributes_again(commits, place, *ended).filter(|at| *at < next_fault).map(|at| at - ended);
+    if let Some(back) = contributes_again(commits, place, *ended).filter(|back| back.at < next_fault) {
+        aftermath.rejoin_commit = Some(back.at - ended);
+        aftermath.rejoin = trains_again(evidence, fault, &back).map(|at| at - ended);
+    }
     aftermath
 }
 
@@ -283,36 +287,67 @@ fn takeover(entries: &[(f64, Entry)], began: f64) -> Option<f64> {
     later.find(|(_, entry)| matches!(entry, Entry::Committed(_))).map(|(at, _)| *at)
 }
 
-/// The first step that follows the model as it is.
-fn trains_again(evidence: &Evidence, fault: &Happened) -> Option<f64> {
-    let site = evidence.sites.iter().find(|site| site.name == fault.place)?;
-    let mut later = site.moments.iter().filter(|moment| moment.begin > fault.ended);
-    if fault.kind != Kind::KillSite {
-        later.find(|moment| matches!(moment.act, Act::Write(_)))?;
-    }
-    later.find(|moment| moment.act == Act::Step).map(|moment| moment.begin)
+/// The first contribution that set out from the model as it was at some moment, or later.
+struct Back {
+    /// When it was committed.
+    at: f64,
+    fragment: u16,
+    /// Commits of the fragment between that moment and the version that it set out from.
+    newer: usize,
 }
 
-/// The first commit with a contribution that set out from the model as it was then, or is later.
-fn contributes_again(commits: &[Timed<'_>], site: &str, since: f64) -> Option<f64> {
+fn contributes_again(commits: &[Timed<'_>], site: &str, since: f64) -> Option<Back> {
     let version = |fragment: u16| {
         let earlier = commits.iter().filter(|(at, commit)| *at <= since && commit.fragment.0 == fragment);
         earlier.map(|(_, commit)| commit.version).max().unwrap_or(0)
     };
-    let later = commits.iter().filter(|(at, _)| *at > since);
-    let is_new = |commit: &Commit| {
-        contribution(commit, site).is_some_and(|accepted| accepted.base >= version(commit.fragment.0))
-    };
-    later.into_iter().find(|(_, commit)| is_new(commit)).map(|(at, _)| *at)
+    let mut later = commits.iter().filter(|(at, _)| *at > since);
+    later.find_map(|(at, commit)| {
+        let fragment = commit.fragment.0;
+        let newer = contribution(commit, site)?.base.checked_sub(version(fragment))?;
+        Some(Back { at: *at, fragment, newer: newer as usize })
+    })
+}
+
+/// The first step after the site had taken in the version of that moment. It takes in one after the other, so that is as
+/// many writes before the contribution was taken as there are newer ones in it.
+fn trains_again(evidence: &Evidence, fault: &Happened, back: &Back) -> Option<f64> {
+    let site = evidence.sites.iter().find(|site| site.name == fault.place)?;
+    let (read, write) = (Act::Read(back.fragment), Act::Write(back.fragment));
+    // A read before a write serves the write.
+    let pairs = site.moments.windows(2).filter(|pair| pair[0].act == read && pair[1].act != write);
+    let taken = pairs.map(|pair| pair[0].begin).take_while(|at| *at < back.at).last()?;
+    let since = |moment: &&crate::emulated::Moment| moment.begin > fault.began && moment.begin < taken;
+    let writes: Vec<f64> =
+        site.moments.iter().filter(since).filter(|moment| moment.act == write).map(|moment| moment.end).collect();
+    let current = writes.len().checked_sub(1 + back.newer).map_or(fault.ended, |index| writes[index]);
+    let mut steps = site.moments.iter().filter(|moment| moment.act == Act::Step);
+    steps.find(|step| step.begin > current.max(fault.ended)).map(|step| step.begin)
 }
 
 // ---- what must not be ----
+
+/// A contribution: its site, the session and its number there.
+type Contribution = (String, u64, u64);
+
+/// The contributions that sites were told are in the model, with the version that has them.
+fn told(sites: &[SiteEvidence]) -> BTreeMap<Contribution, u64> {
+    let told = sites.iter().flat_map(|site| site.told.iter().map(move |told| (&site.name, told)));
+    let committed = told.flat_map(|(site, told)| {
+        let versions = told.settled.iter().filter_map(|(number, settled)| match settled {
+            Settled::Committed(version) => Some((*number, *version)),
+            Settled::Refused(_) => None,
+        });
+        versions.map(move |(number, version)| ((site.clone(), told.session, number), version))
+    });
+    committed.collect()
+}
 
 /// Tokens that a site was told are in the model and that are in no commit of the journal, by contribution and version; and
 /// tokens that are in several commits. A contribution that is not in the journal counts as many as a usual one.
 fn lost(evidence: &Evidence, context: u64) -> f64 {
     let mut sessions: BTreeMap<String, (u64, Option<DatasetId>)> = BTreeMap::new();
-    let mut settled: BTreeMap<(String, u64, u64), u64> = BTreeMap::new();
+    let mut settled: BTreeMap<Contribution, u64> = BTreeMap::new();
     let mut consumed: BTreeMap<Option<DatasetId>, Ranges> = BTreeMap::new();
     let (mut twice, mut samples) = (0, 0);
     for (_, entry) in &evidence.entries {
@@ -336,15 +371,7 @@ fn lost(evidence: &Evidence, context: u64) -> f64 {
         }
     }
     let usual = samples as f64 / settled.len().max(1) as f64;
-    let told = evidence.sites.iter().flat_map(|site| site.told.iter().map(move |told| (&site.name, told)));
-    let committed = told.flat_map(|(site, told)| {
-        let versions = told.settled.iter().filter_map(|(number, settled)| match settled {
-            Settled::Committed(version) => Some((*number, *version)),
-            Settled::Refused(_) => None,
-        });
-        versions.map(move |(number, version)| ((site.clone(), told.session, number), version))
-    });
-    let told: BTreeMap<(String, u64, u64), u64> = committed.collect();
+    let told = told(&evidence.sites);
     let missing = told.iter().filter(|(contribution, version)| settled.get(contribution) != Some(version)).count();
     (twice as f64 + missing as f64 * usual) * context as f64
 }
@@ -515,7 +542,9 @@ mod tests {
             commit(16.0, 4, &[("a", 1, 1, (0, 1)), b]),
             commit(18.0, 5, &[("a", 1, 3, (0, 1)), b]),
         ];
-        let sites = vec![site("a", &[(Act::Step, 12.0), (Act::Write(0), 15.0), (Act::Step, 15.5)]), site("b", &[])];
+        let acts =
+            [(Act::Step, 12.0), (Act::Write(0), 15.0), (Act::Step, 15.5), (Act::Read(0), 17.0), (Act::Step, 17.5)];
+        let sites = vec![site("a", &acts), site("b", &[])];
         let mut evidence = evidence(entries, sites, vec![fault(Kind::KillSite, "a", 12.1, 14.5)]);
         evidence.gone = vec![(12.2, "hub".to_string(), "a".to_string())];
         let aftermath = judge(&evidence).aftermaths[0].clone();
@@ -530,13 +559,29 @@ mod tests {
 
     #[test]
     fn a_site_that_was_cut_off_is_back_with_a_commit() {
-        let acts = [(Act::Step, 13.0), (Act::Step, 16.0), (Act::Write(0), 17.0), (Act::Step, 17.5)];
-        let mut evidence = evidence(vec![began()], vec![site("a", &acts)], vec![fault(Kind::CutSite, "a", 12.0, 15.0)]);
+        let b = ("b", 1, 0, (1, 2));
+        let entries = vec![
+            began(),
+            commit(11.0, 1, &[b]),
+            commit(13.0, 2, &[b]),
+            commit(16.6, 3, &[b]),
+            commit(18.5, 4, &[("a", 1, 3, (0, 1)), b]),
+        ];
+        let acts = [
+            (Act::Step, 13.0),
+            (Act::Write(0), 15.2),
+            (Act::Step, 16.0),
+            (Act::Write(0), 16.8),
+            (Act::Step, 17.5),
+            (Act::Read(0), 18.0),
+            (Act::Step, 18.2),
+        ];
+        let mut evidence = evidence(entries, vec![site("a", &acts)], vec![fault(Kind::CutSite, "a", 12.0, 15.0)]);
         evidence.notes.seen = vec![Seen { at: 14.5, site: "a".to_string(), state: "silent".to_string() }];
         let aftermath = judge(&evidence).aftermaths[0].clone();
         assert_eq!(aftermath.detection, Some(2.5));
-        assert!((aftermath.rejoin.unwrap() - 2.47).abs() < 1e-9);
-        assert_eq!(aftermath.rejoin_commit, None);
+        assert!((aftermath.rejoin.unwrap() - 0.97).abs() < 1e-9, "the first write was of what the others had then");
+        assert_eq!(aftermath.rejoin_commit, Some(3.5));
     }
 
     #[test]
