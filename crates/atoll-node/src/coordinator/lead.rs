@@ -198,13 +198,14 @@ impl<'a> Standby<'a> {
     fn wait(mut self, options: &Options, is_stopped: &dyn Fn() -> bool) -> Result<Turn> {
         let mut told = false;
         while !is_stopped() {
-            self.catch_up(is_stopped)?;
+            let is_up_to_date = self.catch_up()?;
             let beat = self.shared.leader()?.filter(|beat| beat.epoch == self.state.book.epoch);
-            self.vigil.look(self.clock.now(), self.state.book.entries + beat.as_ref().map_or(0, |beat| beat.number));
+            // Entries are no sign of life: this one may be reading what somebody wrote who died since.
+            self.vigil.look(self.clock.now(), beat.as_ref().map_or(0, |beat| beat.number));
             if matches!(&beat, Some(Beat { state: State::Finished, .. })) {
                 return Ok(Turn::Finished);
             }
-            if self.is_leaderless(beat.as_ref(), options) {
+            if is_up_to_date && self.is_leaderless(beat.as_ref(), options) {
                 match self.claim()? {
                     Some(holder) => return Ok(Turn::Lead(Box::new(self.state), holder)),
                     None => continue, // Somebody was faster, or the leader lives after all.
@@ -221,7 +222,9 @@ impl<'a> Standby<'a> {
                 told = true;
             }
             self.look_after_folder()?;
-            std::thread::sleep(LOOK);
+            if is_up_to_date {
+                std::thread::sleep(LOOK);
+            }
         }
         Ok(Turn::Stopped)
     }
@@ -268,14 +271,15 @@ impl<'a> Standby<'a> {
         }
     }
 
-    /// Takes all that came since: much of it, if this one was away, or the store is slow.
-    fn catch_up(&mut self, is_stopped: &dyn Fn() -> bool) -> Result<()> {
-        while !is_stopped() {
-            let Some(text) = self.shared.segment(self.state.book.entries + 1)? else { break };
+    /// Takes what came since, for as long as until the next look; true if that is all. Behind a leader that is faster than this one
+    /// it never is, and whoever follows must see all the same what else happens.
+    fn catch_up(&mut self) -> Result<bool> {
+        let began = Instant::now();
+        while began.elapsed() < LOOK {
+            let Some(text) = self.shared.segment(self.state.book.entries + 1)? else { return Ok(true) };
             self.take(text)?;
-            self.look_after_folder()?;
         }
-        Ok(())
+        Ok(false)
     }
 
     fn take(&mut self, text: String) -> Result<()> {
