@@ -203,6 +203,7 @@ impl<'a> Standby<'a> {
             // Entries are no sign of life: this one may be reading what somebody wrote who died since.
             self.vigil.look(self.clock.now(), beat.as_ref().map_or(0, |beat| beat.number));
             if matches!(&beat, Some(Beat { state: State::Finished, .. })) {
+                while !self.catch_up()? {} // The last entries may have come since.
                 return Ok(Turn::Finished);
             }
             if is_up_to_date && self.is_leaderless(beat.as_ref(), options) {
