@@ -198,13 +198,13 @@ impl<'a> Standby<'a> {
     fn wait(mut self, options: &Options, is_stopped: &dyn Fn() -> bool) -> Result<Turn> {
         let mut told = false;
         while !is_stopped() {
-            self.catch_up()?;
+            let is_caught_up = self.catch_up()?;
             let beat = self.shared.leader()?.filter(|beat| beat.epoch == self.state.book.epoch);
             self.vigil.look(self.clock.now(), self.state.book.entries + beat.as_ref().map_or(0, |beat| beat.number));
             if matches!(&beat, Some(Beat { state: State::Finished, .. })) {
                 return Ok(Turn::Finished);
             }
-            if self.is_leaderless(beat.as_ref(), options) {
+            if is_caught_up && self.is_leaderless(beat.as_ref(), options) {
                 match self.claim()? {
                     Some(holder) => return Ok(Turn::Lead(Box::new(self.state), holder)),
                     None => continue, // Somebody was faster, or the leader lives after all.
@@ -221,7 +221,9 @@ impl<'a> Standby<'a> {
                 told = true;
             }
             self.look_after_folder()?;
-            std::thread::sleep(LOOK);
+            if is_caught_up {
+                std::thread::sleep(LOOK);
+            }
         }
         Ok(Turn::Stopped)
     }
@@ -270,12 +272,16 @@ impl<'a> Standby<'a> {
         }
     }
 
-    /// Takes all that came since.
-    fn catch_up(&mut self) -> Result<()> {
-        while let Some(text) = self.shared.segment(self.state.book.entries + 1)? {
-            self.take(text)?;
+    /// Takes what came since, for a while: a leader may be faster for long. Tells whether that was all.
+    fn catch_up(&mut self) -> Result<bool> {
+        let began = Instant::now();
+        while began.elapsed() < LOOK {
+            match self.shared.segment(self.state.book.entries + 1)? {
+                Some(text) => self.take(text)?,
+                None => return Ok(true),
+            }
         }
-        Ok(())
+        Ok(false)
     }
 
     fn take(&mut self, text: String) -> Result<()> {
