@@ -163,7 +163,8 @@ pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<
     };
     let address = listener.local_addr()?.to_string();
     let (inputs, incoming) = mpsc::channel(1024);
-    let share = shared.as_ref().map(|shared| Share::new(shared.clone(), holder, address.clone(), &recovered));
+    let known_as = prepared.config.coordinator.advertise.clone().unwrap_or_else(|| address.clone());
+    let share = shared.as_ref().map(|shared| Share::new(shared.clone(), holder, known_as, &recovered));
     let mut heart = Heart::new(prepared, address.clone(), store, share, recovered)?;
     let is_told = Report::load(&dir.report()).is_ok_and(|report| report.state == "finished");
     if heart.machine.phase() == Phase::Finished && is_told && dir.model().join("config.json").exists() {
