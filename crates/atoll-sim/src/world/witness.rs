@@ -26,6 +26,8 @@ pub(super) struct Witness {
     trained: BTreeMap<(SiteId, DatasetId), BTreeSet<u64>>,
     /// Samples that commits say are in the model.
     consumed: BTreeSet<(DatasetId, u64)>,
+    /// Contributions in the model, by their payloads.
+    merged: BTreeSet<Digest>,
     /// What of it came from which site.
     shares: BTreeMap<SiteId, Share>,
     /// The epoch that is led, and who does.
@@ -100,7 +102,7 @@ impl Witness {
         let key = (site.clone(), fragment);
         let history = self.left.entry(key.clone()).or_default();
         for (place, &value) in taken.values.iter().enumerate().filter(|(_, value)| **value != 0.0) {
-            let owed = is_owed(history, taken.after, place, value);
+            let owed = is_owed(history, &self.merged, taken.after, place, value);
             check(owed, || format!("{site} takes up {value} of {fragment} that it does not owe"))?;
         }
         // What is in weights that were overwritten is given up.
@@ -161,6 +163,7 @@ impl Witness {
 
     fn see_commit(&mut self, commit: &Commit, sites: &[Island]) -> Result<(), String> {
         for accepted in &commit.contributions {
+            self.merged.insert(accepted.payload);
             if let Some(history) = self.left.get(&(accepted.site.clone(), commit.fragment)) {
                 let made = history.iter().skip(1).any(|left| left.residual.after == accepted.payload);
                 check(made, || format!("{} has taken up what is in the model after all", accepted.site))?;
@@ -189,12 +192,13 @@ impl Witness {
 }
 
 /// Whether a site owes `value` after a contribution: it must have been left then, or earlier if nothing in between has
-/// spoken of that weight.
-fn is_owed(history: &[Left], after: Digest, place: usize, value: f32) -> bool {
+/// spoken of that weight. What is not in the model has spoken in vain.
+fn is_owed(history: &[Left], merged: &BTreeSet<Digest>, after: Digest, place: usize, value: f32) -> bool {
     let last = history.iter().rposition(|left| left.residual.after == after);
     let mut since = history.iter().take(last.map_or(0, |last| last + 1)).rev();
     let was_left = |left: &Left| left.residual.values[place] == value;
-    since.find(|left| was_left(left) || left.spoken.contains(&place)).is_some_and(was_left)
+    let has_spoken = |left: &Left| left.spoken.contains(&place) && merged.contains(&left.residual.after);
+    since.find(|left| was_left(left) || has_spoken(left)).is_some_and(was_left)
 }
 
 pub(super) fn check(holds: bool, broken: impl FnOnce() -> String) -> Result<(), String> {
