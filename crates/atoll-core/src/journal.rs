@@ -723,6 +723,11 @@ impl Chain {
         Ok(entry)
     }
 
+    /// Whether the last line so far is this one.
+    pub fn ends_with(&self, line: &str) -> bool {
+        line.split_once(' ').is_some_and(|(hash, _)| hash == &self.0.to_string()[..16])
+    }
+
     /// The line that says `json` after all lines so far, entry or not.
     pub fn seal(mut self, json: &str) -> String {
         self.advance(json);

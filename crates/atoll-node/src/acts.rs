@@ -2,9 +2,10 @@
 //! takes them up within a second, before it lets anybody in, and when it begins to lead; once the journal has an act its file
 //! goes. So none is lost, whoever dies, and asking twice does no harm.
 
-use std::fs;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
+use std::{fs, io};
 
 use anyhow::{Context, Result};
 use atoll_core::hash::Digest;
@@ -34,9 +35,18 @@ pub fn ask(dir: &RunDir, act: &Act) -> Result<PathBuf> {
 /// # Errors
 /// If one cannot be understood: nobody may be let in whom the operator wants out.
 pub(crate) fn pending(dir: &RunDir) -> Result<Vec<(PathBuf, Act)>> {
-    let files = fs::read_dir(dir.acts()).into_iter().flatten().flatten().map(|file| file.path());
+    let folder = dir.acts();
+    let files = match fs::read_dir(&folder) {
+        Ok(files) => files.collect::<io::Result<Vec<_>>>(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => Err(error),
+    };
+    let files = files.with_context(|| {
+        format!("{} cannot be read\nhint: it must be readable for whoever runs the coordinator", folder.display())
+    })?;
+    let paths = files.into_iter().map(|file| file.path());
     let mut paths: Vec<PathBuf> =
-        files.filter(|path| path.extension().is_some_and(|extension| extension == "json")).collect();
+        paths.filter(|path| path.extension().is_some_and(|extension| extension == "json")).collect();
     paths.sort();
     let read = |path: PathBuf| {
         let text = fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
@@ -71,21 +81,22 @@ pub struct Known {
 /// # Errors
 /// If one of them cannot be read.
 pub fn known(dir: &RunDir, site: &SiteId) -> Result<Known> {
-    let mut known = Known::default();
+    let (mut known, mut tickets) = (Known::default(), BTreeSet::new());
     let entries = if dir.journal().exists() { read_entries(&dir.journal(), 0, Chain::default())? } else { Vec::new() };
     for entry in entries {
         match entry {
-            Entry::Invited { invitation, .. } if invitation.site == *site => known.is_invited = true,
-            Entry::Withdrawn { site: other, .. } if other == *site => known.is_invited = false,
-            Entry::Admitted { site: other, key, .. } | Entry::Rekeyed { site: other, to: key, .. }
-                if other == *site =>
-            {
+            Entry::Invited { ticket, invitation, .. } if invitation.site == *site => _ = tickets.insert(ticket),
+            Entry::Withdrawn { site: other, .. } if other == *site => tickets.clear(),
+            Entry::Admitted { site: other, key, ticket, .. } if other == *site => {
+                tickets.remove(&ticket);
                 known.key = Some((key, false));
             }
+            Entry::Rekeyed { site: other, to: key, .. } if other == *site => known.key = Some((key, false)),
             Entry::Revoked { site: other, key, .. } if other == *site => known.key = Some((key, true)),
             _ => {}
         }
     }
+    known.is_invited = !tickets.is_empty();
     for (_, act) in pending(dir)? {
         known.is_invited |= matches!(act, Act::Invite(_, invitation) if invitation.site == *site);
     }

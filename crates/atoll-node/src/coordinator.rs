@@ -30,6 +30,7 @@ use atoll_core::site::{SiteId, Time};
 use atoll_core::wire::{Frame, Purpose, Welcome};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch as signal};
+use tokio::time::MissedTickBehavior;
 
 use crate::crew::Crew;
 use crate::data::Tokenizer;
@@ -147,13 +148,19 @@ pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<
     let store = Store::open(dir.payloads())?;
     let shared = open_shared(&prepared.config, options)?;
     // Sites that find nobody here look elsewhere.
-    let listener = Some(listener).filter(|_| shared.is_none());
+    let mut listener = Some(listener).filter(|_| shared.is_none());
     let turn = {
         let (prepared, store, shared, options, stop) = (&prepared, &store, shared.as_ref(), options, &stop);
         tokio::task::block_in_place(|| lead::take_the_lead(prepared, store, shared, options, &|| *stop.borrow()))?
     };
     let (recovered, holder) = match turn {
-        Turn::Lead(recovered, holder) => (*recovered, holder),
+        Turn::Lead(recovered, holder, bound) => {
+            if let Some(bound) = bound {
+                bound.set_nonblocking(true)?;
+                listener = Some(TcpListener::from_std(bound)?);
+            }
+            (*recovered, holder)
+        }
         Turn::Stopped => return Ok(Ending::StoodBy(false)),
         Turn::Finished => return Ok(Ending::StoodBy(true)),
     };
@@ -281,6 +288,8 @@ struct Heart {
     kept: BTreeSet<Digest>,
     /// Sites that have been connected since the run finished.
     told: BTreeSet<SiteId>,
+    /// What the operator wanted done that is done and cannot be removed.
+    stuck: BTreeSet<PathBuf>,
     /// Keys that are off the list, for all connections to see.
     off_the_list: signal::Sender<BTreeSet<Digest>>,
     watch: Watch,
@@ -337,6 +346,7 @@ impl Heart {
             kept: snapshot::needed(&payloads, machine.book()),
             payloads,
             told: BTreeSet::new(),
+            stuck: BTreeSet::new(),
             off_the_list: signal::Sender::new(off_the_list(machine.book())),
             machine,
             watch,
@@ -350,6 +360,7 @@ impl Heart {
     /// Lives until the run is finished or stopped.
     async fn beat(&mut self, mut incoming: mpsc::Receiver<Input>, mut stop: signal::Receiver<bool>) -> Result<Ending> {
         let mut status = tokio::time::interval(Duration::from_secs_f64(STATUS_SECONDS));
+        status.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut finished: Option<Time> = None;
         loop {
             let now = self.clock.now();
@@ -358,9 +369,10 @@ impl Heart {
             tokio::select! {
                 biased;
                 _ = stop.wait_for(|stop| *stop) => return self.end("stopped").await.map(Ending::Stopped),
+                // Before what comes in: that may be without end.
+                _ = status.tick() => self.look_around()?,
                 Some(done) = self.done.1.recv() => self.finish(done)?,
                 Some(input) = incoming.recv() => self.take_all(input, &mut incoming)?,
-                _ = status.tick() => self.look_around()?,
                 () = tokio::time::sleep(sleep) => self.handle(Event::Tick),
             }
             self.carry_out()?;
@@ -395,9 +407,9 @@ impl Heart {
     fn take(&mut self, input: Input) -> Result<()> {
         match input {
             Input::Knock(knock) => return self.answer(knock),
-            Input::Asked { site, request, reply } => {
+            Input::Asked { site, key, request, reply } => {
                 self.carry_out()?;
-                let answer = self.serve(&site, request)?;
+                let answer = self.serve(&site, key, request)?;
                 let _ = reply.send(answer); // The peer may have hung up meanwhile.
             }
             // It was on its way when its key was revoked; its connection ends as well.
@@ -542,6 +554,9 @@ impl Heart {
             Entry::Rekeyed { site, from, .. } => {
                 tracing::info!("{site} has another key now");
                 self.off_the_list.send_modify(|keys| keys.extend([*from]));
+                if self.controls.remove(site).is_some() {
+                    self.handle(Event::Gone(site.clone()));
+                }
                 self.note(serde_json::json!({"event": "rekeyed", "site": site}));
             }
             Entry::Revoked { site, key, by } => {

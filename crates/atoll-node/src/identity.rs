@@ -2,7 +2,8 @@
 //! **ticket** carries all that a site needs to find a coordinator and to be let in once: addresses,
 //! the fingerprint of the coordinator's key, and a secret.
 
-use std::fs;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,7 +20,8 @@ use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Serialize};
 
 use crate::acts;
-use crate::run::{RunDir, write_atomically};
+use crate::data::file;
+use crate::run::RunDir;
 
 /// A key pair, ready for handshakes.
 #[derive(Debug, Clone)]
@@ -71,14 +73,18 @@ fn create_key(path: &Path) -> Result<()> {
     let key = PrivatePkcs8KeyDer::from(pkcs8.as_ref().to_vec());
     let text = STANDARD.encode(key.secret_pkcs8_der());
     let pem = format!("-----BEGIN PRIVATE KEY-----\n{text}\n-----END PRIVATE KEY-----\n");
-    write_atomically(path, pem.as_bytes())?;
+    file::write_with(path, |temporary| private(temporary)?.write_all(pem.as_bytes())).with_context(|| {
+        format!("{} cannot be written\nhint: is the disk full, or the folder read-only?", path.display())
+    })
+}
+
+/// A new file that nobody but its owner may ever read.
+fn private(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.write(true).create_new(true);
     #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-            .with_context(|| format!("{} cannot be made private", path.display()))?;
-    }
-    Ok(())
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
 }
 
 /// What a site needs to join a run.
@@ -160,6 +166,8 @@ impl Ticket {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use atoll_core::journal::Role;
 

@@ -26,6 +26,11 @@ pub enum Created {
     Before,
 }
 
+/// The store did not do what it was asked, and may do it later.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct StoreFailed(String);
+
 /// A store of objects by name. Names are relative paths of plain letters; all calls block.
 #[derive(Debug, Clone)]
 pub struct Objects {
@@ -106,10 +111,13 @@ impl Objects {
     fn bucket(scheme: &str, address: &str) -> Result<Kind> {
         let uri = OperatorUri::new(address, Vec::<(String, String)>::new())
             .map_err(|error| anyhow!("{address} is no address of an object store: {error}"))?;
+        if uri.authority().is_some_and(|authority| authority.contains('@')) {
+            bail!("an object store's address has no user in it\nhint: put credentials into the environment");
+        }
         let secrets = ["key", "secret", "token", "password"];
         if let Some(name) = uri.options().keys().find(|name| secrets.iter().any(|secret| name.contains(secret))) {
             bail!(
-                "{name} does not belong into the object store's address, which every site may see\nhint: put credentials into the environment"
+                "{name} does not belong into the object store's address, which is shown to people\nhint: put credentials into the environment"
             );
         }
         // The HTTP client takes rustls' provider from here; whoever set one before has set the same.
@@ -144,6 +152,18 @@ impl Objects {
             Kind::Folder(_) => true,
             Kind::Bucket(operator, _) => operator.info().capability().write_with_if_not_exists,
         }
+    }
+
+    /// Whether of two objects that must be new the first stays, tried for once: a server may ignore what it does not know.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub fn keeps_the_first(&self) -> Result<bool> {
+        let name = format!("probe/{:016x}", rand_name());
+        let answers = [self.create(&name, b"first")?, self.create(&name, b"second")?];
+        let stays = self.get(&name)?.is_some_and(|bytes| bytes == b"first");
+        self.remove(&name)?;
+        Ok(self.tells_who_came_first() && answers == [Created::Now, Created::Before] && stays)
     }
 
     /// Puts an object under a name that has none; if it has one, that one stays.
@@ -265,12 +285,12 @@ impl Objects {
         removed.with_context(|| self.complaint("removed from", name))
     }
 
-    fn complaint(&self, done: &str, name: &str) -> String {
+    fn complaint(&self, done: &str, name: &str) -> StoreFailed {
         let hint = match self.place.split_once("://").and_then(|(scheme, _)| BUCKETS.iter().find(|at| at.0 == scheme)) {
             Some((_, credentials)) => format!("is it reachable, and are {credentials} set?"),
             None => "is the disk full, or the folder read-only?".to_string(),
         };
-        format!("{name} cannot be {done} the object store {}\nhint: {hint}", self.place)
+        StoreFailed(format!("{name} cannot be {done} the object store {}\nhint: {hint}", self.place))
     }
 }
 

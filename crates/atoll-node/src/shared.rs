@@ -125,12 +125,12 @@ impl Shared {
         bytes.map(|bytes| String::from_utf8(bytes).context("the journal in the object store is damaged")).transpose()
     }
 
-    /// What stands behind entry number `entry` in its segment, which is nothing if that entry is its last; none if the entry
-    /// is not here.
+    /// The line of entry number `entry`, and what stands behind it in its segment, which is nothing if it is the last there; none
+    /// if the entry is not here.
     ///
     /// # Errors
     /// If the store fails.
-    pub fn rest_behind(&self, entry: u64) -> Result<Option<String>> {
+    pub fn rest_behind(&self, entry: u64) -> Result<Option<(String, String)>> {
         // What is appended at once is little, and a run may have millions of segments: it is not worth a list of them.
         for begin in (entry.saturating_sub(SEGMENT_USUAL).max(1)..=entry).rev() {
             if let Some(lines) = self.segment(begin)? {
@@ -154,10 +154,12 @@ impl Shared {
         loop {
             match self.objects.create(&name, lines.as_bytes()) {
                 Ok(Created::Now) => return Ok(Published::Ours),
-                Ok(Created::Before) => {
-                    let is_ours = self.segment(first)?.is_some_and(|there| there == lines);
-                    return Ok(if is_ours { Published::Ours } else { Published::Taken });
-                }
+                Ok(Created::Before) => match self.segment(first) {
+                    Ok(Some(there)) if there == lines => return Ok(Published::Ours),
+                    Ok(Some(_)) => return Ok(Published::Taken),
+                    Ok(None) => {}
+                    Err(error) => tracing::warn!("{error:#}; trying on"),
+                },
                 Err(error) if began.elapsed() > PATIENCE => return Err(error),
                 Err(error) => tracing::warn!("{error:#}; trying on"),
             }
@@ -352,10 +354,11 @@ impl Shared {
     }
 }
 
-/// What stands behind the first `count` of these lines; none if they are not so many.
-fn rest(lines: &str, count: u64) -> Option<String> {
+/// Line number `count` of these, and what stands behind it; none if they are not so many.
+fn rest(lines: &str, count: u64) -> Option<(String, String)> {
     let all: Vec<&str> = lines.split_inclusive('\n').collect();
-    all.get(count as usize..).map(<[&str]>::concat)
+    let line = all.get((count as usize).checked_sub(1)?)?;
+    Some((line.trim_end().to_string(), all[count as usize..].concat()))
 }
 
 /// Whether a snapshot was being fetched into that run folder when its process died.
@@ -402,11 +405,11 @@ mod tests {
         assert_eq!(shared.publish(1, "c\n").unwrap(), Published::Taken);
         assert_eq!(shared.publish(3, "d\n").unwrap(), Published::Ours);
         assert_eq!(shared.segment(2).unwrap(), None);
-        let rest = |entry| shared.rest_behind(entry).unwrap();
-        assert_eq!(rest(1).as_deref(), Some("b\n"));
-        assert_eq!((rest(2).as_deref(), rest(3).as_deref(), rest(4)), (Some(""), Some(""), None));
+        let behind = |entry| shared.rest_behind(entry).unwrap();
+        let at = |line: &str, rest: &str| Some((line.to_string(), rest.to_string()));
+        assert_eq!((behind(1), behind(2), behind(3), behind(4)), (at("a", "b\n"), at("b", ""), at("d", ""), None));
         assert_eq!(shared.publish(4, &"e\n".repeat(100)).unwrap(), Published::Ours);
-        assert_eq!((rest(101).as_deref(), rest(103).as_deref(), rest(104)), (Some("e\ne\n"), Some(""), None));
+        assert_eq!((behind(101), behind(103), behind(104)), (at("e", "e\ne\n"), at("e", ""), None));
     }
 
     #[test]

@@ -21,7 +21,8 @@ pub(crate) struct Arguments {
     /// tokenizer.json and coordinator.key of the run; the rest comes from the object store that coordinator.store names.
     #[arg(long)]
     standby: bool,
-    /// The run goes on in another object store than before, which is empty.
+    /// The run goes on in another object store than before, which is empty. Every other coordinator of the run must have been
+    /// stopped and be given the new address first.
     #[arg(long, conflicts_with = "standby")]
     new_store: bool,
     /// Stop when standard input ends.

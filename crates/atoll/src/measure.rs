@@ -90,7 +90,7 @@ pub(crate) fn run(arguments: &Arguments, devices: &dyn Devices) -> Result<()> {
 fn measure(arguments: &Arguments, devices: &dyn Devices) -> Result<Measured> {
     let &Arguments { vocab, context, rows, steps, .. } = arguments;
     if rows == 0 || steps == 0 {
-        bail!("--rows and --steps must be at least 1");
+        bail!("--rows and --steps must be at least 1\nhint: without them there are 8 rows and 10 steps");
     }
     let model = model(arguments)?;
     let device = device(arguments, devices)?;
@@ -133,7 +133,7 @@ fn model(arguments: &Arguments) -> Result<ModelConfig> {
         .ok_or_else(|| anyhow!("there is no preset '{preset}'\nhint: {}", PRESETS.map(|(name, _)| name).join(", ")))?;
     match model.problems().as_slice() {
         [] => Ok(model),
-        problems => bail!("no engine can build this: {}", problems.join("; ")),
+        problems => bail!("no engine can build this: {}\nhint: change --vocab or --context", problems.join("; ")),
     }
 }
 

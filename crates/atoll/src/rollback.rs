@@ -21,6 +21,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let done = roll_back(&prepared, arguments.to)?;
     println!("the run is at commit {} again, model and ledger; {} commits are undone", done.to, done.from - done.to);
     println!("what was is in {}, whole; remove it when nobody will miss it", done.aside.display());
+    if prepared.config.coordinator.store.is_some() {
+        println!(
+            "its object store still has what came later: stop all its coordinators, give them an empty prefix in coordinator.store, and"
+        );
+        println!(
+            "say --new-store the first time; a standby begins with run.toml, tokenizer.json and coordinator.key only"
+        );
+    }
     println!("`atoll coordinate {}` goes on; sites that come back start over from this model", arguments.dir.display());
     Ok(())
 }

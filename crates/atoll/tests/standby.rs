@@ -196,3 +196,29 @@ fn a_leader_that_restarts_leads_at_once_and_no_other_process_does() {
     std::thread::sleep(Duration::from_secs(4));
     assert!(fresh.0.try_wait().unwrap().is_none() && !Path::new(&pair.store).join("journal").exists());
 }
+
+#[test]
+fn a_run_that_was_rolled_back_does_not_go_on_over_what_came_later() {
+    let mut pair = Pair::new(LONG, None);
+    let mut leader = pair.lab.coordinate();
+    let _site = pair.join("a");
+    pair.lab.wait_for("commits", |report| report.commits > 8);
+    signal(&leader, "TERM");
+    assert!(wait(&mut leader).success());
+    let back = atoll(&["rollback", &pair.lab.path("run"), "--to", "4"]);
+    assert!(back.status.success() && text(&back.stdout).contains("--new-store"), "{}", text(&back.stderr));
+    let refused = atoll(&["coordinate", &pair.lab.path("run"), "--listen", &pair.lab.listen()]);
+    let error = text(&refused.stderr);
+    assert!(
+        !refused.status.success() && error.contains("tell different things") && error.contains("--new-store"),
+        "{error}"
+    );
+
+    let other = pair.lab.path("other-store");
+    pair.lab.change(&pair.store, &other);
+    pair.store = other;
+    let arguments = ["coordinate", &pair.lab.path("run"), "--listen", &pair.lab.listen(), "--new-store"];
+    let _leader = pair.lab.spawn("coordinator", &arguments);
+    pair.lab.wait_for("the run to go on", |report| report.state == "training" && report.commits > 8);
+    assert!(pair.book("run").epoch > 1);
+}

@@ -690,7 +690,7 @@ impl Coordinator {
         let is_fast = self.steps_for(site) >= self.lead.steps;
         let wanted = self.phase == Phase::Training || self.evaluation.last_look == Some(false);
         if wanted && due && !asked_lives && is_fast && self.views.contains_key(site) {
-            // Grows over restarts too, so that no site takes it for an old one.
+            // Another one after each restart, so that no site takes it for an old one.
             self.evaluation.request = now.0.max(self.evaluation.request + 1);
             self.evaluation.asked = Some((site.clone(), self.evaluation.request));
         }

@@ -433,7 +433,7 @@ impl Site {
         self.settle(standing, orders);
         self.resend(standing, orders);
         self.follow(standing, orders);
-        if let Some(request) = standing.evaluate.filter(|&request| request > self.evaluating && self.is_whole()) {
+        if let Some(request) = standing.evaluate.filter(|&request| request != self.evaluating && self.is_whole()) {
             self.evaluating = request;
             orders.push(SiteOrder::Evaluate(request));
         }

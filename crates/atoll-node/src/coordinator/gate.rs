@@ -47,6 +47,7 @@ pub(super) enum Input {
     /// Somebody wants to know or to do something.
     Asked {
         site: SiteId,
+        key: Digest,
         request: Request,
         reply: oneshot::Sender<Answer>,
     },
@@ -165,7 +166,7 @@ async fn receive(house: &Arc<House>, tcp: TcpStream, place: Place) -> Result<()>
         match purpose {
             Purpose::Control => control(house, site.clone(), link).await,
             Purpose::Data | Purpose::Enlist => data(house, &site, link).await,
-            Purpose::Desk => desk(house, &site, link).await,
+            Purpose::Desk => desk(house, &site, key, link).await,
         }
     };
     tokio::select! {
@@ -281,12 +282,12 @@ async fn data(house: &Arc<House>, site: &SiteId, link: Link) -> Result<()> {
 }
 
 /// Answers one question after another.
-async fn desk(house: &Arc<House>, site: &SiteId, mut link: Link) -> Result<()> {
+async fn desk(house: &Arc<House>, site: &SiteId, key: Digest, mut link: Link) -> Result<()> {
     while let Some(frame) = within(SILENCE_SECONDS, read_frame(&mut link)).await?? {
         let answer = match frame {
             Frame::Ask(request) => {
                 let (reply, answer) = oneshot::channel();
-                let asked = Input::Asked { site: site.clone(), request, reply };
+                let asked = Input::Asked { site: site.clone(), key, request, reply };
                 house.inputs.send(asked).await.map_err(|_| closed())?;
                 Frame::Answer(answer.await.map_err(|_| closed())?)
             }

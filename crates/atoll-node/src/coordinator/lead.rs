@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 
 use super::{Clock, Options, Prepared, first_weights};
 use crate::journal::JournalFile;
+use crate::objects::StoreFailed;
 use crate::report::Report;
 use crate::run::{RunDir, write_atomically};
 use crate::shared::{Beat, Published, Shared, State, is_fetching};
@@ -23,8 +25,8 @@ use crate::store::Store;
 
 /// What came of waiting for the lead.
 pub(super) enum Turn {
-    /// This coordinator leads, in this state.
-    Lead(Box<Recovered>, Digest),
+    /// This coordinator leads, in this state, as that holder; sites of a run in a store reach it here.
+    Lead(Box<Recovered>, Digest, Option<TcpListener>),
     /// It was stopped before.
     Stopped,
     /// The run was finished before.
@@ -33,6 +35,8 @@ pub(super) enum Turn {
 
 /// Seconds between two looks at the journal in the store.
 const LOOK: Duration = Duration::from_millis(250);
+/// After something that may go better later.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// Between two writings of a standby's `status.json`.
 const STATUS: Duration = Duration::from_millis(500);
 
@@ -49,7 +53,7 @@ pub(super) fn take_the_lead(
 ) -> Result<Turn> {
     let Some(shared) = shared else {
         let recovered = recover(prepared, store)?.map_or_else(|| begin(prepared), Ok)?;
-        return Ok(Turn::Lead(Box::new(recovered), Digest::default()));
+        return Ok(Turn::Lead(Box::new(recovered), Digest::default(), None));
     };
     check(shared, options)?;
     match open(prepared, store, shared, options, is_stopped)? {
@@ -63,14 +67,15 @@ fn recover(prepared: &Prepared, store: &Store) -> Result<Option<Recovered>> {
     snapshot::recover(dir, model, manifest, config.seed, store)
 }
 
+/// Looks whether the store keeps two coordinators apart.
 fn check(shared: &Shared, options: &Options) -> Result<()> {
-    if shared.objects().tells_who_came_first() {
+    let place = shared.objects().place();
+    if shared.objects().keeps_the_first()? {
         return Ok(());
     }
-    let place = shared.objects().place();
     if options.standby {
         bail!(
-            "the object store {place} does not tell who put an object first, so it cannot keep two coordinators apart\nhint: a standby needs a folder, s3, oss or cos"
+            "the object store {place} puts an object in place of another when it must not, so it cannot keep two coordinators apart\nhint: a standby needs a store with conditional puts (If-None-Match): a folder, S3 and most of what speaks like it, OSS or COS"
         );
     }
     tracing::warn!("{place} cannot keep two coordinators apart; see to it that there is only one");
@@ -95,13 +100,31 @@ fn open(
             shared.objects().place(),
             dir.0.display()
         ),
-        Some(local) if !options.standby => publish_all(dir, shared).map(|()| Some(local)),
+        Some(_) if options.standby => bail!(
+            "the object store {} is empty, and {} holds a run\nhint: start this coordinator without --standby, and it puts the run there",
+            shared.objects().place(),
+            dir.0.display()
+        ),
+        Some(local) => {
+            put_payloads(&local, store, shared)?;
+            publish_all(dir, shared).map(|()| Some(local))
+        }
         None if !has_begun && !options.standby => {
             let begun = begin(prepared)?;
             publish_all(dir, shared).map(|()| Some(begun))
         }
         _ => fetch(prepared, store, shared, is_stopped),
     }
+}
+
+/// Puts what the commits behind the newest snapshot have merged.
+fn put_payloads(local: &Recovered, store: &Store, shared: &Shared) -> Result<()> {
+    for digest in local.payloads.values().flatten() {
+        if let Some(bytes) = store.get(*digest) {
+            shared.put_payload(*digest, &bytes)?;
+        }
+    }
+    Ok(())
 }
 
 /// Puts the whole journal into an empty store.
@@ -125,9 +148,17 @@ fn fetch(
 ) -> Result<Option<Recovered>> {
     let mut told = false;
     while !is_stopped() {
-        if let Some(entries) = shared.fetch_snapshot(&prepared.dir)? {
-            tracing::info!("fetched the snapshot after {entries} entries from {}", shared.objects().place());
-            return recover(prepared, store);
+        match shared.fetch_snapshot(&prepared.dir) {
+            Ok(Some(entries)) => {
+                tracing::info!("fetched the snapshot after {entries} entries from {}", shared.objects().place());
+                return recover(prepared, store);
+            }
+            Ok(None) => {}
+            // It may have been dropped for a newer one while it was fetched; what has arrived is used for that.
+            Err(error) => {
+                tracing::warn!("{error:#}; trying on");
+                std::thread::sleep(TRY_AGAIN);
+            }
         }
         if !told {
             tracing::info!("waiting for the first snapshot in {}", shared.objects().place());
@@ -158,6 +189,14 @@ fn begin(prepared: &Prepared) -> Result<Recovered> {
     let mut journal = JournalFile::open(&dir.journal(), 0, Chain::default(), |_| bail!("the run has begun before"))?;
     journal.append(&[began])?;
     Ok(Recovered { journal, book, global, payloads: BTreeMap::new() })
+}
+
+/// What came of a look.
+enum Look {
+    Waits,
+    Finished,
+    /// As this holder, reached here.
+    Leads(Digest, TcpListener),
 }
 
 /// A coordinator that does not lead yet.
@@ -194,40 +233,67 @@ impl<'a> Standby<'a> {
         Ok(standby)
     }
 
-    /// Waits until it leads.
+    /// Waits until it leads. A store that fails is no reason to give up: whoever leads may be unable to do without it, too.
     fn wait(mut self, options: &Options, is_stopped: &dyn Fn() -> bool) -> Result<Turn> {
         let mut told = false;
         while !is_stopped() {
-            let is_up_to_date = self.catch_up()?;
-            let beat = self.shared.leader()?.filter(|beat| beat.epoch == self.state.book.epoch);
-            // Entries are no sign of life: this one may be reading what somebody wrote who died since.
-            self.vigil.look(self.clock.now(), beat.as_ref().map_or(0, |beat| beat.number));
-            if matches!(&beat, Some(Beat { state: State::Finished, .. })) {
-                while !self.catch_up()? {} // The last entries may have come since.
-                return Ok(Turn::Finished);
-            }
-            if is_up_to_date && self.is_leaderless(beat.as_ref(), options) {
-                match self.claim()? {
-                    Some(holder) => return Ok(Turn::Lead(Box::new(self.state), holder)),
-                    None => continue, // Somebody was faster, or the leader lives after all.
+            match self.look(options, &mut told) {
+                Ok(Look::Waits) => {}
+                Ok(Look::Finished) => return Ok(Turn::Finished),
+                Ok(Look::Leads(holder, listener)) => {
+                    return Ok(Turn::Lead(Box::new(self.state), holder, Some(listener)));
                 }
-            }
-            let leader = beat.map_or_else(|| "another coordinator".to_string(), |beat| beat.address);
-            if !options.standby && self.vigil.has_seen_life() {
-                bail!(
-                    "the run is led by {leader}\nhint: start this one with --standby; it goes on when that one is gone"
-                );
-            }
-            if options.standby && !told {
-                tracing::info!("standing by behind {leader}, at commit {}", self.state.book.commits());
-                told = true;
-            }
-            self.look_after_folder()?;
-            if is_up_to_date {
-                std::thread::sleep(LOOK);
+                Err(error) if options.standby && error.is::<StoreFailed>() => {
+                    tracing::warn!("{error:#}; trying on");
+                    std::thread::sleep(TRY_AGAIN);
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(Turn::Stopped)
+    }
+
+    /// Follows whoever leads, and looks whether somebody does.
+    fn look(&mut self, options: &Options, told: &mut bool) -> Result<Look> {
+        let is_up_to_date = self.catch_up()?;
+        let beat = self.shared.leader()?.filter(|beat| beat.epoch == self.state.book.epoch);
+        // Entries are no sign of life: this one may be reading what somebody wrote who died since.
+        self.vigil.look(self.clock.now(), beat.as_ref().map_or(0, |beat| beat.number));
+        if matches!(&beat, Some(Beat { state: State::Finished, .. })) {
+            while !self.catch_up()? {} // The last entries may have come since.
+            return Ok(Look::Finished);
+        }
+        if is_up_to_date && self.is_leaderless(beat.as_ref(), options) {
+            return self.take_over(options);
+        }
+        let leader = beat.map_or_else(|| "another coordinator".to_string(), |beat| beat.address);
+        if !options.standby && self.vigil.has_seen_life() {
+            bail!("the run is led by {leader}\nhint: start this one with --standby; it goes on when that one is gone");
+        }
+        if options.standby && !*told {
+            tracing::info!("standing by behind {leader}, at commit {}", self.state.book.commits());
+            *told = true;
+        }
+        self.look_after_folder()?;
+        if is_up_to_date {
+            std::thread::sleep(LOOK);
+        }
+        Ok(Look::Waits)
+    }
+
+    /// Leads, unless its address is taken, somebody was faster, or the leader lives after all.
+    fn take_over(&mut self, options: &Options) -> Result<Look> {
+        // Before the claim: whoever cannot be reached must push nobody aside.
+        let listener = match TcpListener::bind(&options.listen) {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::warn!("the address {} cannot be listened on: {error}; trying on", options.listen);
+                std::thread::sleep(TRY_AGAIN);
+                return Ok(Look::Waits);
+            }
+        };
+        let holder = self.claim()?;
+        Ok(holder.map_or(Look::Waits, |holder| Look::Leads(holder, listener)))
     }
 
     fn is_leaderless(&self, beat: Option<&Beat>, options: &Options) -> bool {
@@ -261,13 +327,15 @@ impl<'a> Standby<'a> {
 
     /// Finds where the folder's journal goes on in the store: perhaps amid a segment.
     fn join_the_journal(&mut self) -> Result<()> {
-        let here = self.state.book.entries;
+        let (here, folder) = (self.state.book.entries, self.prepared.dir.0.display());
         match self.shared.rest_behind(here)? {
-            Some(rest) if rest.is_empty() => Ok(()),
-            Some(rest) => self.take(rest),
+            Some((line, _)) if !self.state.journal.chain.ends_with(&line) => bail!(
+                "the journal in {folder} and the one in the object store tell different things\nhint: after a rollback the run needs an empty prefix in coordinator.store, and --new-store once; else put this folder aside and begin with run.toml, tokenizer.json and coordinator.key"
+            ),
+            Some((_, rest)) if rest.is_empty() => Ok(()),
+            Some((_, rest)) => self.take(rest),
             None => bail!(
-                "the journal in {} has {here} entries, and the object store does not have all of them\nhint: is coordinator.store right? If the store lost some, say --new-store with an empty prefix",
-                self.prepared.dir.0.display()
+                "the journal in {folder} has {here} entries, and the object store does not have all of them\nhint: is coordinator.store right? If the store lost some, say --new-store with an empty prefix"
             ),
         }
     }
@@ -328,10 +396,12 @@ impl<'a> Standby<'a> {
     fn begin_anew(&mut self) -> Result<()> {
         let newest = self.shared.snapshots()?.pop().filter(|entries| *entries > self.state.book.entries);
         if newest.is_none() {
-            bail!(
-                "a contribution is missing in the object store {}\nhint: restore its payloads/ from a backup",
+            tracing::warn!(
+                "a contribution is missing in the object store {}; waiting for a newer snapshot there",
                 self.shared.objects().place()
             );
+            std::thread::sleep(TRY_AGAIN);
+            return Ok(());
         }
         tracing::info!("too far behind; fetching the newest snapshot");
         self.shared.fetch_snapshot(&self.prepared.dir)?;

@@ -62,17 +62,27 @@ impl Heart {
 
     /// Does what the operator wants done about members.
     pub(super) fn take_up_acts(&mut self) -> Result<()> {
-        for (path, act) in acts::pending(&self.dir)? {
+        let pending = acts::pending(&self.dir)?.into_iter().filter(|(path, _)| !self.stuck.contains(path));
+        for (path, act) in pending.collect::<Vec<_>>() {
             self.handle(Event::Acted(act, None));
             self.carry_out()?;
-            acts::done(&path)?;
+            if let Err(error) = acts::done(&path) {
+                // It is in the journal, and done again it does nothing.
+                if self.stuck.insert(path) {
+                    tracing::warn!("{error:#}\nhint: remove it; it has been done");
+                }
+            }
         }
         Ok(())
     }
 
     /// What is asked at the desk.
-    pub(super) fn serve(&mut self, site: &SiteId, request: Request) -> Result<Answer> {
+    pub(super) fn serve(&mut self, site: &SiteId, key: Digest, request: Request) -> Result<Answer> {
         let book = self.machine.book();
+        // It may have lost its key since it asked.
+        if book.site_of(key) != Some(site) || book.is_off_the_list(key) {
+            return Ok(Answer::Refused(format!("the key of {site} is off the list\nhint: ask the run's operator")));
+        }
         let is_administrator = book.sites.get(site).is_some_and(|member| member.role == Role::Administer);
         let act = match request {
             Request::Look => {

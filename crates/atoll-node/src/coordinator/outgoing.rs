@@ -16,7 +16,7 @@ use super::shelf::{Bytes, lock};
 #[derive(Default)]
 pub(super) struct Outgoings(Mutex<BTreeMap<SiteId, Arc<Outgoing>>>);
 
-/// The queue of one site, as long as its control connection lives.
+/// The queue of one site, until it begins anew.
 pub(super) struct Outgoing {
     pieces: Mutex<VecDeque<Piece>>,
     /// As many permits as there are pieces.

@@ -1,7 +1,7 @@
 //! The leader's care for what of its run lies in the object store: signs of life, snapshots, and what is dropped. The
 //! heart decides when; each work here is a closure for a thread.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -136,7 +136,10 @@ impl Share {
             Ok(oldest) => {
                 let later = self.payloads.split_off(&(oldest + 1));
                 let old = std::mem::replace(&mut self.payloads, later);
-                self.drop_payloads(old.into_values().flatten().collect());
+                // The same bytes may be in a later commit too.
+                let needed: BTreeSet<Digest> = self.payloads.values().flatten().copied().collect();
+                let unneeded = old.into_values().flatten().filter(|digest| !needed.contains(digest));
+                self.drop_payloads(unneeded.collect());
             }
             Err(error) => tracing::warn!("{error:#}; the next snapshot may go better"),
         }

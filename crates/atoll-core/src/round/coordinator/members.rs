@@ -105,9 +105,12 @@ impl Coordinator {
         }
     }
 
-    /// Takes a key off the list, unless it is off already or the site has another one by now.
+    /// Takes a key off the list, or the one that its owner has put in its place since, unless it is off already or the name is
+    /// another's by now.
     fn revoke(&mut self, site: &SiteId, key: Digest, by: Option<SiteId>, orders: &mut Vec<Order>) {
-        let is_theirs = self.book.sites.get(site).is_some_and(|member| member.key == key);
+        let Some(present) = self.book.sites.get(site).map(|member| member.key) else { return };
+        let key = if self.book.replaced.get(&key) == Some(site) { present } else { key };
+        let is_theirs = present == key;
         if !is_theirs || self.book.is_revoked(site) {
             return;
         }
@@ -126,5 +129,35 @@ impl Coordinator {
         let revoked = open.filter(|(_, member)| self.book.revoked.contains_key(&member.key));
         let sites: Vec<SiteId> = revoked.map(|(site, _)| site.clone()).collect();
         sites.iter().for_each(|site| self.give_back(site, "the site's key was revoked", orders));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::{Book, Invitation};
+    use crate::round::{Event, Goal, Sync};
+    use crate::site::Time;
+
+    #[test]
+    fn nobody_escapes_a_revocation_by_a_new_key() {
+        let site: SiteId = "a".parse().unwrap();
+        let [layout, ticket, old, new] = [b"l", b"t", b"o", b"n"].map(|name| Digest::of(name));
+        let mut book = Book::default();
+        let theta = vec![layout];
+        book.apply(&Entry::Began { run: "r".into(), seed: 1, context: 4, layout, theta }).unwrap();
+        let goal = Goal { tokens: Some(8), minutes: None };
+        let mut machine = Coordinator::new(Sync { fragments: 1, ..Sync::default() }, goal, book, vec![4]);
+        let invitation = Invitation { site: site.clone(), role: Role::Train, expires: None };
+        machine.handle(Time(1), Event::Acted(Act::Invite(ticket, invitation), None));
+        machine.admit(old, Some(ticket), 1).unwrap();
+        machine.handle(Time(2), Event::Rekeyed(site.clone(), old, new));
+        assert_eq!(machine.book().site_of(new), Some(&site));
+        // The operator has read the journal before.
+        machine.handle(Time(3), Event::Acted(Act::Revoke(site.clone(), Some(old)), None));
+        assert!(machine.book().is_revoked(&site));
+        machine.handle(Time(4), Event::Rekeyed(site.clone(), new, Digest::of(b"x")));
+        assert_eq!(machine.admit(new, None, 1), Err(Refusal::Revoked(site.clone())));
+        assert_eq!(machine.admit(old, None, 1), Err(Refusal::Replaced(site)));
     }
 }
