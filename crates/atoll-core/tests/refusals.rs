@@ -267,7 +267,8 @@ impl Island {
         self.weights.iter_mut().flatten().for_each(|weight| *weight += 0.01 * steps as f32);
         let trained = self.leases.take_first(u64::from(steps) * ROWS);
         let progress = Progress { steps, tokens: trained.len() * CONTEXT, loss: 1.0 };
-        SiteEvent::Stepped { progress, trained, seconds: 0.1 }
+        // So slow that leases for a minute are few.
+        SiteEvent::Stepped { progress, trained, seconds: 10.0 }
     }
 
     fn change(&mut self, fragment: FragmentId, change: Change) {
