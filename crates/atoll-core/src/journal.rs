@@ -299,7 +299,7 @@ pub struct FragmentBook {
     /// The payload of each site's last contribution.
     #[serde(default)]
     pub delivered: BTreeMap<SiteId, Digest>,
-    /// Length and inner steps of a contribution: smoothed medians of commits with at least three; 0 before.
+    /// Length and inner steps of a contribution: smoothed medians of commits with at least two, of two the lesser; 0 before.
     #[serde(default)]
     pub typical: (f64, f64),
 }
@@ -319,10 +319,13 @@ impl FragmentBook {
             self.longest = self.longest.max(accepted.norm);
             self.fastest = self.fastest.max(accepted.norm / accepted.steps.max(1) as f64);
         }
-        // One of two could move their median.
-        if contributions.len() > 2 {
-            let median = |of: fn(&Accepted) -> f64| guard::upper_median(contributions.iter().map(of).collect());
-            let (norm, steps) = (median(|accepted| accepted.norm), median(|accepted| accepted.steps as f64));
+        // Of two the lesser: one of them could move any median. What one alone brings says nothing of others.
+        if contributions.len() > 1 {
+            let middle = |of: fn(&Accepted) -> f64| match contributions {
+                [a, b] => of(a).min(of(b)),
+                all => guard::upper_median(all.iter().map(of).collect()),
+            };
+            let (norm, steps) = (middle(|accepted| accepted.norm), middle(|accepted| accepted.steps as f64));
             let (usual_norm, usual_steps) = self.typical;
             self.typical = (plan::smooth(usual_norm, norm, USUAL_SHARE), plan::smooth(usual_steps, steps, USUAL_SHARE));
         }
