@@ -302,6 +302,9 @@ pub struct FragmentBook {
     /// Length and inner steps of a contribution: smoothed medians of commits with at least two, of two the lesser; 0 before.
     #[serde(default)]
     pub typical: (f64, f64),
+    /// Commits that taught this.
+    #[serde(default)]
+    pub taught: u64,
 }
 
 /// Weight of the newest contribution in what is usual.
@@ -326,6 +329,7 @@ impl FragmentBook {
                 all => guard::upper_median(all.iter().map(of).collect()),
             };
             let (norm, steps) = (middle(|accepted| accepted.norm), middle(|accepted| accepted.steps as f64));
+            self.taught += 1;
             let (usual_norm, usual_steps) = self.typical;
             self.typical = (plan::smooth(usual_norm, norm, USUAL_SHARE), plan::smooth(usual_steps, steps, USUAL_SHARE));
         }
@@ -562,6 +566,7 @@ impl Book {
             fastest: 0.0,
             delivered: BTreeMap::new(),
             typical: (0.0, 0.0),
+            taught: 0,
         };
         self.fragments = theta.iter().map(fragment).collect();
         Ok(())

@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 
 use super::Coordinator;
 use crate::data::DatasetId;
-use crate::journal::{Accepted, USUAL_MAX};
+use crate::journal::{Accepted, FragmentBook, USUAL_MAX};
 use crate::outer::{Guard, Usual};
 use crate::plan;
 use crate::round::{Receipt, Setting};
 use crate::site::SiteId;
+
+/// Commits after which it is known what is usual: while rates warm up, lengths grow much faster than steps.
+const TAUGHT_MIN: u64 = 8;
 
 impl Coordinator {
     /// Gives each dataset that is present the weight that its sites usually have; returns the share that these
@@ -46,13 +49,13 @@ impl Coordinator {
 
     /// How the merge of fragment number `index` protects itself.
     pub(super) fn guard(&self, index: usize) -> Guard {
-        let (norm, steps) = self.book.fragments[index].typical;
+        let FragmentBook { typical: (norm, steps), taught, .. } = self.book.fragments[index];
         let codec = match self.sync.up {
             Setting::Is(codec) => codec,
             Setting::Auto => plan::THINNEST.0,
         };
         let usual = Usual { norm, steps, density: codec.density() };
-        Guard { usual: Some(usual).filter(|usual| usual.norm > 0.0), ..self.sync.guard() }
+        Guard { usual: Some(usual).filter(|usual| usual.norm > 0.0 && taught >= TAUGHT_MIN), ..self.sync.guard() }
     }
 }
 
