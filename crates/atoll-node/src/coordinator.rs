@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Entry, Invitation};
 use atoll_core::manifest::{FragmentId, Manifest};
@@ -45,7 +45,7 @@ use crate::snapshot;
 use crate::store::Store;
 use arriving::Arriving;
 use gate::{House, Input, Knock};
-use lead::Turn;
+use lead::{Turn, bind};
 use log::Log;
 use members::off_the_list;
 use outgoing::Outgoings;
@@ -144,30 +144,22 @@ pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<
     rollback::finish(dir)?;
     let identity = Identity::load(&dir.key())?;
     allow_many_files();
-    let listener = bind(&options.listen).await?;
+    let listener = bind(&options.listen)?;
     let store = Store::open(dir.payloads())?;
     let shared = open_shared(&prepared.config, options)?;
-    // Sites that find nobody here look elsewhere.
-    let mut listener = Some(listener).filter(|_| shared.is_none());
     let turn = {
         let (prepared, store, shared, options, stop) = (&prepared, &store, shared.as_ref(), options, &stop);
-        tokio::task::block_in_place(|| lead::take_the_lead(prepared, store, shared, options, &|| *stop.borrow()))?
+        tokio::task::block_in_place(|| {
+            lead::take_the_lead(prepared, store, shared, listener, options, &|| *stop.borrow())
+        })?
     };
-    let (recovered, holder) = match turn {
-        Turn::Lead(recovered, holder, bound) => {
-            if let Some(bound) = bound {
-                bound.set_nonblocking(true)?;
-                listener = Some(TcpListener::from_std(bound)?);
-            }
-            (*recovered, holder)
-        }
+    let (recovered, holder, listener) = match turn {
+        Turn::Lead(recovered, holder, listener) => (*recovered, holder, listener),
         Turn::Stopped => return Ok(Ending::StoodBy(false)),
         Turn::Finished => return Ok(Ending::StoodBy(true)),
     };
-    let listener = match listener {
-        Some(listener) => listener,
-        None => bind(&options.listen).await?,
-    };
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
     let address = listener.local_addr()?.to_string();
     let (inputs, incoming) = mpsc::channel(1024);
     let known_as = prepared.config.coordinator.advertise.clone().unwrap_or_else(|| address.clone());
@@ -211,12 +203,6 @@ fn allow_many_files() {
             tracing::debug!("no more open files are allowed: {error}");
         }
     }
-}
-
-async fn bind(listen: &str) -> Result<TcpListener> {
-    TcpListener::bind(listen).await.with_context(|| {
-        format!("the address {listen} cannot be listened on\nhint: is another process using the port? choose one with --listen")
-    })
 }
 
 fn open_shared(config: &RunConfig, options: &Options) -> Result<Option<Arc<Shared>>> {

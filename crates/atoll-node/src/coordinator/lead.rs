@@ -25,8 +25,8 @@ use crate::store::Store;
 
 /// What came of waiting for the lead.
 pub(super) enum Turn {
-    /// This coordinator leads, in this state, as that holder; sites of a run in a store reach it here.
-    Lead(Box<Recovered>, Digest, Option<TcpListener>),
+    /// This coordinator leads, in this state, as that holder; sites reach it here.
+    Lead(Box<Recovered>, Digest, TcpListener),
     /// It was stopped before.
     Stopped,
     /// The run was finished before.
@@ -48,18 +48,30 @@ pub(super) fn take_the_lead(
     prepared: &Prepared,
     store: &Store,
     shared: Option<&Arc<Shared>>,
+    listener: TcpListener,
     options: &Options,
     is_stopped: &dyn Fn() -> bool,
 ) -> Result<Turn> {
     let Some(shared) = shared else {
         let recovered = recover(prepared, store)?.map_or_else(|| begin(prepared), Ok)?;
-        return Ok(Turn::Lead(Box::new(recovered), Digest::default(), None));
+        return Ok(Turn::Lead(Box::new(recovered), Digest::default(), listener));
     };
+    drop(listener); // Sites that find nobody here look elsewhere.
     check(shared, options)?;
     match open(prepared, store, shared, options, is_stopped)? {
         Some(state) => Standby::new(prepared, store, shared, state)?.wait(options, is_stopped),
         None => Ok(Turn::Stopped),
     }
+}
+
+/// Listens at that address.
+///
+/// # Errors
+/// If it is not to be had.
+pub(super) fn bind(listen: &str) -> Result<TcpListener> {
+    TcpListener::bind(listen).with_context(|| {
+        format!("the address {listen} cannot be listened on\nhint: is another process using the port? choose one with --listen")
+    })
 }
 
 fn recover(prepared: &Prepared, store: &Store) -> Result<Option<Recovered>> {
@@ -241,7 +253,7 @@ impl<'a> Standby<'a> {
                 Ok(Look::Waits) => {}
                 Ok(Look::Finished) => return Ok(Turn::Finished),
                 Ok(Look::Leads(holder, listener)) => {
-                    return Ok(Turn::Lead(Box::new(self.state), holder, Some(listener)));
+                    return Ok(Turn::Lead(Box::new(self.state), holder, listener));
                 }
                 Err(error) if options.standby && error.is::<StoreFailed>() => {
                     tracing::warn!("{error:#}; trying on");
@@ -284,10 +296,10 @@ impl<'a> Standby<'a> {
     /// Leads, unless its address is taken, somebody was faster, or the leader lives after all.
     fn take_over(&mut self, options: &Options) -> Result<Look> {
         // Before the claim: whoever cannot be reached must push nobody aside.
-        let listener = match TcpListener::bind(&options.listen) {
+        let listener = match bind(&options.listen) {
             Ok(listener) => listener,
             Err(error) => {
-                tracing::warn!("the address {} cannot be listened on: {error}; trying on", options.listen);
+                tracing::warn!("{error:#}; trying on");
                 std::thread::sleep(TRY_AGAIN);
                 return Ok(Look::Waits);
             }
