@@ -731,6 +731,17 @@ impl Chain {
         Ok(entry)
     }
 
+    /// Reads the next line as it stands in a file, with its end. None if that is missing: a crash cut the line short,
+    /// so nobody was told of it.
+    ///
+    /// # Errors
+    /// If it is damaged or not the next one; then the chain is where it was.
+    pub fn read_whole(&mut self, line: &[u8]) -> Result<Option<Entry>, LineError> {
+        let Some((b'\n', line)) = line.split_last() else { return Ok(None) };
+        let line = std::str::from_utf8(line).map_err(|_| LineError::Chain)?;
+        self.read(line).map(Some)
+    }
+
     /// Whether the last line so far is this one.
     pub fn ends_with(&self, line: &str) -> bool {
         line.split_once(' ').is_some_and(|(hash, _)| hash == &self.0.to_string()[..16])

@@ -45,22 +45,10 @@ impl JournalFile {
             bail!("{} has {length} bytes, its snapshot speaks of {offset}\nhint: restore it from a backup", place());
         }
         let mut journal = Self { path: path.to_path_buf(), file, chain, offset };
-        let mut reader = BufReader::new(File::open(path).with_context(place)?);
-        reader.seek(SeekFrom::Start(offset)).with_context(place)?;
-        let mut line = Vec::new();
-        while reader.read_until(b'\n', &mut line).with_context(place)? > 0 {
-            if line.last() != Some(&b'\n') {
-                break; // Cut short by a crash: it was never announced.
-            }
-            let text = String::from_utf8_lossy(&line[..line.len() - 1]);
-            let entry = journal.chain.read(&text).map_err(|error| {
-                let at = journal.offset;
-                anyhow::anyhow!("{} is damaged at byte {at}: {error}\nhint: restore it from a backup", place())
-            })?;
-            journal.offset += line.len() as u64;
-            line.clear();
-            visit(entry)?;
-        }
+        read_on(path, offset, chain, |entry, chain, offset| {
+            (journal.chain, journal.offset) = (chain, offset);
+            visit(entry)
+        })?;
         if journal.offset < length {
             journal.file.set_len(journal.offset).with_context(place)?;
             journal.file.sync_all().with_context(place)?;
@@ -146,11 +134,12 @@ pub fn read_on(
     let place = || format!("the journal {}", path.display());
     let mut reader = BufReader::new(File::open(path).with_context(place)?);
     reader.seek(SeekFrom::Start(offset)).with_context(place)?;
-    let mut line = String::new();
-    while reader.read_line(&mut line).with_context(place)? > 0 && line.ends_with('\n') {
-        let entry = chain
-            .read(line.trim_end_matches('\n'))
-            .map_err(|error| anyhow::anyhow!("{} is damaged at byte {offset}: {error}", place()))?;
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line).with_context(place)? > 0 {
+        let entry = chain.read_whole(&line).map_err(|error| {
+            anyhow::anyhow!("{} is damaged at byte {offset}: {error}\nhint: restore it from a backup", place())
+        })?;
+        let Some(entry) = entry else { break };
         offset += line.len() as u64;
         line.clear();
         visit(entry, chain, offset)?;

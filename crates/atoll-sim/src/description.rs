@@ -91,6 +91,9 @@ pub struct Hardships {
     pub away: f64,
     /// Crashes and cuts end after this many seconds, so that every world can show that it recovers.
     pub seconds: f64,
+    /// Failures of disks, chosen at random among those of sites and coordinator: full for a while, torn writes, bits that
+    /// flip in what is stored.
+    pub disk_faults: u32,
     /// A second coordinator stands by, the run lies in an object store, and either may be paused as well as killed.
     pub standby: bool,
 }
@@ -108,11 +111,12 @@ impl Hardships {
         cuts: 0,
         away: Self::AWAY,
         seconds: Self::SECONDS,
+        disk_faults: 0,
         standby: false,
     };
 
     /// The hostile network that belongs to `seed`: up to 20 % loss, 10 % doubling, 0.4 s of delay, five
-    /// crashes and five cuts; half of the worlds have a standby.
+    /// crashes, five cuts and five failures of disks; half of the worlds have a standby.
     pub fn of(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0xA70);
         Self {
@@ -124,6 +128,7 @@ impl Hardships {
             away: Self::AWAY,
             seconds: Self::SECONDS,
             standby: rng.chance(0.5),
+            disk_faults: rng.below(6) as u32,
         }
     }
 }

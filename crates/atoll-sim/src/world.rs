@@ -1,9 +1,10 @@
 //! One simulated run: a queue of things that will happen, and what becomes of them.
 //!
-//! [`coordinator`] and [`site`] are the shells around the two machines, with a disk, a network and
-//! processes of their own; [`faults`] breaks them; [`witness`] believes nobody's bookkeeping.
+//! [`coordinator`] and [`site`] are the shells around the two machines, with disks, a network and
+//! processes of their own; [`faults`] and [`disk`] break them; [`witness`] believes nobody's bookkeeping.
 
 mod coordinator;
+mod disk;
 mod failover;
 mod faults;
 mod happening;
@@ -22,8 +23,8 @@ use atoll_core::rng::Rng;
 use atoll_core::round::{Event, Phase, SiteEvent};
 use atoll_core::site::Time;
 
-use crate::{Description, Habitat};
-use coordinator::Disk;
+use crate::{Description, Habitat, Hardships};
+use disk::Disk;
 use failover::Post;
 use happening::Happening;
 use site::Island;
@@ -40,6 +41,8 @@ pub struct Outcome {
     pub commits: u64,
     /// How often a coordinator took the run over; 0 in a world with one.
     pub epochs: u64,
+    /// Writes of coordinators that found no room or were cut short, and payloads of which bits have flipped.
+    pub disk_failures: u64,
     /// Digest of the model.
     pub digest: Digest,
     /// What the habitat says of the finished model: see [`Habitat::error`].
@@ -96,6 +99,7 @@ struct World<'a> {
     scheduled: u64,
     trace: Digest,
     faults_left: u32,
+    disk_faults_left: u32,
     disk: Disk,
     /// Where coordinators are: one, or two that have the same disk.
     posts: Vec<Post>,
@@ -121,7 +125,8 @@ impl<'a> World<'a> {
             scheduled: 0,
             trace: Digest::default(),
             faults_left: description.hardships.crashes + description.hardships.cuts,
-            disk: Disk::default(),
+            disk_faults_left: description.hardships.disk_faults,
+            disk: Disk::new(posts > 1, description.chance.clone()),
             posts: (0..posts).map(|_| Post::default()).collect(),
             sites,
             witness: Witness::default(),
@@ -130,7 +135,8 @@ impl<'a> World<'a> {
     }
 
     fn run(mut self) -> Result<Outcome, String> {
-        check(self.description.keeps_payloads || self.description.hardships.crashes == 0, || {
+        let Hardships { crashes, disk_faults, .. } = self.description.hardships;
+        check(self.description.keeps_payloads || crashes + disk_faults == 0, || {
             "a coordinator that keeps no payloads cannot recover from a crash".into()
         })?;
         self.begin();
@@ -143,6 +149,9 @@ impl<'a> World<'a> {
         }
         if self.faults_left > 0 {
             self.after(1.0, Happening::Fault);
+        }
+        if self.disk_faults_left > 0 {
+            self.after(1.5, Happening::DiskFault);
         }
         while let Some(Reverse((time, number))) = self.queue.pop() {
             let happening = self.happenings.remove(&number).ok_or("the queue names nothing")?;
@@ -261,6 +270,10 @@ impl<'a> World<'a> {
             Happening::SiteStarts(index) => self.start_site(index),
             Happening::Reconnect(index, life) if self.sites[index].life == life => self.connect(index),
             Happening::Fault => self.fault(),
+            Happening::DiskFault => {
+                self.fail_a_disk();
+                Ok(())
+            }
             _ => Ok(()), // It was meant for a connection or a life that is over.
         }
     }
@@ -270,13 +283,13 @@ impl<'a> World<'a> {
         site.connection == connection && site.post.is_some_and(|post| self.posts[post].head().is_some())
     }
 
-    fn close(self) -> Result<Outcome, String> {
+    fn close(mut self) -> Result<Outcome, String> {
         let seconds = self.seconds();
         let (_, head) = self.leader().ok_or("the run finished without a coordinator")?;
         let book = head.machine.book();
         check(head.machine.phase() == Phase::Finished, || "sites finished before the run".into())?;
         if self.description.keeps_payloads {
-            let (replayed, global, _) = self.replay()?;
+            let (replayed, global, _) = self.replay(&self.disk.read().map_err(|error| error.to_string())?)?;
             check(&replayed == book, || "the journal does not rebuild the book".into())?;
             check(global == head.global, || "the journal does not rebuild the model".into())?;
         }
@@ -287,17 +300,30 @@ impl<'a> World<'a> {
         let sites = self.presences();
         let tokens: Vec<u64> = sites.iter().map(|site| site.tokens).collect();
         let theta = head.global.theta.clone();
-        Ok(Outcome {
+        let outcome = Outcome {
             trace: self.trace,
             tokens: book.tokens,
             commits: book.commits(),
             epochs: book.epoch,
+            disk_failures: self.disk.failures,
             digest: book.digest(),
             error: self.habitat.error(&theta, &tokens).map_err(|error| error.to_string())?,
             seconds,
             sites,
             theta,
-        })
+        };
+        self.see_rot()?;
+        Ok(outcome)
+    }
+
+    /// One bit that has flipped in the journal, or in what it needs, is found before anything is believed.
+    fn see_rot(&mut self) -> Result<(), String> {
+        if self.description.hardships.disk_faults == 0 {
+            return Ok(());
+        }
+        let what = self.disk.rot();
+        let replayed = self.disk.read().map_err(|error| error.to_string()).and_then(|entries| self.replay(&entries));
+        check(replayed.is_err(), || format!("a bit has flipped in {what}, and nobody has noticed"))
     }
 
     fn presences(&self) -> Vec<Presence> {

@@ -18,8 +18,10 @@ fn two_hundred_hostile_worlds_keep_every_invariant() {
 fn seeds_that_once_failed_hold() {
     for line in include_str!("seeds.txt").lines().filter(|line| !line.starts_with('#')) {
         let seed = line.split_whitespace().next().and_then(|seed| seed.parse().ok()).expect("a seed per line");
-        simulate(seed, Hardships { standby: false, ..Hardships::of(seed) }).unwrap();
-        simulate(seed, Hardships { standby: true, ..Hardships::of(seed) }).unwrap();
+        let hardships = Hardships::of(seed);
+        simulate(seed, Hardships { standby: false, disk_faults: 0, ..hardships }).unwrap();
+        simulate(seed, Hardships { standby: true, disk_faults: 0, ..hardships }).unwrap();
+        simulate(seed, hardships).unwrap();
     }
 }
 
@@ -29,6 +31,16 @@ fn a_standby_takes_over_and_the_earlier_leader_is_fenced_off() {
     let all: Vec<u64> = (0..40).map(epochs).collect();
     let changes: u64 = all.iter().map(|epochs| epochs - 1).sum();
     assert!(all.iter().all(|epochs| *epochs > 0) && changes > 20, "{all:?}");
+}
+
+#[test]
+fn disks_are_full_cut_writes_short_and_flip_bits() {
+    let failures = |seed, standby| {
+        let hardships = Hardships { disk_faults: 40, crashes: 8, standby, ..Hardships::of(seed) };
+        simulate(seed, hardships).unwrap().disk_failures
+    };
+    let all: Vec<u64> = (0..60).map(|seed| failures(seed, seed % 2 == 0)).collect();
+    assert!(all.iter().sum::<u64>() > 40, "{all:?}"); // What becomes of it is the witness's to see.
 }
 
 #[test]

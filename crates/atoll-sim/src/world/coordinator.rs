@@ -1,30 +1,21 @@
-//! The coordinator's shell: a disk that outlives it, which two may have in common, and what it serves.
+//! The coordinator's shell: what it makes durable, and what it serves.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use atoll_core::codec::Payload;
 use atoll_core::hash::{Digest, little_endian};
-use atoll_core::journal::{Book, Chain, Entry, Role};
-use atoll_core::outer::{Global, Reason};
+use atoll_core::journal::{Book, Entry, Role};
+use atoll_core::outer::{Global, Reason, StepError};
 use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Seen};
 use atoll_core::site::SiteId;
 use atoll_core::team::Alone;
 
+use super::disk::Append;
 use super::failover::Duty;
 use super::happening::{Bytes, Happening};
 use super::witness::{SPOILT, check};
 use super::{COORDINATOR_TICK_SECONDS, Store, World};
-
-/// What outlives the coordinator's process.
-#[derive(Default)]
-pub(super) struct Disk {
-    pub(super) journal: Vec<String>,
-    /// Signs of life that whoever leads has given.
-    pub(super) beats: u64,
-    chain: Chain,
-    payloads: Store,
-}
 
 /// A coordinator that leads.
 pub(super) struct Head {
@@ -51,16 +42,18 @@ impl World<'_> {
             ticket: Digest::of(site.name.to_string().as_bytes()),
             role: Role::Train,
         }));
-        entries.iter().for_each(|entry| self.disk.append(entry));
+        for entry in &entries {
+            self.disk.append(self.now, entry);
+        }
     }
 
     /// Rebuilds everything from the disk, recomputing every outer step, and leads from there.
     pub(super) fn lead(&mut self, post: usize) -> Result<(), String> {
-        let (book, global, deltas) = self.replay()?;
+        let entries = self.disk.recover().map_err(|error| error.to_string())?;
+        let (book, global, deltas) = self.replay(&entries)?;
         self.witness.see_start(&book.fragments.iter().map(|fragment| fragment.version).collect::<Vec<_>>())?;
         let machine = Coordinator::new(self.description.sync.clone(), self.description.goal, book, self.lens());
-        let entries = self.disk.journal.len();
-        self.posts[post].duty = Duty::Leads(Box::new(Head { machine, global, deltas, entries }));
+        self.posts[post].duty = Duty::Leads(Box::new(Head { machine, global, deltas, entries: entries.len() }));
         for index in 0..self.sites.len() {
             let delay = 0.1 + self.chance.unit();
             self.after(delay, Happening::Reconnect(index, self.sites[index].life));
@@ -68,14 +61,12 @@ impl World<'_> {
         Ok(())
     }
 
-    pub(super) fn replay(&self) -> Result<(Book, Global, Store), String> {
-        let (mut book, mut global, mut chain) = (Book::default(), self.first_weights(), Chain::default());
-        let mut deltas = BTreeMap::new();
+    pub(super) fn replay(&self, entries: &[Entry]) -> Result<(Book, Global, Store), String> {
+        let (mut book, mut global, mut deltas) = (Book::default(), self.first_weights(), BTreeMap::new());
         let payload = |digest| self.disk.payload(digest);
-        for line in &self.disk.journal {
-            let entry = chain.read(line).map_err(|error| error.to_string())?;
-            book.apply(&entry).map_err(|error| error.to_string())?;
-            if let Entry::Committed(commit) = &entry {
+        for entry in entries {
+            book.apply(entry).map_err(|error| error.to_string())?;
+            if let Entry::Committed(commit) = entry {
                 let step = global.replay(commit, &payload, &Alone).map_err(|error| error.to_string())?;
                 deltas.insert(step.delta, Rc::new(step.payload));
             }
@@ -145,26 +136,36 @@ impl World<'_> {
 
     /// Appends to the journal, unless somebody else has since this coordinator looked.
     fn record(&mut self, post: usize, entry: &Entry) -> Result<(), String> {
-        let there = self.disk.journal.len();
+        let there = self.disk.entries;
         match self.posts[post].head_mut() {
             Some(head) if head.entries == there => head.entries += 1,
             _ => return self.depose(post),
         }
         let epoch = self.posts[post].head().map_or(0, |head| head.machine.book().epoch);
-        self.witness.see_author(entry, epoch)?;
-        self.witness.see_entry(entry, &self.sites)?;
-        self.disk.append(entry);
-        Ok(())
+        let appended = self.disk.append(self.now, entry);
+        if self.disk.entries > there {
+            self.witness.see_author(entry, epoch)?;
+            self.witness.see_entry(entry, &self.sites)?;
+        }
+        if appended == Append::Failed { self.crash_coordinator(post) } else { Ok(()) }
     }
 
     fn merge(&mut self, post: usize, merge: &Merge) -> Result<(), String> {
         let life = self.posts[post].life;
         let Some(head) = self.posts[post].head_mut() else { return Ok(()) };
         let payload = |digest| self.disk.payload(digest);
-        let step = head
-            .global
-            .perform(merge.fragment, merge.version, &merge.contributions, &merge.recipe, &payload, &Alone)
-            .map_err(|error| error.to_string())?;
+        let step =
+            head.global.perform(merge.fragment, merge.version, &merge.contributions, &merge.recipe, &payload, &Alone);
+        let step = match step {
+            // There is no room for what is to be sent.
+            Ok(_) if self.disk.is_full(self.now) => return self.crash_coordinator(post),
+            Ok(step) => step,
+            Err(error @ (StepError::Missing(payload) | StepError::Codec { payload, .. })) => {
+                return self.tell_coordinator(post, Event::Unmergeable(merge.fragment, payload, error.to_string()));
+            }
+            Err(error) => return Err(error.to_string()),
+        };
+        self.disk.merge(&merge.contributions);
         for (accepted, verdict) in merge.contributions.iter().zip(&step.measures.verdicts) {
             let index = self.index_of(&accepted.site)?;
             self.sites[index].guarded += u64::from(verdict.reason.is_some_and(|reason| reason > Reason::Heavy));
@@ -189,7 +190,7 @@ impl World<'_> {
         if self.description.keeps_payloads {
             return;
         }
-        self.disk.payloads.remove(&digest);
+        self.disk.forget(digest);
         if let Some(head) = self.posts[post].head_mut() {
             head.forget_old_deltas();
         }
@@ -203,7 +204,9 @@ impl World<'_> {
         bytes: &Rc<Vec<u8>>,
     ) -> Result<(), String> {
         check(Digest::of(bytes) == digest, || "a payload arrived under a wrong name".into())?;
-        self.disk.payloads.insert(digest, bytes.clone());
+        if !self.disk.put(self.now, digest, bytes.clone()) {
+            return Ok(()); // Nothing says that it is here, so it will be sent again.
+        }
         self.send(index, 0.0, &Happening::Acknowledged(index, connection, digest, true));
         let site = self.sites[index].residence.name.clone();
         let seen = Payload::check_any(bytes, &self.lens(), &Alone).map(Seen::from).map_err(|error| error.to_string());
@@ -244,17 +247,6 @@ impl World<'_> {
 
     fn index_of(&self, site: &SiteId) -> Result<usize, String> {
         self.sites.iter().position(|island| &island.residence.name == site).ok_or_else(|| format!("who is {site}?"))
-    }
-}
-
-impl Disk {
-    pub(super) fn append(&mut self, entry: &Entry) {
-        let line = self.chain.write(entry);
-        self.journal.push(line);
-    }
-
-    fn payload(&self, digest: Digest) -> Option<Vec<u8>> {
-        self.payloads.get(&digest).map(|bytes| bytes.to_vec())
     }
 }
 

@@ -9,6 +9,7 @@ use atoll_core::vigil::Vigil;
 
 use super::World;
 use super::coordinator::Head;
+use super::disk::Append;
 use super::happening::Happening;
 
 /// A place at which a coordinator is, or is not.
@@ -105,7 +106,7 @@ impl World<'_> {
 
     /// What a coordinator does a few times a second.
     pub(super) fn tick(&mut self, post: usize) -> Result<(), String> {
-        let (entries, sign) = (self.disk.journal.len(), self.disk.journal.len() as u64 + self.disk.beats);
+        let (entries, sign) = (self.disk.entries, self.disk.entries as u64 + self.disk.beats);
         let now = self.posts[post].clock(self.now);
         match &mut self.posts[post].duty {
             Duty::None => Ok(()),
@@ -131,15 +132,23 @@ impl World<'_> {
 
     /// A standby wants to lead from behind so many entries on.
     pub(super) fn claim(&mut self, post: usize, entries: usize) -> Result<(), String> {
-        if self.disk.journal.len() != entries {
+        if self.disk.entries != entries {
             self.posts[post].duty = Duty::Waits(Vigil::default(), false);
             return Ok(()); // Somebody was faster, or the leader lives after all.
         }
-        let (book, ..) = self.replay()?;
+        let (book, ..) = self.replay(&self.disk.read().map_err(|error| error.to_string())?)?;
         let leads = Entry::Leads { epoch: book.epoch + 1, holder: name(post) };
-        self.witness.see_author(&leads, book.epoch)?;
-        self.disk.append(&leads);
-        self.lead(post)
+        let appended = self.disk.append(self.now, &leads);
+        if self.disk.entries > entries {
+            self.witness.see_author(&leads, book.epoch)?;
+        }
+        match appended {
+            Append::Done => self.lead(post),
+            Append::Failed => {
+                self.posts[post].duty = Duty::Waits(Vigil::default(), false);
+                Ok(())
+            }
+        }
     }
 
     /// A coordinator has found that another leads: its process ends, and whoever looks after it starts it again.

@@ -38,6 +38,7 @@ pub(super) enum Happening {
     SiteStarts(usize),
     Reconnect(usize, u64),
     Fault,
+    DiskFault,
 }
 
 /// A change of an engine's weights, if there is one, and what is then to be said.

@@ -14,6 +14,7 @@ use atoll_core::round::{Event, Measured, Site, SiteEvent, SiteOrder, SiteSetting
 use atoll_core::site::Time;
 use atoll_core::team::Alone;
 
+use super::disk::SiteDisk;
 use super::happening::{Bytes, Happening, Work};
 use super::witness::check;
 use super::{Store, World};
@@ -35,8 +36,8 @@ pub(super) struct Island {
     pub(super) bytes_down: u64,
     pub(super) recalled: u64,
     pub(super) guarded: u64,
-    /// What outlives its process: for each fragment a file that tells what is not delivered, and when it was written.
-    files: Vec<(Vec<u8>, Time)>,
+    /// What outlives its process: for each fragment a file that tells what is not delivered.
+    pub(super) disk: SiteDisk,
     /// When all that was sent so far is through.
     up_free: Time,
     down_free: Time,
@@ -85,7 +86,7 @@ impl Island {
             bytes_down: 0,
             recalled: 0,
             guarded: 0,
-            files: Vec::new(),
+            disk: SiteDisk::default(),
             up_free: Time::default(),
             down_free: Time::default(),
         }
@@ -118,7 +119,7 @@ impl World<'_> {
         let Sync { follow, feedback, .. } = self.description.sync;
         let now = self.now;
         let site = &mut self.sites[index];
-        site.files.resize(fragment_lens.len(), (Vec::new(), now));
+        site.disk.open(fragment_lens.len(), now);
         let machine = Site::new(SiteSettings {
             fragment_lens,
             dataset: site.residence.dataset,
@@ -294,11 +295,11 @@ impl World<'_> {
 
     fn recall_fragment(&mut self, index: usize, fragment: FragmentId, delivered: Option<Digest>) -> Result<(), String> {
         let layout = self.manifest.fingerprint();
-        let Island { files, process, residence, recalled, .. } = &mut self.sites[index];
+        let Island { disk, process, residence, recalled, .. } = &mut self.sites[index];
         let process = process.as_mut().ok_or("nobody takes up what was left")?;
         process.has_recalled = true;
         let count = process.local.theta(fragment).len();
-        let (file, _) = &files[fragment.index()];
+        let file = disk.file(fragment.index());
         let found = delivered.and_then(|delivered| residual::recall(file, layout, count, delivered));
         if let Some(residual) = &found {
             *recalled += 1;
@@ -330,16 +331,16 @@ impl World<'_> {
         if !self.may_crash() {
             return Ok(());
         }
-        let Island { files, process, residence, .. } = &mut self.sites[index];
+        let Island { disk, process, residence, .. } = &mut self.sites[index];
         let (Some(process), Some(Bytes(payload))) = (process, &work.payload) else { return Ok(()) };
-        files[work.fragment.index()].0.extend(residual::sent(payload));
+        disk.append(work.fragment.index(), self.now, &residual::sent(payload));
         let left = process.local.residuals(work.fragment).last().ok_or("a contribution has left nothing")?;
         self.witness.see_contribution(&residence.name, work.fragment, payload, left)
     }
 
     /// It is decided whether a contribution is in the model.
     fn settled(&mut self, index: usize, fragment: FragmentId) {
-        let (_, written) = self.sites[index].files[fragment.index()];
+        let written = self.sites[index].disk.written(fragment.index());
         if self.now.seconds_since(written) >= WRITE_SECONDS {
             self.write_down(index, fragment, 1);
         }
@@ -350,10 +351,12 @@ impl World<'_> {
         if !self.may_crash() {
             return;
         }
-        let Island { files, process: Some(process), .. } = &mut self.sites[index] else { return };
+        let Island { disk, process: Some(process), residence, .. } = &mut self.sites[index] else { return };
         let parts = process.local.residuals(fragment).take(most).map(residual::left);
         let start = [residual::file(self.manifest.fingerprint())];
-        files[fragment.index()] = (start.into_iter().chain(parts).flatten().collect(), self.now);
+        if !disk.write(fragment.index(), self.now, start.into_iter().chain(parts).flatten().collect()) {
+            self.witness.see_loss(&residence.name);
+        }
     }
 
     /// Nobody reads the files of a world in which no process dies.

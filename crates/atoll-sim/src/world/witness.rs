@@ -9,6 +9,7 @@ use atoll_core::delta::{Feedback, Follow};
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Commit, Entry};
 use atoll_core::manifest::FragmentId;
+use atoll_core::outer::StepError;
 use atoll_core::round::{Standing, Sync};
 use atoll_core::site::SiteId;
 use atoll_core::team::Alone;
@@ -38,6 +39,8 @@ pub(super) struct Witness {
     left: BTreeMap<(SiteId, FragmentId), Vec<Left>>,
     /// Fragments of which a site has handed everything over, because it had the time.
     handed_over: BTreeSet<(SiteId, FragmentId)>,
+    /// Payloads in which bits have flipped.
+    damaged: BTreeSet<Digest>,
 }
 
 /// What a contribution has left undelivered, and of which weights it spoke.
@@ -89,6 +92,16 @@ impl Witness {
     /// A process ends in good order.
     pub(super) fn see_stop(&mut self, site: &SiteId, fragments: impl Iterator<Item = FragmentId>) {
         self.handed_over.extend(fragments.map(|fragment| (site.clone(), fragment)));
+    }
+
+    /// The disk of a site has lost something.
+    pub(super) fn see_loss(&mut self, site: &SiteId) {
+        self.handed_over.retain(|(owner, _)| owner != site);
+    }
+
+    /// Bits of a payload have flipped.
+    pub(super) fn see_damage(&mut self, payload: Digest) {
+        self.damaged.insert(payload);
     }
 
     /// A process begins with what earlier ones have left after their last contribution that is in the model.
@@ -156,7 +169,11 @@ impl Witness {
                 self.see_commit(commit, sites)
             }
             // All sites are honest here.
-            Entry::Refused { why, .. } => check(why == SPOILT, || format!("an honest contribution was refused: {why}")),
+            Entry::Refused { why, .. } => {
+                let is_damaged = |payload: &Digest| *why == StepError::Missing(*payload).to_string();
+                let is_spoilt = why == SPOILT || self.damaged.iter().any(is_damaged);
+                check(is_spoilt, || format!("an honest contribution was refused: {why}"))
+            }
             _ => Ok(()),
         }
     }
