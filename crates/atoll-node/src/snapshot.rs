@@ -1,8 +1,9 @@
 //! Snapshots, and recovery from them. A snapshot is a folder named after the number of journal entries
 //! that it sums up: the model as a Hugging Face folder, the outer optimizer's state, and the book with
-//! the journal's hash and length at that point. It is made under another name and renamed when whole.
+//! the journal's hash and length at that point. It is made under another name and renamed when whole; hashes of its
+//! files are in it, so that nothing is believed that has changed since.
 //!
-//! Recovery takes the newest whole snapshot and computes every later commit again from its payloads,
+//! Recovery takes the newest snapshot that is whole and undamaged and computes every later commit again from its payloads,
 //! comparing digests: the coordinator is rebuilt bit for bit or says what is missing.
 
 use std::borrow::Cow;
@@ -37,6 +38,9 @@ pub struct Place {
     /// The journal's length there.
     pub offset: u64,
 }
+
+/// Hashes of a snapshot's other files by their names.
+const DIGESTS: &str = "digests.json";
 
 /// A run as it was when its coordinator last lived.
 #[derive(Debug)]
@@ -76,8 +80,43 @@ pub fn save(
     write_atomically(&new.join("outer.safetensors"), &outer_state(global)?)?;
     let place = Place { book: book.clone(), chain, offset };
     write_atomically(&new.join("book.json"), &serde_json::to_vec(&place)?)?;
+    seal(&new)?;
     file::rename(&new, &folder).with_context(|| format!("{} cannot be renamed", new.display()))?;
     Ok(folder)
+}
+
+/// Writes down what is in the files of a snapshot.
+pub(crate) fn seal(folder: &Path) -> Result<()> {
+    let mut digests = BTreeMap::new();
+    for file in fs::read_dir(folder).with_context(|| format!("{} cannot be read", folder.display()))? {
+        let name = file?.file_name().to_string_lossy().into_owned();
+        if name != DIGESTS {
+            digests.insert(name.clone(), digest(&folder.join(name))?);
+        }
+    }
+    write_atomically(&folder.join(DIGESTS), &serde_json::to_vec_pretty(&digests)?)
+}
+
+/// Whether the files of a snapshot are what they were.
+fn verify(folder: &Path) -> Result<()> {
+    let path = folder.join(DIGESTS);
+    let bytes = fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
+    let digests: BTreeMap<String, Digest> =
+        serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))?;
+    for (name, noted) in digests {
+        let path = folder.join(name);
+        if digest(&path)? != noted {
+            bail!("{} is not what it was when it was written", path.display());
+        }
+    }
+    Ok(())
+}
+
+fn digest(path: &Path) -> Result<Digest> {
+    let mut hasher = blake3::Hasher::new();
+    let read = fs::File::open(path).and_then(|file| hasher.update_reader(file).map(drop));
+    read.with_context(|| format!("{} cannot be read", path.display()))?;
+    Ok(Digest(*hasher.finalize().as_bytes()))
 }
 
 /// All whole snapshots, oldest first, with their entry numbers.
@@ -128,10 +167,11 @@ pub(crate) fn retire(
     old.into_values().flatten().filter(|digest| !kept.contains(digest)).collect()
 }
 
-/// Rebuilds a run from its newest snapshot and its journal. `None` if the run has never begun.
+/// Rebuilds a run from its newest undamaged snapshot and its journal; newer ones that are damaged are set aside. `None`
+/// if the run has never begun.
 ///
 /// # Errors
-/// If journal, snapshot or payloads are damaged or missing; nothing is changed then.
+/// If journal, all snapshots or payloads are damaged or missing; nothing is changed then.
 pub fn recover(
     dir: &RunDir,
     model: &ModelConfig,
@@ -141,7 +181,7 @@ pub fn recover(
 ) -> Result<Option<Recovered>> {
     sweep(dir);
     let snapshots = list(dir);
-    let Some((_, newest)) = snapshots.last() else {
+    let Some((_, last)) = snapshots.last() else {
         if fs::metadata(dir.journal()).is_ok_and(|file| file.len() > 0) {
             bail!(
                 "{} has a journal but no snapshot\nhint: restore the folder snapshots/ from a backup",
@@ -150,7 +190,8 @@ pub fn recover(
         }
         return Ok(None);
     };
-    let (mut global, place) = load(newest, model, manifest, seed)?;
+    let (damaged, newest) = choose(&snapshots, last)?;
+    let (mut global, place) = read(newest, model, manifest, seed)?;
     if place.book.entries == 1 && fs::metadata(dir.journal()).map_or(0, |file| file.len()) == 0 {
         return Ok(None); // The crash came between the first snapshot and the first entry.
     }
@@ -173,7 +214,35 @@ pub fn recover(
             newest.display()
         );
     }
+    damaged.into_iter().for_each(set_aside);
     Ok(Some(Recovered { journal, book, global, payloads }))
+}
+
+/// The newest undamaged snapshot, behind the damaged ones that are newer; `last` is the newest of all.
+fn choose<'a>(snapshots: &'a [(u64, PathBuf)], last: &'a Path) -> Result<(Vec<&'a Path>, &'a Path)> {
+    let mut damaged = Vec::new();
+    for (_, folder) in snapshots.iter().rev() {
+        match verify(folder) {
+            Ok(()) => return Ok((damaged, folder)),
+            Err(error) => tracing::warn!("a snapshot is damaged, so an older one has to do: {error:#}"),
+        }
+        damaged.push(folder.as_path());
+    }
+    Err(anyhow!(
+        "every snapshot is damaged, also the newest, {}\nhint: restore the folder snapshots/ from a backup",
+        last.display()
+    ))
+}
+
+/// Takes a damaged snapshot off the list, for whoever wants to know what happened to it.
+fn set_aside(folder: &Path) {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let aside = folder.with_file_name(format!("damaged-{name}"));
+    let _ = fs::remove_dir_all(&aside);
+    match file::rename(folder, &aside) {
+        Ok(()) => tracing::warn!("it is {} now and may be deleted", aside.display()),
+        Err(error) => tracing::warn!("{} cannot be renamed: {error}", folder.display()),
+    }
 }
 
 /// Computes one journaled commit again.
@@ -197,12 +266,18 @@ pub fn replay(global: &mut Global, commit: &Commit, store: &Store) -> Result<()>
 /// # Errors
 /// If the snapshot is damaged.
 pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest, seed: u64) -> Result<(Global, Place)> {
-    let whole = || {
-        format!(
-            "the snapshot {} is damaged\nhint: move it away; an older one and the journal do as well",
-            folder.display()
-        )
-    };
+    verify(folder).with_context(|| damaged(folder))?;
+    read(folder, model, manifest, seed)
+}
+
+fn damaged(folder: &Path) -> String {
+    let folder = folder.display();
+    format!("the snapshot {folder} is damaged\nhint: move it away; an older one and the journal do as well")
+}
+
+/// [`load`] for a snapshot that is verified.
+fn read(folder: &Path, model: &ModelConfig, manifest: &Manifest, seed: u64) -> Result<(Global, Place)> {
+    let whole = || damaged(folder);
     let (stored, tensors) = hf::load(folder).with_context(whole)?;
     if &stored != model {
         bail!(
@@ -329,5 +404,43 @@ mod tests {
         assert_eq!(synced.first(), Some(&dir.0), "the folder of snapshots is new");
         assert_eq!(synced.last(), Some(&dir.snapshots()), "the last thing is the snapshot's own name");
         assert_eq!(load(&saved, &model, &manifest, 7).unwrap().0, global);
+    }
+
+    #[test]
+    fn one_bit_of_the_newest_snapshot_costs_nothing_but_an_older_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = RunDir(folder.path().to_path_buf());
+        let model = ModelConfig::preset("nano", 300, 32).unwrap();
+        let manifest = Manifest::balanced(model.tensors(), 2);
+        let global = Global::new(manifest.clone(), manifest.gather(&model.initial_weights(1)));
+        let store = Store::open(dir.payloads()).unwrap();
+        let mut journal = JournalFile::open(&dir.journal(), 0, Chain::default(), |_| Ok(())).unwrap();
+        let (layout, theta) = (manifest.fingerprint(), global.digests());
+        let mut book = Book::default();
+        let began = Entry::Began { run: "r".into(), seed: 7, context: 4, layout, theta };
+        let mut saved = [began, Entry::Finished].into_iter().map(|entry| {
+            book.apply(&entry).unwrap();
+            journal.append(&[entry]).unwrap();
+            save(&dir, &model, &global, &book, journal.chain, journal.offset).unwrap()
+        });
+        let (oldest, newest) = (saved.next().unwrap(), saved.next().unwrap());
+        let recovered = || recover(&dir, &model, &manifest, 7, &store);
+        for file in fs::read_dir(&newest).unwrap().map(|file| file.unwrap().path()).collect::<Vec<_>>() {
+            let good = fs::read(&file).unwrap();
+            let mut bad = good.clone();
+            bad[good.len() / 2] ^= 1;
+            fs::write(&file, bad).unwrap();
+            let again = recovered().unwrap().unwrap();
+            assert_eq!((again.global, again.book.entries, again.book.finished), (global.clone(), 2, true), "{file:?}");
+            let aside = dir.snapshots().join("damaged-000000000002");
+            assert!(!newest.exists() && aside.exists());
+            fs::rename(aside, &newest).unwrap();
+            fs::write(&file, good).unwrap();
+        }
+        recovered().unwrap().unwrap();
+        [oldest, newest.clone()].iter().for_each(|folder| fs::write(folder.join("book.json"), "{}").unwrap());
+        let error = format!("{:#}", recovered().unwrap_err());
+        assert!(error.contains("every snapshot is damaged") && error.contains("hint:"), "{error}");
+        assert!(newest.exists(), "nothing is changed");
     }
 }
