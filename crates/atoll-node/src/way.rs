@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use atoll_core::hash::Digest;
@@ -71,8 +71,39 @@ const SILENCE_MIN: f64 = 3.0;
 
 /// A refusal, told apart from failures that a retry may mend.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct Refused(pub(crate) String);
+#[error("{why}")]
+pub(crate) struct Refused {
+    why: String,
+    /// Whether there was nobody else to ask. One that was deposed and does not know it yet may not know this site.
+    is_certain: bool,
+}
+
+/// Refusals one after the other.
+#[derive(Default)]
+pub(crate) struct Refusals {
+    since: Option<Instant>,
+}
+
+/// Seconds within which a coordinator finds out that another leads, or that one can be reached.
+const DOUBT_SECONDS: f64 = 10.0;
+
+impl Refusals {
+    /// Whether it is of no use to try again after this failure.
+    pub(crate) fn are_final(&mut self, failure: &anyhow::Error) -> bool {
+        let Some(refused) = failure.downcast_ref::<Refused>() else {
+            self.since = None;
+            return false;
+        };
+        let since = self.since.get_or_insert_with(Instant::now);
+        refused.is_certain || since.elapsed().as_secs_f64() >= DOUBT_SECONDS
+    }
+}
+
+/// What a knock at a door was answered with.
+enum Answer {
+    Opened(Box<Link>, Box<Welcome>),
+    Refused(String),
+}
 
 impl Way {
     /// The way that a ticket shows, for the owner of this key.
@@ -86,20 +117,27 @@ impl Way {
 
     /// Connects and introduces itself.
     pub(crate) async fn greet(&self, purpose: Purpose) -> Result<(Link, Welcome)> {
-        let mut problem = anyhow!("the ticket names no address");
+        let (mut problem, mut refusal) = (anyhow!("the ticket names no address"), None);
+        let mut refusals = 0;
         for (index, address) in self.doors.to_try(purpose) {
             match self.knock(address, purpose).await {
-                Ok((link, welcome)) if self.doors.opened(index, welcome.epoch) => return Ok((link, welcome)),
-                Ok(_) => problem = anyhow!("the coordinator at {address} does not lead the run any more"),
-                // One that was deposed and does not know it yet may not know this site either.
-                Err(_) if problem.is::<Refused>() => {}
+                Ok(Answer::Opened(link, welcome)) if self.doors.opened(index, welcome.epoch) => {
+                    return Ok((*link, *welcome));
+                }
+                Ok(Answer::Opened(..)) => {
+                    problem = anyhow!("the coordinator at {address} does not lead the run any more");
+                }
+                Ok(Answer::Refused(why)) => {
+                    refusals += 1;
+                    refusal.get_or_insert(why);
+                }
                 Err(error) => problem = error,
             }
         }
-        Err(problem)
+        Err(refusal.map_or(problem, |why| Refused { why, is_certain: refusals == self.doors.addresses.len() }.into()))
     }
 
-    async fn knock(&self, address: &str, purpose: Purpose) -> Result<(Link, Welcome)> {
+    async fn knock(&self, address: &str, purpose: Purpose) -> Result<Answer> {
         let opened = async {
             let mut link = self.dialer.dial(address).await?;
             write_frame(&mut link, &Frame::hello(Hello { purpose, ..self.hello.clone() })).await?;
@@ -110,13 +148,12 @@ impl Way {
         let patience = Duration::from_secs_f64(self.doors.patience(1.0));
         let opened = tokio::time::timeout(patience, opened).await;
         match opened.unwrap_or_else(|_| Err(anyhow!("the coordinator at {address} does not answer"))) {
-            Ok((link, Some(Frame::Welcome(welcome)))) => Ok((link, *welcome)),
-            Ok((_, Some(Frame::Refused(why)))) => Err(Refused(why).into()),
+            Ok((link, Some(Frame::Welcome(welcome)))) => Ok(Answer::Opened(Box::new(link), welcome)),
+            Ok((_, Some(Frame::Refused(why)))) => Ok(Answer::Refused(why)),
             Ok(_) => bail!("the coordinator at {address} hung up"),
-            Err(error) if is_foreign_key(&error) => Err(Refused(format!(
+            Err(error) if is_foreign_key(&error) => Ok(Answer::Refused(format!(
                 "the coordinator at {address} has another key than the ticket names\nhint: ask the operator for a new ticket; if the key was not changed on purpose, somebody else is answering there"
-            ))
-            .into()),
+            ))),
             Err(error) => Err(error),
         }
     }
@@ -160,4 +197,25 @@ pub(crate) async fn fetch_tokenizer(link: &mut Link, welcome: &Welcome) -> Resul
     }
     let tokenizer = fetch(link, welcome.tokenizer, welcome.tokenizer_bytes).await?;
     tokenizer.ok_or_else(|| anyhow!("the coordinator does not send the tokenizer"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(is_certain: bool) -> anyhow::Error {
+        Refused { why: "it does not know this site".to_string(), is_certain }.into()
+    }
+
+    #[test]
+    fn a_refusal_is_believed_at_once_only_if_nobody_else_may_lead() {
+        assert!(Refusals::default().are_final(&refusal(true)));
+        assert!(!Refusals::default().are_final(&anyhow!("nobody answers")));
+        let mut refusals = Refusals::default();
+        assert!(!refusals.are_final(&refusal(false)) && !refusals.are_final(&refusal(false)));
+        refusals.since = Instant::now().checked_sub(Duration::from_secs_f64(DOUBT_SECONDS));
+        assert!(refusals.are_final(&refusal(false)), "it was said for long enough");
+        refusals.are_final(&anyhow!("nobody answers"));
+        assert!(!refusals.are_final(&refusal(false)), "and then nobody answered, which begins it anew");
+    }
 }

@@ -20,7 +20,7 @@ use super::meter::Meter;
 use super::told;
 use crate::coordinator::lock;
 use crate::link::{Link, read_frame, write_frame};
-use crate::way::{Refused, Way, fetch_tokenizer};
+use crate::way::{Refusals, Way, fetch_tokenizer};
 
 /// What comes in from the network.
 pub(super) enum Incoming {
@@ -75,7 +75,7 @@ impl Route {
         have: impl Fn(Digest) -> Option<Vec<u8>>,
         mut waiting: impl FnMut(&anyhow::Error),
     ) -> Result<(Welcome, Vec<u8>)> {
-        let mut pause = 0.2;
+        let (mut pause, mut refusals) = (0.2, Refusals::default());
         loop {
             let attempt = async {
                 let (mut link, welcome) = self.way.greet(Purpose::Enlist).await?;
@@ -87,7 +87,7 @@ impl Route {
             };
             match attempt.await {
                 Ok(done) => return Ok(done),
-                Err(error) if error.is::<Refused>() => return Err(error),
+                Err(error) if refusals.are_final(&error) => return Err(error),
                 Err(error) => waiting(&error),
             }
             tokio::time::sleep(Duration::from_secs_f64(pause)).await;
@@ -103,12 +103,12 @@ pub(super) async fn keep_connected(
     inbox: Sender<Incoming>,
 ) {
     let mut pause = 0.1;
-    let mut told = None;
+    let (mut told, mut refusals) = (None, Refusals::default());
     let fetches = Fetches::default();
     loop {
         match connect(&route).await {
             Ok((control, data)) => {
-                pause = 0.1;
+                (pause, refusals) = (0.1, Refusals::default());
                 if inbox.send(Incoming::Connected).is_err() {
                     return;
                 }
@@ -123,7 +123,7 @@ pub(super) async fn keep_connected(
                 }
                 tracing::warn!("the connection to the coordinator is lost; training goes on");
             }
-            Err(error) if error.is::<Refused>() => {
+            Err(error) if refusals.are_final(&error) => {
                 let _ = inbox.send(Incoming::Refused(error.to_string()));
                 return;
             }
