@@ -6,6 +6,9 @@
 //! lease on.
 
 pub mod conformance;
+mod noise;
+
+pub use noise::Noise;
 
 use crate::manifest::{FragmentId, Manifest};
 use crate::model::ModelConfig;

@@ -2,30 +2,13 @@
 
 use std::time::Instant;
 
-use atoll_core::engine::{Batch, Engine, EngineError, Feed};
+use atoll_core::engine::{Engine, Noise};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
-use atoll_core::rng::Rng;
 use atoll_core::training::AdamW;
 use atoll_cpu::{CpuEngine, Generator, Options, Precision, Sampling};
 
 const VOCAB: usize = 8192;
-
-/// Random tokens without end.
-struct RandomFeed {
-    rng: Rng,
-    length: usize,
-}
-
-impl Feed for RandomFeed {
-    fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError> {
-        let count = rows * (self.length + 1);
-        batch.tokens.clear();
-        batch.tokens.extend((0..count).map(|_| self.rng.below(VOCAB as u64) as u32));
-        (batch.rows, batch.length) = (rows, self.length);
-        Ok(())
-    }
-}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -47,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         accumulate: 1,
         threads,
     };
-    let mut engine = CpuEngine::new(options, manifest, fragments, Box::new(RandomFeed { rng: Rng::new(2), length }))?;
+    let mut engine = CpuEngine::new(options, manifest, fragments, Box::new(Noise::new(2, length, VOCAB)))?;
     engine.train(2)?;
     // The fastest of several medians is the engine's speed; the slower ones are the machine's other work.
     let medians = (0..3).map(|_| median(5, || engine.train(1).map(drop))).collect::<Result<Vec<f64>, _>>()?;

@@ -21,6 +21,7 @@
 //! | [`crew`] | threads for work that falls into parts |
 //! | [`coordinator`] | the coordinator's shell |
 //! | [`site`] | the site's shell |
+//! | [`memory`] | what this process holds of it |
 //! | [`report`] | what an operator sees |
 //! | [`fuzz`] | what must hold for any bytes from outside |
 
@@ -33,6 +34,7 @@ pub mod hf;
 pub mod identity;
 pub mod journal;
 pub mod link;
+pub mod memory;
 pub mod objects;
 pub mod remote;
 pub mod replay;

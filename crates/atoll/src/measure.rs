@@ -3,10 +3,10 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use atoll_core::engine::{Batch, EngineError, Feed};
+use atoll_core::engine::Noise;
 use atoll_core::model::{ModelConfig, PRESETS};
-use atoll_core::rng::Rng;
 use atoll_core::training::Training;
+use atoll_node::memory;
 use atoll_node::run::{RunConfig, Terms};
 use atoll_node::site::Parts;
 use serde::Serialize;
@@ -97,7 +97,7 @@ fn measure(arguments: &Arguments, devices: &dyn Devices) -> Result<Measured> {
     let config = RunConfig { training: Training { context, rows, ..Training::default() }, ..RunConfig::default() };
     let manifest = config.manifest(&model);
     let weights = manifest.gather(&model.initial_weights(1));
-    let feed = Box::new(Noise { rng: Rng::new(1), vocab, context });
+    let feed = Box::new(Noise::new(1, context, vocab));
     let terms = Terms { config, model: model.clone() };
     let mut engine = device.engine(Parts { terms, manifest: manifest.clone(), rows, feed })?;
     manifest.fragments().zip(&weights).try_for_each(|(id, weights)| engine.write(id, weights))?;
@@ -122,7 +122,7 @@ fn measure(arguments: &Arguments, devices: &dyn Devices) -> Result<Measured> {
         median_seconds,
         tokens_per_second,
         gflops: tokens_per_second * model.flop_per_token(context) / 1e9,
-        peak_host_bytes: peak_host_bytes(),
+        peak_host_bytes: memory::peak_bytes(),
         loss,
     })
 }
@@ -142,28 +142,6 @@ fn device(arguments: &Arguments, devices: &dyn Devices) -> Result<Box<dyn Device
         return Ok(Box::new(Cpu::new(arguments.threads, arguments.precision.resolve(), 1.0)));
     }
     devices.open(&arguments.device, arguments.precision.wish())
-}
-
-/// Random tokens: an engine does the same work for them as for text.
-struct Noise {
-    rng: Rng,
-    vocab: usize,
-    context: usize,
-}
-
-impl Feed for Noise {
-    fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError> {
-        let count = rows * (self.context + 1);
-        let tokens = (0..count).map(|_| self.rng.below(self.vocab as u64) as u32).collect();
-        *batch = Batch { rows, length: self.context, tokens, ..Batch::default() };
-        Ok(())
-    }
-}
-
-fn peak_host_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]

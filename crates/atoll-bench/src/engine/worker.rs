@@ -1,17 +1,16 @@
 //! Atoll's side: this program again, as a process of its own, so that its memory is counted as PyTorch's is.
 
-use std::fs;
 use std::io::stdin;
 use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use atoll_core::engine::{Batch, Engine, EngineError, Feed};
+use atoll_core::engine::{Engine, Noise};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
-use atoll_core::rng::Rng;
 use atoll_core::training::AdamW;
 use atoll_cpu::{CpuEngine, Generator, Options, Sampling};
+use atoll_node::memory;
 
 use super::side::{Answer, Side};
 use super::spec::{Spec, Work, model};
@@ -36,7 +35,8 @@ pub(crate) fn work(spec: &str) -> Result<()> {
         let count = line?.trim().parse().context("every line is a number of steps")?;
         let began = Instant::now();
         let loss = steps(count)?;
-        let answer = Answer { seconds: began.elapsed().as_secs_f64(), loss, peak_bytes: peak_bytes() };
+        let peak_bytes = memory::peak_bytes().map(|bytes| bytes as f64);
+        let answer = Answer { seconds: began.elapsed().as_secs_f64(), loss, peak_bytes };
         println!("{}", serde_json::to_string(&answer)?);
     }
     Ok(())
@@ -46,7 +46,7 @@ fn trainer(spec: &Spec) -> Result<Steps> {
     let model = model(&spec.preset)?;
     let manifest = Manifest::balanced(model.tensors(), 4);
     let weights = manifest.gather(&model.initial_weights(1));
-    let noise = Noise { rng: Rng::new(1), vocabulary: model.vocab_size, length: spec.length };
+    let noise = Noise::new(1, spec.length, model.vocab_size);
     let mut engine = CpuEngine::new(options(spec, model), manifest, weights, Box::new(noise))?;
     Ok(Box::new(move |steps| Ok(Some(engine.train(steps as u32)?.loss))))
 }
@@ -74,29 +74,4 @@ fn speaker(spec: &Spec) -> Result<Steps> {
         debug_assert_eq!(said, steps, "a continuation is endless");
         Ok(None)
     }))
-}
-
-/// Random tokens: an engine does the same work for them as for text.
-struct Noise {
-    rng: Rng,
-    vocabulary: usize,
-    length: usize,
-}
-
-impl Feed for Noise {
-    fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError> {
-        let count = rows * (self.length + 1);
-        (batch.rows, batch.length) = (rows, self.length);
-        batch.tokens.clear();
-        batch.tokens.extend((0..count).map(|_| self.rng.below(self.vocabulary as u64) as u32));
-        Ok(())
-    }
-}
-
-/// The most memory that this process ever held, where `/proc` tells.
-fn peak_bytes() -> Option<f64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM"))?;
-    let kibibytes: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kibibytes * 1024.0)
 }
