@@ -4,11 +4,13 @@
     python bench/overhead.py --atoll target/release/atoll                    # the wheel must be installed: python/README.md
 
 The loop is the user's: forward, backward, optimizer.step(), then `site.after_step`. Between rounds that call hands a baton to the core and
-takes it back; in a round the core also copies weights out or adds what others have learnt. The first quarter of the steps is not counted. Memory is what
-the process holds beyond what it held while it trained alone, in copies of the parameters (4 bytes each); files that are only mapped are not counted.
+takes it back; in a round the core also copies weights out or adds what others have learnt. Looking at held-out text is on top of that and counted
+apart. Neither the first quarter of the steps nor the last counts, which waits for the run's end. Memory is what the process holds beyond what it held
+while it trained alone, in copies of the parameters (4 bytes each): in use, and with what the allocator keeps for later. Linux with glibc.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -112,19 +114,23 @@ def train(arguments, run):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     for _ in range(ALONE_STEPS):
         step(model, optimizer, torch.randint(0, shape["vocab_size"], (arguments.rows, arguments.context + 1)))
-    alone = anonymous_bytes()
-    site = atoll.Site(run.ticket(), model, optimizer, data=run.data, dir=run.folder / "site", rows=arguments.rows)
-    steps, calls, held = [], [], 0
+    alone = held_bytes()
+    engine = atoll.TorchEngine(model, optimizer, parallel="own")  # As Site(ticket, model, optimizer) makes it.
+    looks = Stopwatch(engine, "evaluate")
+    site = atoll.Site(run.ticket(), engine=engine, data=run.data, dir=run.folder / "site", rows=arguments.rows)
+    steps, calls = [], []
     for tokens in site.batches():
         began = time.perf_counter()
         loss = step(model, optimizer, tokens)
         stepped = time.perf_counter()
+        looked = looks.seconds
         site.after_step(tokens=tokens[:, 1:].numel(), loss=loss)
-        calls.append(time.perf_counter() - stepped)
+        calls.append(time.perf_counter() - stepped - (looks.seconds - looked))
         steps.append(stepped - began)
-        held = max(held, anonymous_bytes())
+        if len(steps) == 3 * arguments.steps // 4:
+            with_spare, held = anonymous_bytes(), held_bytes()
     first = len(steps) // 4
-    steps, calls = steps[first:], sorted(calls[first:])
+    steps, calls = steps[first:-1], sorted(calls[first:-1])
     return {
         "machine": f"{os.cpu_count()} cores, {arguments.threads} of them for PyTorch {torch.__version__}",
         "preset": arguments.preset,
@@ -136,8 +142,25 @@ def train(arguments, run):
         "call_seconds_longest": calls[-1],
         "share_between_rounds": statistics.median(calls) / statistics.median(steps),
         "share_of_all_time": sum(calls) / (sum(steps) + sum(calls)),
-        "copies_of_parameters": (held - alone) / (4 * parameters),
+        "evaluation_seconds": looks.seconds,
+        "copies_in_use": (held - alone) / (4 * parameters),
+        "copies_with_spare": (with_spare - alone) / (4 * parameters),
     }
+
+
+class Stopwatch:
+    """Seconds spent in a method of an object."""
+
+    def __init__(self, of, name):
+        self.seconds, self.method = 0.0, getattr(of, name)
+        setattr(of, name, self)
+
+    def __call__(self, *arguments):
+        began = time.perf_counter()
+        try:
+            return self.method(*arguments)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def step(model, optimizer, tokens):
@@ -146,6 +169,12 @@ def step(model, optimizer, tokens):
     loss.backward()
     optimizer.step()
     return loss
+
+
+def held_bytes():
+    """What is in use: the allocator gives back what it keeps for later."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return anonymous_bytes()
 
 
 def anonymous_bytes():
@@ -164,7 +193,9 @@ def show(measured):
         ("... longest: weights copied out and changes added", milliseconds("call_seconds_longest")),
         ("share of a step, between rounds", percent("share_between_rounds")),
         ("share of all time, rounds included", percent("share_of_all_time")),
-        ("held more than alone, in copies of the parameters", f"{measured['copies_of_parameters']:.1f}"),
+        ("held-out text, all together", milliseconds("evaluation_seconds")),
+        ("memory beyond training alone, in use", f"{measured['copies_in_use']:.1f} copies"),
+        ("... with what the allocator keeps", f"{measured['copies_with_spare']:.1f} copies"),
     ):
         print(f"{what:52} {value:>12}")
 

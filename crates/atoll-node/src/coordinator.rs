@@ -188,7 +188,7 @@ pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<
     });
     tracing::info!("listening on {address}");
     let server = tokio::spawn(gate::serve(house, listener));
-    let ending = heart.beat(incoming, stop).await;
+    let ending = heart.live(incoming, stop).await;
     server.abort();
     ending
 }
@@ -344,7 +344,7 @@ impl Heart {
     }
 
     /// Lives until the run is finished or stopped.
-    async fn beat(&mut self, mut incoming: mpsc::Receiver<Input>, mut stop: signal::Receiver<bool>) -> Result<Ending> {
+    async fn live(&mut self, mut incoming: mpsc::Receiver<Input>, mut stop: signal::Receiver<bool>) -> Result<Ending> {
         let mut status = tokio::time::interval(Duration::from_secs_f64(STATUS_SECONDS));
         status.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut finished: Option<Time> = None;

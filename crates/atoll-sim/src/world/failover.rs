@@ -106,18 +106,18 @@ impl World<'_> {
 
     /// What a coordinator does a few times a second.
     pub(super) fn tick(&mut self, post: usize) -> Result<(), String> {
-        let (entries, sign) = (self.disk.entries, self.disk.entries as u64 + self.disk.beats);
+        let (entries, beats, is_full) = (self.disk.entries, self.disk.beats, self.disk.is_full(self.now));
         let now = self.posts[post].clock(self.now);
         match &mut self.posts[post].duty {
             Duty::None => Ok(()),
             Duty::Leads(head) if head.entries != entries => self.depose(post),
             Duty::Leads(_) => {
-                self.disk.beats += 1;
+                self.disk.beats += u64::from(!is_full);
                 self.tell_coordinator(post, Event::Tick)
             }
             Duty::Waits(_, true) => Ok(()),
             Duty::Waits(vigil, claims) => {
-                vigil.look(now, sign);
+                vigil.look(now, beats);
                 let (leader, me) = (self.witness.leader(), name(post));
                 if vigil.is_over() || leader == Some(me) || (leader.is_none() && post == 0) {
                     *claims = true;
