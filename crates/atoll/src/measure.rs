@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::engine::Noise;
 use atoll_core::model::{ModelConfig, PRESETS};
-use atoll_core::training::Training;
+use atoll_core::training::{Muon, Training};
 use atoll_node::memory;
 use atoll_node::run::{RunConfig, Terms};
 use atoll_node::site::Parts;
@@ -38,6 +38,9 @@ pub(crate) struct Arguments {
     /// Threads of the CPU engine; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Move the layers' matrices with Muon, not AdamW.
+    #[arg(long)]
+    muon: bool,
     #[command(flatten)]
     precision: precision::Arguments,
     /// Print JSON.
@@ -94,7 +97,9 @@ fn measure(arguments: &Arguments, devices: &dyn Devices) -> Result<Measured> {
     }
     let model = model(arguments)?;
     let device = device(arguments, devices)?;
-    let config = RunConfig { training: Training { context, rows, ..Training::default() }, ..RunConfig::default() };
+    let muon = arguments.muon.then(Muon::default);
+    let config =
+        RunConfig { training: Training { context, rows, muon, ..Training::default() }, ..RunConfig::default() };
     let manifest = config.manifest(&model);
     let weights = manifest.gather(&model.initial_weights(1));
     let feed = Box::new(Noise::new(1, context, vocab));
@@ -164,10 +169,13 @@ mod tests {
     #[test]
     fn a_small_model_is_measured() {
         let small = "--preset nano --vocab 64 --context 16 --rows 2 --steps 3 --threads 1 --precision f32";
-        let measured = measure(small).unwrap();
-        assert!(measured.tokens_per_second > 0.0 && measured.gflops > 0.0);
+        let losses = ["", " --muon"].map(|more| {
+            let measured = measure(&format!("{small}{more}")).unwrap();
+            assert!(measured.tokens_per_second > 0.0 && measured.gflops > 0.0);
+            measured.loss
+        });
         // Nothing can be learnt of random tokens.
-        assert!((measured.loss - 64f64.ln()).abs() < 0.5, "{}", measured.loss);
+        assert!(losses.iter().all(|loss| (loss - 64f64.ln()).abs() < 0.5) && losses[0] != losses[1], "{losses:?}");
     }
 
     #[test]

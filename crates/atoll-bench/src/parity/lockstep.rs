@@ -1,10 +1,11 @@
 //! Local steps without a network: engines that train side by side and average all their weights after every so many
-//! steps. What separates this from data parallelism is local training itself; what separates Atoll from this is Atoll.
+//! steps, which is a whole outer step, or a row's own with Nesterov's momentum. What separates this from data parallelism is local training itself; what separates Atoll from this is Atoll.
 
 use anyhow::Result;
 use atoll_core::data::Ranges;
 use atoll_core::engine::Engine;
 use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_core::outer::OuterRule;
 use atoll_cpu::{CpuEngine, Precision};
 use atoll_sim::Leases;
 
@@ -29,16 +30,28 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64, steps_per_round: u64)
         let engine = CpuEngine::new(options, manifest.clone(), first.clone(), Box::new(feed))?;
         sites.push((engine, leases));
     }
+    let (learning_rate, momentum) = outer(row);
+    let mut buffer: Vec<Vec<f32>> = first.iter().map(|weights| vec![0.0; weights.len()]).collect();
+    let mut theta = first;
     for step in 1..=steps {
         for (engine, leases) in &mut sites {
             leases.set_progress((step - 1) as f32 / steps as f32);
             engine.train(1)?;
         }
         if step % steps_per_round == 0 || step == steps {
-            average(&mut sites, &manifest)?;
+            let mean = mean(&mut sites, &manifest)?;
+            for ((theta, buffer), mean) in theta.iter_mut().zip(&mut buffer).zip(mean) {
+                for ((theta, buffer), mean) in theta.iter_mut().zip(buffer).zip(mean) {
+                    let delta = *theta - mean;
+                    *buffer = momentum * *buffer + delta;
+                    *theta -= learning_rate * (delta + momentum * *buffer);
+                }
+            }
+            for (engine, _) in &mut sites {
+                (0..).zip(&theta).try_for_each(|(index, weights)| engine.write(FragmentId(index), weights))?;
+            }
         }
     }
-    let theta = weights(&mut sites[0].0, &manifest)?;
     Ok(Run {
         nats: held_out_nats(text, training, &manifest, theta)?,
         tokens: (steps * tokens_per_step) as f64,
@@ -46,8 +59,16 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64, steps_per_round: u64)
     })
 }
 
-/// Gives all engines the mean of their weights.
-fn average(sites: &mut [(CpuEngine, Leases)], manifest: &Manifest) -> Result<()> {
+/// Learning rate and momentum of the outer step.
+fn outer(row: &Row) -> (f32, f32) {
+    match row.sync.outer {
+        OuterRule::Nesterov { learning_rate, momentum } => (learning_rate, momentum),
+        _ => (1.0, 0.0),
+    }
+}
+
+/// The mean of all engines' weights.
+fn mean(sites: &mut [(CpuEngine, Leases)], manifest: &Manifest) -> Result<Vec<Vec<f32>>> {
     let mut mean: Vec<Vec<f32>> = Vec::new();
     let share = 1.0 / sites.len() as f32;
     for (engine, _) in sites.iter_mut() {
@@ -58,8 +79,5 @@ fn average(sites: &mut [(CpuEngine, Leases)], manifest: &Manifest) -> Result<()>
             mean.iter_mut().zip(own).for_each(|(mean, own)| *mean += share * own);
         }
     }
-    for (engine, _) in sites {
-        (0..).zip(&mean).try_for_each(|(index, weights)| engine.write(FragmentId(index), weights))?;
-    }
-    Ok(())
+    Ok(mean)
 }

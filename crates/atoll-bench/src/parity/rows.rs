@@ -133,10 +133,12 @@ const OURS: &[Knob] = &[
     ("own-text", |r| r.share = Share::Own),
     ("ignore", |r| r.sync.absent = Absent::Ignore),
     ("whole", |r| r.sync.fragments = 1),
+    ("inner-0.7", |r| r.training.optimizer.learning_rate *= 0.7),
     ("inner-half", |r| r.training.optimizer.learning_rate *= 0.5),
     ("inner-double", |r| r.training.optimizer.learning_rate *= 2.0),
     ("inner-1.4", |r| r.training.optimizer.learning_rate *= 1.4),
     ("inner-beta2-99", |r| r.training.optimizer.beta2 = 0.99),
+    ("nesterov-0.5", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.5 }),
     ("step-2", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 2.0, momentum: 0.0 }),
     ("step-1.5", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 1.5, momentum: 0.0 }),
 ];
