@@ -124,7 +124,7 @@ pub struct Sync {
     pub feedback: Feedback,
     /// What is done about sites that are missing.
     pub absent: Absent,
-    /// Seconds of training between two looks at the held-out loss.
+    /// Seconds of training between two looks at the held-out loss; more where a look takes more than a tenth of that.
     pub evaluate_seconds: f64,
 }
 

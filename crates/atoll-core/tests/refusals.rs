@@ -535,3 +535,27 @@ fn a_contribution_may_be_as_much_longer_as_it_has_more_steps() {
     assert!(!is_refused(3, 4, 0.15, Ranges::span(5, 9)), "four are");
     desk.replay();
 }
+
+#[test]
+fn looking_at_the_held_out_loss_takes_a_small_part_of_the_time() {
+    let looks = |took: u64| {
+        let (mut desk, mut asked, mut looks) = (Desk::new(&["a"]), None, 0);
+        for second in 1..=600 {
+            let Event::Heard(name, mut status) = status(&desk, second, Vec::new()) else { unreachable!() };
+            (status.vitals.steps, status.vitals.step_seconds) = (second, 1.0);
+            if let Some((request, since)) = asked
+                && second >= since + took
+            {
+                status.evaluation = Some((request, Evaluated { commits: 0, nats: 1.0, tokens: 1, bytes: 1 }));
+                (asked, looks) = (None, looks + 1);
+            }
+            desk.handle(Event::Heard(name, status));
+            let wanted = desk.told.back().and_then(|(_, standing)| standing.evaluate);
+            asked = asked.or_else(|| wanted.map(|request| (request, second)));
+            desk.now = desk.now.after(1.0);
+        }
+        looks
+    };
+    assert!((17..=20).contains(&looks(1)), "twice a minute: {}", looks(1));
+    assert!((4..=5).contains(&looks(12)), "a tenth of the time: {}", looks(12));
+}

@@ -207,7 +207,10 @@ struct Round {
 struct Evaluation {
     request: u64,
     asked: Option<(SiteId, u64)>,
+    asked_at: Time,
     last_seconds: Option<f64>,
+    /// Seconds that the last look took.
+    took: f64,
     /// The look at the finished model: asked for, then answered.
     last_look: Option<bool>,
 }
@@ -219,6 +222,8 @@ struct Pace {
     merge: f64,
 }
 
+/// Between two looks at the held-out loss lies so many times what one takes.
+const LOOKS_APART: f64 = 10.0;
 /// A site is sent commits unasked as long as it has not more than this many of a fragment before it.
 const PUSHED_AHEAD: u64 = 2;
 /// Commits of a fragment that one standing speaks of, beside the newest.
@@ -382,7 +387,7 @@ impl Coordinator {
         }
         let leaving = status.leaving;
         self.register(site, &status, orders);
-        self.note_evaluation(site, &status, orders);
+        self.note_evaluation(now, site, &status, orders);
         self.view(now, site, status);
         if leaving {
             self.give_back(site, "the site left", orders);
@@ -447,11 +452,12 @@ impl Coordinator {
         self.look_who_leads();
     }
 
-    fn note_evaluation(&mut self, site: &SiteId, status: &Status, orders: &mut Vec<Order>) {
+    fn note_evaluation(&mut self, now: Time, site: &SiteId, status: &Status, orders: &mut Vec<Order>) {
         let Some((request, evaluated)) = status.evaluation else { return };
         if self.evaluation.asked == Some((site.clone(), request)) {
             self.evaluation.asked = None;
             self.evaluation.last_seconds = Some(self.seconds);
+            self.evaluation.took = now.seconds_since(self.evaluation.asked_at);
             self.evaluation.last_look = self.evaluation.last_look.map(|_| true);
             if evaluated_is_sane(&evaluated) {
                 self.record(Entry::Evaluated(evaluated), orders);
@@ -681,7 +687,9 @@ impl Coordinator {
 
     /// One site at a time looks at the held-out loss: the first that asks when it is due.
     fn ask_for_evaluation(&mut self, now: Time, site: &SiteId) {
-        let due = self.evaluation.last_seconds.is_none_or(|last| self.seconds >= last + self.sync.evaluate_seconds);
+        // Whoever looks does not train meanwhile.
+        let pause = self.sync.evaluate_seconds.max(LOOKS_APART * self.evaluation.took);
+        let due = self.evaluation.last_seconds.is_none_or(|last| self.seconds >= last + pause);
         let asked_lives = self
             .evaluation
             .asked
@@ -693,6 +701,7 @@ impl Coordinator {
             // Another one after each restart, so that no site takes it for an old one.
             self.evaluation.request = now.0.max(self.evaluation.request + 1);
             self.evaluation.asked = Some((site.clone(), self.evaluation.request));
+            self.evaluation.asked_at = now;
         }
     }
 
