@@ -192,7 +192,7 @@ def show(measured):
         ("... 95th of 100", milliseconds("call_seconds_95th")),
         ("... longest: weights copied out and changes added", milliseconds("call_seconds_longest")),
         ("share of a step, between rounds", percent("share_between_rounds")),
-        ("share of all time, rounds included", percent("share_of_all_time")),
+        ("share of steps and calls together, rounds included", percent("share_of_all_time")),
         ("held-out text, all together", milliseconds("evaluation_seconds")),
         ("memory beyond training alone, in use", f"{measured['copies_in_use']:.1f} copies"),
         ("... with what the allocator keeps", f"{measured['copies_with_spare']:.1f} copies"),

@@ -539,10 +539,11 @@ fn a_contribution_may_be_as_much_longer_as_it_has_more_steps() {
 #[test]
 fn looking_at_the_held_out_loss_takes_a_small_part_of_the_time() {
     let looks = |took: u64| {
-        let (mut desk, mut asked, mut looks) = (Desk::new(&["a"]), None, 0);
+        let (mut desk, mut asked, mut looks, mut steps) = (Desk::new(&["a"]), None, 0, 0);
         for second in 1..=600 {
             let Event::Heard(name, mut status) = status(&desk, second, Vec::new()) else { unreachable!() };
-            (status.vitals.steps, status.vitals.step_seconds) = (second, 1.0);
+            steps += u64::from(asked.is_none()); // Whoever looks does not train.
+            (status.vitals.steps, status.vitals.step_seconds) = (steps, 0.2);
             if let Some((request, since)) = asked
                 && second >= since + took
             {
@@ -558,4 +559,5 @@ fn looking_at_the_held_out_loss_takes_a_small_part_of_the_time() {
     };
     assert!((17..=20).contains(&looks(1)), "twice a minute: {}", looks(1));
     assert!((4..=5).contains(&looks(12)), "a tenth of the time: {}", looks(12));
+    assert_eq!(looks(40), 2, "and none is in vain, however long it takes");
 }

@@ -23,8 +23,9 @@ use atoll_core::hash::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::data::file;
-use crate::objects::{Created, Objects};
+use crate::objects::{Created, Objects, StoreFailed};
 use crate::run::{RunDir, write_atomically};
+use crate::snapshot;
 
 /// A run's place in an object store.
 #[derive(Debug, Clone)]
@@ -90,7 +91,7 @@ const JOURNAL_CHUNK: u64 = 1 << 20;
 /// Entries that are hardly ever more in one segment.
 const SEGMENT_USUAL: u64 = 64;
 /// A store that does not take the journal for so long ends the coordinator.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Shared {
     /// Opens the place at `address`.
@@ -247,20 +248,35 @@ impl Shared {
         Ok(Item { path: path.to_string(), bytes, chunks })
     }
 
-    /// Fetches the newest snapshot into a run folder that has none. What had arrived when a fetch was cut off is used.
+    /// Fetches the newest whole snapshot into a run folder that has none. What had arrived when a fetch was cut off is used.
     ///
     /// # Errors
     /// If the store or the disk fails, or the snapshot is damaged. Until it is whole and in place,
     /// [`is_fetching`] says so.
     pub fn fetch_snapshot(&self, dir: &RunDir) -> Result<Option<u64>> {
-        let Some(entries) = self.snapshots()?.pop() else { return Ok(None) };
-        let Some(parcel) = self.parcel(entries)? else { return Ok(None) };
+        let mut snapshots = self.snapshots()?;
+        let Some(mut entries) = snapshots.pop() else { return Ok(None) };
+        loop {
+            match (self.fetch_one(dir, entries), snapshots.pop()) {
+                (Err(error), Some(older)) if !error.is::<StoreFailed>() => {
+                    tracing::warn!("{error:#}; an older one is tried");
+                    entries = older;
+                }
+                (fetched, _) => return fetched.map(|is_there| is_there.then_some(entries)),
+            }
+        }
+    }
+
+    /// Fetches one snapshot; false if it is gone by now.
+    fn fetch_one(&self, dir: &RunDir, entries: u64) -> Result<bool> {
+        let Some(parcel) = self.parcel(entries)? else { return Ok(false) };
         let arriving = fetching(dir);
         file::make_folder(&arriving).with_context(|| format!("{} cannot be made", arriving.display()))?;
         let new = arriving.join("run");
         for item in &parcel.files {
             self.fetch_file(item, &arriving, &new)?;
         }
+        snapshot::verify(&new.join("snapshots").join(format!("{entries:012}")))?;
         file::make_folder(&dir.snapshots()).with_context(|| format!("{} cannot be made", dir.snapshots().display()))?;
         for path in [PathBuf::from("journal.jsonl"), Path::new("snapshots").join(format!("{entries:012}"))] {
             let to = dir.0.join(&path);
@@ -268,7 +284,7 @@ impl Shared {
             file::rename(&new.join(&path), &to).with_context(|| format!("{} cannot be put in place", to.display()))?;
         }
         fs::remove_dir_all(&arriving).with_context(|| format!("{} cannot be removed", arriving.display()))?;
-        Ok(Some(entries))
+        Ok(true)
     }
 
     fn parcel(&self, entries: u64) -> Result<Option<Parcel>> {

@@ -1,7 +1,7 @@
 //! Snapshots, and recovery from them. A snapshot is a folder named after the number of journal entries
 //! that it sums up: the model as a Hugging Face folder, the outer optimizer's state, and the book with
 //! the journal's hash and length at that point. It is made under another name and renamed when whole; hashes of its
-//! files are in it, so that nothing is believed that has changed since.
+//! files are in it, so that no run goes on from what has changed since.
 //!
 //! Recovery takes the newest snapshot that is whole and undamaged and computes every later commit again from its payloads,
 //! comparing digests: the coordinator is rebuilt bit for bit or says what is missing.
@@ -9,6 +9,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -97,10 +98,20 @@ pub(crate) fn seal(folder: &Path) -> Result<()> {
     write_atomically(&folder.join(DIGESTS), &serde_json::to_vec_pretty(&digests)?)
 }
 
-/// Whether the files of a snapshot are what they were.
-fn verify(folder: &Path) -> Result<()> {
+/// Sees that the files of a snapshot are what they were.
+///
+/// # Errors
+/// If one is not.
+pub fn verify(folder: &Path) -> Result<()> {
     let path = folder.join(DIGESTS);
-    let bytes = fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            tracing::warn!("{} has no hashes of its files, so nobody can tell whether it is damaged", folder.display());
+            return Ok(());
+        }
+        Err(error) => return Err(error).with_context(|| format!("{} cannot be read", path.display())),
+    };
     let digests: BTreeMap<String, Digest> =
         serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))?;
     for (name, noted) in digests {
@@ -171,7 +182,7 @@ pub(crate) fn retire(
 /// if the run has never begun.
 ///
 /// # Errors
-/// If journal, all snapshots or payloads are damaged or missing; nothing is changed then.
+/// If journal, all snapshots or payloads are damaged or missing; nothing that anybody needs is changed then.
 pub fn recover(
     dir: &RunDir,
     model: &ModelConfig,
@@ -181,7 +192,7 @@ pub fn recover(
 ) -> Result<Option<Recovered>> {
     sweep(dir);
     let snapshots = list(dir);
-    let Some((_, last)) = snapshots.last() else {
+    let Some((reached, _)) = snapshots.last() else {
         if fs::metadata(dir.journal()).is_ok_and(|file| file.len() > 0) {
             bail!(
                 "{} has a journal but no snapshot\nhint: restore the folder snapshots/ from a backup",
@@ -190,9 +201,9 @@ pub fn recover(
         }
         return Ok(None);
     };
-    let (damaged, newest) = choose(&snapshots, last)?;
+    let (damaged, newest) = choose(&snapshots)?;
     let (mut global, place) = read(newest, model, manifest, seed)?;
-    if place.book.entries == 1 && fs::metadata(dir.journal()).map_or(0, |file| file.len()) == 0 {
+    if *reached == 1 && fs::metadata(dir.journal()).map_or(0, |file| file.len()) == 0 {
         return Ok(None); // The crash came between the first snapshot and the first entry.
     }
     let mut payloads = BTreeMap::new();
@@ -214,12 +225,27 @@ pub fn recover(
             newest.display()
         );
     }
+    if book.entries < *reached {
+        bail!(
+            "the journal {} has {} entries, a snapshot speaks of {reached}\nhint: restore it from a backup",
+            dir.journal().display(),
+            book.entries
+        );
+    }
     damaged.into_iter().for_each(set_aside);
     Ok(Some(Recovered { journal, book, global, payloads }))
 }
 
-/// The newest undamaged snapshot, behind the damaged ones that are newer; `last` is the newest of all.
-fn choose<'a>(snapshots: &'a [(u64, PathBuf)], last: &'a Path) -> Result<(Vec<&'a Path>, &'a Path)> {
+/// The newest undamaged snapshot in a run folder.
+///
+/// # Errors
+/// If there is none.
+pub fn newest(dir: &RunDir) -> Result<PathBuf> {
+    choose(&list(dir)).map(|(_, folder)| folder.to_path_buf())
+}
+
+/// The newest undamaged one of these snapshots, behind the damaged ones that are newer.
+fn choose(snapshots: &[(u64, PathBuf)]) -> Result<(Vec<&Path>, &Path)> {
     let mut damaged = Vec::new();
     for (_, folder) in snapshots.iter().rev() {
         match verify(folder) {
@@ -228,10 +254,13 @@ fn choose<'a>(snapshots: &'a [(u64, PathBuf)], last: &'a Path) -> Result<(Vec<&'
         }
         damaged.push(folder.as_path());
     }
-    Err(anyhow!(
-        "every snapshot is damaged, also the newest, {}\nhint: restore the folder snapshots/ from a backup",
-        last.display()
-    ))
+    Err(match damaged.first() {
+        Some(newest) => anyhow!(
+            "every snapshot is damaged, also the newest, {}\nhint: restore the folder snapshots/ from a backup",
+            newest.display()
+        ),
+        None => anyhow!("there is no snapshot\nhint: a run has one as soon as it has begun"),
+    })
 }
 
 /// Takes a damaged snapshot off the list, for whoever wants to know what happened to it.
@@ -272,7 +301,7 @@ pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest, seed: u64) 
 
 fn damaged(folder: &Path) -> String {
     let folder = folder.display();
-    format!("the snapshot {folder} is damaged\nhint: move it away; an older one and the journal do as well")
+    format!("the snapshot {folder} is damaged\nhint: move it away; another one and the journal do as well")
 }
 
 /// [`load`] for a snapshot that is verified.

@@ -11,6 +11,7 @@ use atoll_core::wire::{CHUNK, Frame, Hello, Purpose, Welcome};
 
 use crate::identity::{Identity, Ticket};
 use crate::link::{Dialer, Link, SILENCE_SECONDS, is_foreign_key, read_frame, within, write_frame};
+use crate::shared::PATIENCE;
 
 /// Who wants to go where.
 #[derive(Clone)]
@@ -84,8 +85,8 @@ pub(crate) struct Refusals {
     since: Option<Instant>,
 }
 
-/// Seconds within which a coordinator finds out that another leads, or that one can be reached.
-const DOUBT_SECONDS: f64 = 10.0;
+/// So long a leader that cannot reach the object store may go on without knowing that another leads.
+const DOUBT: Duration = PATIENCE;
 
 impl Refusals {
     /// Whether it is of no use to try again after this failure.
@@ -95,7 +96,7 @@ impl Refusals {
             return false;
         };
         let since = self.since.get_or_insert_with(Instant::now);
-        refused.is_certain || since.elapsed().as_secs_f64() >= DOUBT_SECONDS
+        refused.is_certain || since.elapsed() >= DOUBT
     }
 }
 
@@ -213,7 +214,7 @@ mod tests {
         assert!(!Refusals::default().are_final(&anyhow!("nobody answers")));
         let mut refusals = Refusals::default();
         assert!(!refusals.are_final(&refusal(false)) && !refusals.are_final(&refusal(false)));
-        refusals.since = Instant::now().checked_sub(Duration::from_secs_f64(DOUBT_SECONDS));
+        refusals.since = Instant::now().checked_sub(DOUBT);
         assert!(refusals.are_final(&refusal(false)), "it was said for long enough");
         refusals.are_final(&anyhow!("nobody answers"));
         assert!(!refusals.are_final(&refusal(false)), "and then nobody answered, which begins it anew");

@@ -22,4 +22,4 @@ pub use absent::{Absences, Attendance, absences};
 pub use description::{Description, Hardships, Link, Residence};
 pub use habitat::{Habitat, Inhabitant, Leases};
 pub use hostile::simulate;
-pub use world::{Outcome, Presence, run};
+pub use world::{DiskFailures, Outcome, Presence, run};

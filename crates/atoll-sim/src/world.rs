@@ -41,8 +41,8 @@ pub struct Outcome {
     pub commits: u64,
     /// How often a coordinator took the run over; 0 in a world with one.
     pub epochs: u64,
-    /// Writes of coordinators that found no room or were cut short, and payloads of which bits have flipped.
-    pub disk_failures: u64,
+    /// What went wrong with disks.
+    pub disk_failures: DiskFailures,
     /// Digest of the model.
     pub digest: Digest,
     /// What the habitat says of the finished model: see [`Habitat::error`].
@@ -53,6 +53,19 @@ pub struct Outcome {
     pub sites: Vec<Presence>,
     /// The finished model, by fragment.
     pub theta: Vec<Vec<f32>>,
+}
+
+/// How often disks failed somebody.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskFailures {
+    /// Writes of a coordinator that found no room.
+    pub full: u64,
+    /// Entries of which a coordinator does not know whether they are written.
+    pub torn: u64,
+    /// Payloads in which a bit flipped.
+    pub flipped: u64,
+    /// Failures of a site's disk.
+    pub sites: u64,
 }
 
 /// What one site gave and took.

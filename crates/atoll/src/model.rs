@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, bail};
 use atoll_core::model::ModelConfig;
 use atoll_core::training::Packing;
 use atoll_node::data::Tokenizer;
@@ -49,10 +49,11 @@ fn find(dir: &Path) -> Result<PathBuf> {
     if run.model().join("config.json").exists() {
         return Ok(run.model());
     }
-    snapshot::list(&run).pop().map(|(_, folder)| folder).ok_or_else(|| {
-        anyhow!(
+    if snapshot::list(&run).is_empty() {
+        bail!(
             "there is no model in {}\nhint: give a run folder that has trained, or a Hugging Face folder",
             dir.display()
-        )
-    })
+        );
+    }
+    snapshot::newest(&run)
 }

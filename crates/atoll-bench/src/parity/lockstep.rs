@@ -59,11 +59,12 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64, steps_per_round: u64)
     })
 }
 
-/// Learning rate and momentum of the outer step.
+/// Learning rate and momentum of the outer step; "auto" is a whole step without momentum here.
 fn outer(row: &Row) -> (f32, f32) {
     match row.sync.outer {
         OuterRule::Nesterov { learning_rate, momentum } => (learning_rate, momentum),
-        _ => (1.0, 0.0),
+        OuterRule::Memoryless { learning_rate } => (learning_rate, 0.0),
+        OuterRule::Auto { .. } => (1.0, 0.0),
     }
 }
 

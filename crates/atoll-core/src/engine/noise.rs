@@ -25,6 +25,7 @@ impl Feed for Noise {
         batch.tokens.clear();
         batch.tokens.extend((0..count).map(|_| self.rng.below(self.vocab as u64) as u32));
         (batch.rows, batch.length) = (rows, self.length);
+        batch.starts.clear();
         Ok(())
     }
 }

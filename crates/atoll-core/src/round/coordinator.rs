@@ -286,6 +286,7 @@ impl Coordinator {
                 if let Some(view) = self.views.get_mut(&site) {
                     (view.connected, view.pushed) = (false, Vec::new());
                 }
+                self.evaluation.asked.take_if(|(asked, _)| *asked == site);
                 self.look_who_leads();
             }
             Event::Arrived(site, payload, seen) => self.arrive(&site, payload, seen, &mut orders),
@@ -401,6 +402,7 @@ impl Coordinator {
         self.drop_pending(site, orders);
         let (session, dataset, samples) = (status.session, status.dataset, status.samples);
         self.record(Entry::Joined { site: site.clone(), session, dataset, samples }, orders);
+        self.evaluation.asked.take_if(|(asked, _)| asked == site);
         self.views.remove(site);
         self.look_who_leads();
     }
@@ -690,14 +692,12 @@ impl Coordinator {
         // Whoever looks does not train meanwhile.
         let pause = self.sync.evaluate_seconds.max(LOOKS_APART * self.evaluation.took);
         let due = self.evaluation.last_seconds.is_none_or(|last| self.seconds >= last + pause);
-        let asked_lives = self
-            .evaluation
-            .asked
-            .as_ref()
-            .is_some_and(|(asked, _)| self.views.get(asked).is_some_and(|view| view.is_live(now)));
+        // Whoever looks takes no steps, so it need not be live to be waited for.
+        let is_heard = |(asked, _): &(SiteId, u64)| self.views.get(asked).is_some_and(|view| view.is_heard(now));
+        let is_asked = self.evaluation.asked.as_ref().is_some_and(is_heard);
         let is_fast = self.steps_for(site) >= self.lead.steps;
         let wanted = self.phase == Phase::Training || self.evaluation.last_look == Some(false);
-        if wanted && due && !asked_lives && is_fast && self.views.contains_key(site) {
+        if wanted && due && !is_asked && is_fast && self.views.contains_key(site) {
             // Another one after each restart, so that no site takes it for an old one.
             self.evaluation.request = now.0.max(self.evaluation.request + 1);
             self.evaluation.asked = Some((site.clone(), self.evaluation.request));
@@ -770,13 +770,17 @@ impl View {
 
     /// Connected, heard of lately, and taking steps: nobody waits for a site that is not.
     fn is_live(&self, now: Time) -> bool {
-        let silent = now.seconds_since(self.heard) > (INTERVALS_SILENT * self.interval).max(3.0);
         let step = self.status.vitals.step_seconds;
         // Whoever has not finished a first step cannot be waited for.
         let stalled = step == 0.0 || now.seconds_since(self.progressed) > (STEPS_STALLED * step).max(5.0);
         let whole = self.status.fragments.iter().all(Option::is_some);
         let drained = self.status.drained && self.status.vitals.steps > 0;
-        self.connected && whole && !silent && (!stalled || drained)
+        self.is_heard(now) && whole && (!stalled || drained)
+    }
+
+    /// Connected and heard of lately.
+    fn is_heard(&self, now: Time) -> bool {
+        self.connected && now.seconds_since(self.heard) <= (INTERVALS_SILENT * self.interval).max(3.0)
     }
 }
 

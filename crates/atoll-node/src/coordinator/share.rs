@@ -120,6 +120,7 @@ impl Share {
         let keeps_all = policy.keep == Keep::All;
         Some(move || {
             if shared.snapshots()?.last() != Some(&entries) {
+                snapshot::verify(&folder)?;
                 shared.save_snapshot(&dir, entries, snapshot::place(&folder)?.offset, epoch)?;
             }
             let oldest = shared.prune(keep)?;

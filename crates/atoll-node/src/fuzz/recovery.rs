@@ -201,4 +201,28 @@ mod tests {
             assert_eq!((recovered.book.commits(), recovered.book.finished), (1, true));
         });
     }
+
+    #[test]
+    fn commits_since_an_older_snapshot_are_computed_again_if_the_newest_is_damaged() {
+        let files = PAST.files.iter().map(|(path, bytes)| (path.as_str(), bytes.as_slice()));
+        in_folder(&files.collect::<Vec<_>>(), |folder| {
+            let dir = RunDir(folder.to_path_buf());
+            let store = Store::open(dir.payloads()).unwrap();
+            let recover = || snapshot::recover(&dir, &small_model(), &manifest(), SEED, &store);
+            let snapshot::Recovered { journal, book, global, .. } = recover().unwrap().unwrap();
+            let newest = snapshot::save(&dir, &small_model(), &global, &book, journal.chain, journal.offset).unwrap();
+            let weights = newest.join("model.safetensors");
+            let mut bytes = std::fs::read(&weights).unwrap();
+            *bytes.last_mut().unwrap() ^= 1;
+            std::fs::write(&weights, bytes).unwrap();
+            // A journal that ends before the damaged snapshot is not gone on with.
+            let whole = std::fs::read(dir.journal()).unwrap();
+            std::fs::write(dir.journal(), &PAST.before).unwrap();
+            let error = format!("{:#}", recover().unwrap_err());
+            assert!(error.contains("a snapshot speaks of 7") && newest.exists(), "{error}");
+            std::fs::write(dir.journal(), whole).unwrap();
+            let again = recover().unwrap().unwrap();
+            assert!(again.global == global && again.book == book && !newest.exists());
+        });
+    }
 }

@@ -91,7 +91,7 @@ impl World<'_> {
         for order in orders.into_iter().take(until) {
             self.carry_out(post, order)?;
         }
-        if crash {
+        if crash && self.posts[post].head().is_some() {
             self.faults_left -= 1;
             self.crash_coordinator(post)?;
         }

@@ -11,7 +11,7 @@ use atoll_core::rng::Rng;
 use atoll_core::site::Time;
 
 use super::happening::Happening;
-use super::{Store, World};
+use super::{DiskFailures, Store, World};
 
 /// Longest time for which a disk is full, in seconds.
 const FULL_MAX: f64 = 4.0;
@@ -35,8 +35,7 @@ pub(super) struct Disk {
     full_until: Time,
     /// Whether the process that appends next dies of it.
     tears: bool,
-    /// Writes that found no room or were cut short, and payloads that were damaged.
-    pub(super) failures: u64,
+    pub(super) failures: DiskFailures,
     /// Appended to by two, and then whole or not at all.
     is_shared: bool,
     /// Chance of its own, so that the worlds of old seeds stay what they were.
@@ -64,7 +63,7 @@ impl Disk {
             beats: 0,
             full_until: Time::default(),
             tears: false,
-            failures: 0,
+            failures: DiskFailures::default(),
             is_shared,
             chance,
         }
@@ -72,13 +71,13 @@ impl Disk {
 
     pub(super) fn append(&mut self, now: Time, entry: &Entry) -> Append {
         if self.is_full(now) {
-            self.failures += 1;
+            self.failures.full += 1;
             return Append::Failed;
         }
         let mut chain = self.chain;
         let line = chain.write(entry) + "\n";
         let tears = std::mem::take(&mut self.tears);
-        self.failures += u64::from(tears);
+        self.failures.torn += u64::from(tears);
         if tears && !self.is_shared {
             let cut = self.chance.below(line.len() as u64) as usize;
             self.journal.extend(&line.as_bytes()[..cut]);
@@ -115,7 +114,7 @@ impl Disk {
         if has_room {
             self.payloads.insert(digest, bytes);
         }
-        self.failures += u64::from(!has_room);
+        self.failures.full += u64::from(!has_room);
         has_room
     }
 
@@ -153,7 +152,7 @@ impl Disk {
         let digest = *choice.get(self.chance.below(choice.len().max(1) as u64) as usize)?;
         let bytes = Rc::make_mut(self.payloads.get_mut(&digest)?);
         flip(bytes, &mut self.chance);
-        self.failures += 1;
+        self.failures.flipped += 1;
         Some(digest)
     }
 
@@ -264,6 +263,7 @@ impl World<'_> {
                 let site = &mut self.sites[index];
                 site.disk.fail(self.now, &mut self.disk.chance);
                 self.witness.see_loss(&site.residence.name);
+                self.disk.failures.sites += 1;
             }
         }
         let delay = self.disk.chance.unit() * 4.0;
