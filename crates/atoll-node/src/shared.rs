@@ -454,6 +454,23 @@ mod tests {
     }
 
     #[test]
+    fn an_older_snapshot_is_fetched_if_the_newest_is_damaged() {
+        let (folder, shared, dir) = shared();
+        shared.save_snapshot(&dir, 2, 8, 1).unwrap();
+        let newest = dir.snapshots().join("000000000003");
+        fs::create_dir(&newest).unwrap();
+        fs::write(newest.join("book.json"), "a book").unwrap();
+        snapshot::seal(&newest).unwrap();
+        // Damaged before it was put there, so that every chunk is what its name says.
+        fs::write(newest.join("book.json"), "a look").unwrap();
+        shared.save_snapshot(&dir, 3, 14, 1).unwrap();
+        let other = RunDir(folder.path().join("other"));
+        assert_eq!(shared.fetch_snapshot(&other).unwrap(), Some(2));
+        assert_eq!(fs::read_to_string(other.journal()).unwrap(), "one\ntwo\n");
+        assert!(!other.snapshots().join("000000000003").exists() && !is_fetching(&other));
+    }
+
+    #[test]
     fn old_snapshots_go_with_the_chunks_that_only_they_need() {
         let (folder, shared, dir) = shared();
         shared.save_snapshot(&dir, 2, 8, 1).unwrap();
