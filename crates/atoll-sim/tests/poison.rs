@@ -20,7 +20,7 @@ use atoll_sim::{Description, Habitat, Hardships, Inhabitant, Link, Outcome, Resi
 const SITES: usize = 8;
 /// Sites of these numbers are malicious.
 const MALICIOUS: Range<usize> = 3..5;
-const SEEDS: Range<u64> = 0..8;
+const SEEDS: Range<u64> = 0..16;
 /// A site sees little of its optimum in a round, as in real training, and the run ends at its plateau.
 const LEARNING_RATE: f32 = 0.04;
 const GOAL_TOKENS: u64 = 30_000;
