@@ -114,6 +114,11 @@ class Lab:
         except (FileNotFoundError, json.JSONDecodeError):
             return None
 
+    def state(self, site):
+        """What the coordinator last said of a site; None before it has said anything."""
+        sites = (self.status() or {}).get("sites", [])
+        return next((known["state"] for known in sites if known["name"] == site), None)
+
     def report(self):
         self.until("the report", (self.run / "report.json").exists)
         return json.loads((self.run / "report.json").read_text())

@@ -109,7 +109,7 @@ def test_a_script_that_just_ends_has_left(lab):
     script = process(lab, ENDS)
     said, _ = script.communicate(timeout=60)
     assert script.returncode == 0 and said == "stepped\n" * 5
-    lab.until("the site to be away", lambda: lab.status()["sites"][0]["state"] == "away")
+    lab.until("the site to be away", lambda: lab.state("mine") == "away")
 
 
 def test_control_c_leaves_after_the_step(lab):
