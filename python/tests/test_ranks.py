@@ -179,7 +179,7 @@ def test_a_rank_that_dies_takes_its_site_out_and_the_site_comes_back(lab, parall
     assert first.wait(60) != 0
     assert "another rank of this site is gone, and the site with it" in said_by(lab, 0), logs(lab)
     assert "\nhint: what it said last tells why" in said_by(lab, 0)
-    state = lambda: {site["name"]: site["state"] for site in lab.status()["sites"]}["ranks"]
+    state = lambda: lab.state("ranks")
     lab.until("the site to be away", lambda: state() == "away")
     again = ranks(lab, parallel, ticket=ticket)
     lab.until("the ranks to train again", lambda: "trains" in said_by(lab, 1) or again[0].poll() is not None)
