@@ -302,7 +302,7 @@ impl<'a> World<'a> {
         let book = head.machine.book();
         check(head.machine.phase() == Phase::Finished, || "sites finished before the run".into())?;
         if self.description.keeps_payloads {
-            let (replayed, global, _) = self.replay(&self.disk.read().map_err(|error| error.to_string())?)?;
+            let (replayed, global, _) = self.replay()?;
             check(&replayed == book, || "the journal does not rebuild the book".into())?;
             check(global == head.global, || "the journal does not rebuild the model".into())?;
         }
@@ -335,8 +335,7 @@ impl<'a> World<'a> {
             return Ok(());
         }
         let what = self.disk.rot();
-        let replayed = self.disk.read().map_err(|error| error.to_string()).and_then(|entries| self.replay(&entries));
-        check(replayed.is_err(), || format!("a bit has flipped in {what}, and nobody has noticed"))
+        check(self.replay().is_err(), || format!("a bit has flipped in {what}, and nobody has noticed"))
     }
 
     fn presences(&self) -> Vec<Presence> {

@@ -49,11 +49,11 @@ impl World<'_> {
 
     /// Rebuilds everything from the disk, recomputing every outer step, and leads from there.
     pub(super) fn lead(&mut self, post: usize) -> Result<(), String> {
-        let entries = self.disk.recover().map_err(|error| error.to_string())?;
-        let (book, global, deltas) = self.replay(&entries)?;
+        self.disk.mend();
+        let (book, global, deltas) = self.replay()?;
         self.witness.see_start(&book.fragments.iter().map(|fragment| fragment.version).collect::<Vec<_>>())?;
         let machine = Coordinator::new(self.description.sync.clone(), self.description.goal, book, self.lens());
-        self.posts[post].duty = Duty::Leads(Box::new(Head { machine, global, deltas, entries: entries.len() }));
+        self.posts[post].duty = Duty::Leads(Box::new(Head { machine, global, deltas, entries: self.disk.entries }));
         for index in 0..self.sites.len() {
             let delay = 0.1 + self.chance.unit();
             self.after(delay, Happening::Reconnect(index, self.sites[index].life));
@@ -61,10 +61,10 @@ impl World<'_> {
         Ok(())
     }
 
-    pub(super) fn replay(&self, entries: &[Entry]) -> Result<(Book, Global, Store), String> {
+    pub(super) fn replay(&self) -> Result<(Book, Global, Store), String> {
         let (mut book, mut global, mut deltas) = (Book::default(), self.first_weights(), BTreeMap::new());
         let payload = |digest| self.disk.payload(digest);
-        for entry in entries {
+        for entry in &self.disk.read().map_err(|error| error.to_string())? {
             book.apply(entry).map_err(|error| error.to_string())?;
             if let Entry::Committed(commit) = entry {
                 let step = global.replay(commit, &payload, &Alone).map_err(|error| error.to_string())?;

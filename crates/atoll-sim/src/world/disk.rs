@@ -92,12 +92,10 @@ impl Disk {
         if tears { Append::Failed } else { Append::Done }
     }
 
-    /// Hands out all entries, and drops what a crash has left of one more.
-    pub(super) fn recover(&mut self) -> Result<Vec<Entry>, LineError> {
-        let entries = self.read()?;
+    /// Drops what a crash has left of a line.
+    pub(super) fn mend(&mut self) {
         let torn = self.journal.iter().rev().take_while(|&&byte| byte != b'\n').count();
         self.journal.truncate(self.journal.len() - torn);
-        Ok(entries)
     }
 
     pub(super) fn read(&self) -> Result<Vec<Entry>, LineError> {

@@ -136,7 +136,7 @@ impl World<'_> {
             self.posts[post].duty = Duty::Waits(Vigil::default(), false);
             return Ok(()); // Somebody was faster, or the leader lives after all.
         }
-        let (book, ..) = self.replay(&self.disk.read().map_err(|error| error.to_string())?)?;
+        let (book, ..) = self.replay()?;
         let leads = Entry::Leads { epoch: book.epoch + 1, holder: name(post) };
         let appended = self.disk.append(self.now, &leads);
         if self.disk.entries > entries {
