@@ -419,13 +419,18 @@ pub(crate) fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn small() -> (ModelConfig, Manifest, Global) {
+        let model = ModelConfig::preset("nano", 300, 32).unwrap();
+        let manifest = Manifest::balanced(model.tensors(), 2);
+        let global = Global::new(manifest.clone(), manifest.gather(&model.initial_weights(1)));
+        (model, manifest, global)
+    }
+
     #[test]
     fn a_snapshot_outlasts_a_crash() {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir(folder.path().to_path_buf());
-        let model = ModelConfig::preset("nano", 300, 32).unwrap();
-        let manifest = Manifest::balanced(model.tensors(), 2);
-        let global = Global::new(manifest.clone(), manifest.gather(&model.initial_weights(1)));
+        let (model, manifest, global) = small();
         let book = Book { seed: 7, layout: manifest.fingerprint(), ..Book::default() };
         file::synced::take();
         let saved = save(&dir, &model, &global, &book, Chain::default(), 0).unwrap();
@@ -439,9 +444,7 @@ mod tests {
     fn one_bit_of_the_newest_snapshot_costs_nothing_but_an_older_one() {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir(folder.path().to_path_buf());
-        let model = ModelConfig::preset("nano", 300, 32).unwrap();
-        let manifest = Manifest::balanced(model.tensors(), 2);
-        let global = Global::new(manifest.clone(), manifest.gather(&model.initial_weights(1)));
+        let (model, manifest, global) = small();
         let store = Store::open(dir.payloads()).unwrap();
         let mut journal = JournalFile::open(&dir.journal(), 0, Chain::default(), |_| Ok(())).unwrap();
         let (layout, theta) = (manifest.fingerprint(), global.digests());

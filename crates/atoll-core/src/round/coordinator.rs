@@ -689,10 +689,9 @@ impl Coordinator {
 
     /// One site at a time looks at the held-out loss: the first that asks when it is due.
     fn ask_for_evaluation(&mut self, now: Time, site: &SiteId) {
-        // Whoever looks does not train meanwhile.
+        // Whoever looks takes no steps: that is not to be often, and it need not be live to be waited for.
         let pause = self.sync.evaluate_seconds.max(LOOKS_APART * self.evaluation.took);
         let due = self.evaluation.last_seconds.is_none_or(|last| self.seconds >= last + pause);
-        // Whoever looks takes no steps, so it need not be live to be waited for.
         let is_heard = |(asked, _): &(SiteId, u64)| self.views.get(asked).is_some_and(|view| view.is_heard(now));
         let is_asked = self.evaluation.asked.as_ref().is_some_and(is_heard);
         let is_fast = self.steps_for(site) >= self.lead.steps;
