@@ -48,7 +48,23 @@ class Ranks:
 
     def __init__(self):
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        self.group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self.group = None
+        self.meet()
+
+    def meet(self):
+        """Begins to talk, unless they talk already. All ranks make this call."""
+        if self.group is None:
+            self.group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def part(self):
+        """Ends the talk; whoever waits for this rank learns that it is gone.
+
+        It waits for Gloo's threads: one that lets go of what it sent last while the interpreter ends wants the
+        interpreter's lock, does not get it, and aborts the process.
+        """
+        if self.group is not None:
+            group, self.group = self.group, None
+            distributed.destroy_process_group(group)
 
     def share(self, thing=None):
         """Rank 0's thing, at every rank."""
@@ -283,6 +299,7 @@ class Leader:
     def __init__(self, engine):
         self.engine, self.ranks = engine, engine.ranks
         self.staging = engine.staging
+        self.ranks.meet()
 
     @property
     def computes_in(self):
@@ -317,6 +334,7 @@ class Leader:
         """All ranks are told that the site's life is over; who is gone already need not be."""
         with contextlib.suppress(AtollError):
             self.ranks.share(("end", finished))
+        self.ranks.part()
 
 
 class Follower:
@@ -324,6 +342,7 @@ class Follower:
 
     def __init__(self, engine):
         self.engine, self.ranks, self.layout, self.finished = engine, engine.ranks, None, False
+        self.ranks.meet()
 
     def await_step(self):
         """Obeys until the next step (true), or the end (false)."""
@@ -333,6 +352,7 @@ class Follower:
                 return True
             if order == "end":
                 (self.finished,) = arguments
+                self.ranks.part()
                 return False
             self.obey(order, *arguments)
 

@@ -233,10 +233,12 @@ class Following:
 
     def fail(self, error):
         """The first rank notices that this one is gone."""
+        self.leave()
         return error
 
     def leave(self):
         """The same."""
+        self.follower.ranks.part()
 
 
 class Baton:

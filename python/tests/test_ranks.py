@@ -24,7 +24,7 @@ print("finished", atoll.join(ticket, engine, data=data, dir=folder, rows=int(row
 """
 
 DRIVES = """
-import sys, atoll, torch
+import sys, weakref, atoll, torch
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 ticket, data, folder, _, rows = sys.argv[1:]
@@ -32,11 +32,13 @@ torch.distributed.init_process_group("gloo")
 model = DistributedDataParallel(atoll.Llama(eval(open(folder + ".shape").read())))
 optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
 site = atoll.Site(ticket, model, optimizer, data=data, dir=folder, rows=int(rows))
+group = weakref.ref(site.engine.ranks.group)
 for tokens in site.batches():
     loss = functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     optimizer.zero_grad(); loss.backward(); optimizer.step()
     site.after_step(tokens=tokens[:, 1:].numel(), loss=loss)
     print("trains", flush=True)
+assert group() is None, "Gloo's threads would outlive the interpreter, and abort the process now and then"
 print("finished", site.finished)
 """
 
@@ -74,6 +76,10 @@ def trained(**options):
     weights = [numpy.zeros_like(part) for part in golden.weights(engine.run)]
     for fragment, part in enumerate(weights):
         layout.read(fragment, part if first else None)
+    if engine.ranks.size > 1:  # As another life of the site would.
+        engine.ranks.part()
+        engine.ranks.meet()
+        assert engine.ranks.share(7) == 7
     return engine.ranks.rank, [*losses, nats], weights
 
 rank, losses, weights = trained(parallel=parallel)
