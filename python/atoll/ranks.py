@@ -334,6 +334,10 @@ class Leader:
         """All ranks are told that the site's life is over; who is gone already need not be."""
         with contextlib.suppress(AtollError):
             self.ranks.share(("end", finished))
+        self.part()
+
+    def part(self):
+        """The others notice that this rank is gone."""
         self.ranks.part()
 
 

@@ -31,29 +31,50 @@ def join(ticket, engine, *, data=None, dir=None, rows=None, streams=4):
     rows      samples per micro-batch, if not the run's; all ranks of a site share them.
     streams   data connections to the coordinator.
 
-    Ctrl-C and SIGTERM leave the run after the present step; the same call comes back to it. Under torchrun all ranks
-    make this call, and are one site.
+    Ctrl-C and SIGTERM leave the run after the present step, a second one at once; the same call comes back to it.
+    Under torchrun all ranks make this call, and are one site, which the first leaves for all.
     """
-    with Site(ticket, engine=engine, data=data, dir=dir, rows=rows, streams=streams) as site, interruptible():
+    with Site(ticket, engine=engine, data=data, dir=dir, rows=rows, streams=streams) as site, Signals(site.is_first) as signals:
         try:
             while site.training:
-                site.hand_back(step(site, engine))
+                with signals.waiting():
+                    progress = step(site, engine)
+                site.hand_back(progress)
         except KeyboardInterrupt:
             log.warning("leaving the run")
     return site.finished
 
 
-@contextmanager
-def interruptible():
-    """SIGTERM, by which schedulers and torchrun end a process, does what Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
+class Signals:
+    """Ctrl-C, and SIGTERM by which schedulers and torchrun end a process, interrupt between two steps and not within one:
+    the other ranks would wait for the rest of it. They all get the signal, and the first decides for all."""
+
+    def __init__(self, is_first):
+        self.is_first, self.came, self.before = is_first, False, {}
+        self.must_wait = not is_first
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Others cannot be interrupted.
+            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, *_):
+        came, self.came = self.came, True
+        if came or not self.must_wait:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def waiting(self):
+        """While it is entered, the first signal waits."""
+        self.must_wait = True
         yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        self.must_wait = not self.is_first
+        if self.came and self.is_first:
+            raise KeyboardInterrupt
 
 
 def step(site, engine):
@@ -89,8 +110,8 @@ class Site:
         self.engine, self.own_batches = engine, own_batches
         ranks = getattr(engine, "ranks", None)
         self.size = ranks.size if ranks else 1
-        is_first = ranks is None or ranks.rank == 0
-        self.life = Life(engine, self.size, ticket, data, dir, rows, streams) if is_first else Following(engine)
+        self.is_first = ranks is None or ranks.rank == 0
+        self.life = Life(engine, self.size, ticket, data, dir, rows, streams) if self.is_first else Following(engine)
         atexit.register(self.leave)  # Before the interpreter ends.
         self.training = False
         self._await_step()
@@ -167,7 +188,7 @@ class Life:
             streams=streams,
             device=engine.describe() if hasattr(engine, "describe") else type(engine).__name__,
         )
-        self.finished, self.error, self.stop = False, None, Stop()
+        self.finished, self.failed, self.error, self.stop = False, False, None, Stop()
         self.leader = leader_of(engine) if ranks > 1 else None
         self.baton = Baton(self.leader or engine)
         self.thread = threading.Thread(target=self._live, args=(ticket, options), name="atoll site", daemon=True)
@@ -187,6 +208,7 @@ class Life:
 
     def fail(self, error):
         """Ends because of an error of the owner's; that error as the run's."""
+        self.failed = True
         self.baton.back.put(error)
         self.thread.join()
         return self.error or error
@@ -203,7 +225,8 @@ class Life:
             self.error = error
         finally:
             if self.leader is not None:
-                self.leader.end(self.finished)
+                # After an error within a step the others do not listen: they wait for the rest of it.
+                self.leader.part() if self.failed else self.leader.end(self.finished)
             self.baton.asked.put(None)
 
 

@@ -23,6 +23,11 @@ engine = Talking(atoll.Llama, parallel=parallel)
 print("finished", atoll.join(ticket, engine, data=data, dir=folder, rows=int(rows)))
 """
 
+# Rank 0 fails within its ninth step, which rank 1 has begun.
+FAILS = CODE.replace("        return super", """        if self.steps == 8 and self.ranks.rank == 0:
+            raise ValueError("the first rank has a bad day")
+        return super""")
+
 DRIVES = """
 import sys, weakref, atoll, torch
 from torch.nn import functional
@@ -194,6 +199,18 @@ def test_a_rank_that_dies_takes_its_site_out_and_the_site_comes_back(lab, parall
     for process in again:
         process.send_signal(signal.SIGTERM)
     lab.until("the site to be away again", lambda: state() == "away")
+    assert coordinator.poll() is None and native.poll() is None
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_an_error_in_one_rank_ends_all_of_them(lab, parallel):
+    lab = lab(1_000_000_000)
+    coordinator = lab.coordinate()
+    processes, native = ranks(lab, parallel, FAILS), joined_later(lab)
+    assert [process.wait(60) for process in processes] == [1, 1], logs(lab)
+    assert "the engine's train() raised ValueError: the first rank has a bad day" in said_by(lab, 0), logs(lab)
+    assert "of this site is gone" in said_by(lab, 1), logs(lab)
+    lab.until("the site to be away", lambda: lab.state("ranks") == "away")
     assert coordinator.poll() is None and native.poll() is None
 
 

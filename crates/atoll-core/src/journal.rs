@@ -151,6 +151,17 @@ pub enum Entry {
     Committed(Commit),
     /// Held-out loss of the global model.
     Evaluated(Evaluated),
+    /// Contributions to a commit were tried on held-out text, each alone.
+    Tried {
+        /// The fragment.
+        fragment: FragmentId,
+        /// The version that was being made.
+        version: u64,
+        /// Nats per token without any of them.
+        before: f64,
+        /// What each of them made of it.
+        contributions: Vec<Trial>,
+    },
     /// The operator took the run back to an earlier commit; this journal goes on from there. Every session is over, so
     /// that sites with later weights start over.
     RolledBack {
@@ -213,6 +224,9 @@ pub struct Accepted {
     /// What its site's earlier contributions had shown.
     #[serde(default)]
     pub trust: f64,
+    /// How they had helped on held-out text.
+    #[serde(default)]
+    pub quality: f64,
     /// The samples that enter the model with it.
     pub ranges: Ranges,
 }
@@ -223,6 +237,17 @@ impl Accepted {
         let tokens = self.tokens as f64;
         tokens * tokens / self.steps.max(1) as f64
     }
+}
+
+/// A contribution that was tried alone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Trial {
+    /// Whose it is.
+    pub site: SiteId,
+    /// Nats per token with it.
+    pub after: f64,
+    /// How it helps beside the others, −1 to 1: see [`guard::help`].
+    pub help: f64,
 }
 
 /// Held-out loss after so many commits.
@@ -360,6 +385,9 @@ pub struct Member {
     /// What its contributions have shown, −1 to 1; 0 if nothing.
     #[serde(default)]
     pub trust: f64,
+    /// How they have helped on held-out text, −1 to 1; 0 if none was tried.
+    #[serde(default)]
+    pub quality: f64,
     /// What it may do.
     #[serde(default)]
     pub role: Role,
@@ -393,6 +421,7 @@ impl Member {
             contributions: 0,
             tokens: 0,
             trust: 0.0,
+            quality: 0.0,
             role: Role::default(),
         }
     }
@@ -541,6 +570,12 @@ impl Book {
                 self.settle(site, *number, Past { fragment, samples, settled })?;
             }
             Entry::Committed(commit) => self.commit(commit)?,
+            Entry::Tried { contributions, .. } => {
+                for trial in contributions {
+                    let member = self.member(&trial.site)?;
+                    member.quality = guard::learn(member.quality, Some(trial.help));
+                }
+            }
             Entry::Evaluated(evaluated) => {
                 let first = self.evaluations.map_or(*evaluated, |(first, _)| first);
                 self.evaluations = Some((first, *evaluated));
@@ -839,6 +874,7 @@ mod tests {
             weight: 1.0,
             norm: 1.0,
             trust: 0.0,
+            quality: 0.0,
             ranges: Ranges::new(),
         };
         let refused = Entry::Refused {

@@ -188,6 +188,16 @@ pub enum StepError {
     },
 }
 
+/// A fragment of weights `theta` as a whole step along one payload alone would leave it.
+///
+/// # Errors
+/// If the payload is not for so many weights.
+pub fn step_alone(theta: &[f32], payload: &[u8], team: &dyn Team) -> Result<Vec<f32>, CodecError> {
+    let mut stepped = theta.to_vec();
+    Payload::parse(payload, theta.len())?.add_scaled(-1.0, &mut stepped, team);
+    Ok(stepped)
+}
+
 /// Weight of the newest ρ in the smoothed one.
 const RHO_SHARE: f64 = 0.1;
 /// Beyond this, consecutive deltas are the same and the model of ρ ends.
@@ -243,8 +253,8 @@ impl Global {
             let sound = Payload::parse(bytes, count);
             let sound = sound.map_err(|source| StepError::Codec { payload: accepted.payload, source })?;
             let stale = accepted.base + 1 < version;
-            let &Accepted { weight, steps, trust, payload: name, .. } = accepted;
-            weighted.push(Weighted { weight, steps, trust, name, stale, payload: sound });
+            let &Accepted { weight, steps, trust, quality, payload: name, .. } = accepted;
+            weighted.push(Weighted { weight, steps, trust, quality, name, stale, payload: sound });
         }
         let first = contributions.first().map_or(Digest::default(), |accepted| accepted.payload);
         let step = self.step(fragment, &weighted, recipe, team);

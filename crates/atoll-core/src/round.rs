@@ -14,7 +14,7 @@ mod coordinator;
 mod site;
 
 use coordinator::SECONDS_AWAY;
-pub use coordinator::{Coordinator, Event, Forecast, Merge, Merged, Order, Refusal, Seen, Waiting};
+pub use coordinator::{Coordinator, Event, Forecast, Merge, Merged, Order, Refusal, Seen, Tried, Waiting};
 pub use site::{Measured, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop};
 
 use std::fmt;

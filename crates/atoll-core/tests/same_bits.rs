@@ -53,6 +53,7 @@ fn model_after(up: Codec, down: Codec) -> Digest {
                 weight: 1.0 + site as f64 / 3.0,
                 norm: 1.0,
                 trust: 0.0,
+                quality: 0.0,
                 ranges: Ranges::new(),
             }
         };

@@ -26,6 +26,11 @@ pub trait Habitat {
         None
     }
 
+    /// Loss of the model on text that nobody trains on, if the coordinator has any to try contributions on.
+    fn trial(&mut self, _theta: &[Vec<f32>]) -> Option<f64> {
+        None
+    }
+
     /// How far the finished model is from perfect, given the tokens that each site got into it: a toy's
     /// distance from its target, a language model's held-out loss.
     ///

@@ -81,6 +81,16 @@ pub fn error(fragments: &[Vec<f32>], sites: &[(f64, Nature)]) -> f64 {
     distances.sum::<f64>() / fragments.iter().map(Vec::len).sum::<usize>() as f64
 }
 
+/// What a model loses on fresh samples of the common target: half the mean squared miss, with what of it no model can know.
+pub fn loss(fragments: &[Vec<f32>]) -> f64 {
+    const UNKNOWABLE: f64 = 0.2 * 0.2 / 12.0;
+    let misses = fragments.iter().enumerate().flat_map(|(fragment, weights)| {
+        weights.iter().enumerate().map(move |(index, weight)| f64::from(weight - target(fragment, index)))
+    });
+    let count = fragments.iter().map(Vec::len).sum::<usize>() as f64;
+    0.5 * (misses.map(|miss| miss * miss).sum::<f64>() / count + UNKNOWABLE)
+}
+
 impl Toy {
     /// An engine with zero weights, of that nature.
     pub fn new(manifest: Manifest, nature: Nature, feed: Box<dyn Feed>) -> Self {

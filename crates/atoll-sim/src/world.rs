@@ -250,6 +250,9 @@ impl<'a> World<'a> {
             Happening::Merged(post, life, merged, bytes) if life == self.posts[post].life => {
                 self.finish_merge(post, merged, bytes)
             }
+            Happening::Tried(post, life, tried) if life == self.posts[post].life => {
+                self.tell_coordinator(post, Event::Tried(tried))
+            }
             Happening::Doubt(index, connection) if self.sites[index].connection == connection => self.doubt(index),
             Happening::Status(index, connection, status) if self.linked(index, connection) => {
                 let site = self.sites[index].residence.name.clone();

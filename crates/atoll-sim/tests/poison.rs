@@ -18,8 +18,9 @@ use atoll_sim::toy::{self, Nature, Toys};
 use atoll_sim::{Description, Habitat, Hardships, Inhabitant, Link, Outcome, Residence, run};
 
 const SITES: usize = 8;
-/// Sites of these numbers are malicious.
-const MALICIOUS: Range<usize> = 3..5;
+/// Sites of these numbers are malicious: a quarter, or half.
+const QUARTER: Range<usize> = 3..5;
+const HALF: Range<usize> = 2..6;
 const SEEDS: Range<u64> = 0..16;
 /// A site sees little of its optimum in a round, as in real training, and the run ends at its plateau.
 const LEARNING_RATE: f32 = 0.04;
@@ -46,6 +47,7 @@ enum Attack {
 struct Liars {
     toys: Toys,
     attack: Attack,
+    malicious: Range<usize>,
     chance: Rng,
     lies: u64,
 }
@@ -87,7 +89,11 @@ impl Habitat for Liars {
     }
 
     fn forge(&mut self, site: usize, fragment: FragmentId, delta: &[f32]) -> Option<Vec<f32>> {
-        if MALICIOUS.contains(&site) { self.lie(fragment, delta) } else { None }
+        if self.malicious.contains(&site) { self.lie(fragment, delta) } else { None }
+    }
+
+    fn trial(&mut self, theta: &[Vec<f32>]) -> Option<f64> {
+        self.toys.trial(theta)
     }
 
     fn error(&mut self, theta: &[Vec<f32>], tokens: &[u64]) -> Result<f64, EngineError> {
@@ -95,11 +101,22 @@ impl Habitat for Liars {
     }
 }
 
-fn live(attack: Attack, robust: Robust, seed: u64) -> Result<Outcome, String> {
-    let description = describe(robust, seed);
+/// Who attacks how, and what is done about it.
+#[derive(Clone)]
+struct Case {
+    attack: Attack,
+    malicious: Range<usize>,
+    robust: Robust,
+    /// The coordinator tries contributions on text.
+    tries: bool,
+}
+
+fn live(case: &Case, seed: u64) -> Result<Outcome, String> {
+    let description = describe(case.robust, seed);
     let nature = Nature { learning_rate: LEARNING_RATE, ..Nature::default() };
-    let toys = Toys::new(&description, vec![nature; SITES]);
-    run(description, &mut Liars { toys, attack, chance: Rng::new(seed), lies: 0 })
+    let toys = Toys::new(&description, vec![nature; SITES]).trying(case.tries);
+    let Case { attack, malicious, .. } = case.clone();
+    run(description, &mut Liars { toys, attack, malicious, chance: Rng::new(seed), lies: 0 })
 }
 
 /// Eight sites with samples of their own, the slowest three times slower than the fastest. At its end, each world
@@ -127,16 +144,6 @@ fn describe(robust: Robust, seed: u64) -> Description {
     }
 }
 
-/// What a model loses on fresh samples: half the mean squared miss, with what of it no model can know.
-fn loss(theta: &[Vec<f32>]) -> f64 {
-    const UNKNOWABLE: f64 = 0.2 * 0.2 / 12.0;
-    let misses = theta.iter().enumerate().flat_map(|(fragment, weights)| {
-        weights.iter().enumerate().map(move |(index, weight)| f64::from(weight - toy::target(fragment, index)))
-    });
-    let count = theta.iter().map(Vec::len).sum::<usize>() as f64;
-    0.5 * (misses.map(|miss| miss * miss).sum::<f64>() / count + UNKNOWABLE)
-}
-
 /// Many worlds: their mean loss, infinite if the model of one blew up, and the share of the contributions of the
 /// honest and of the malicious from which the guard took something.
 struct Seen {
@@ -145,13 +152,13 @@ struct Seen {
     malicious: f64,
 }
 
-fn see(attack: Attack, robust: Robust) -> Seen {
-    let outcomes: Vec<Outcome> = SEEDS.filter_map(|seed| live(attack, robust, seed).ok()).collect();
+fn see(case: &Case) -> Seen {
+    let outcomes: Vec<Outcome> = SEEDS.filter_map(|seed| live(case, seed).ok()).collect();
     let all_lived = outcomes.len() as u64 == SEEDS.end - SEEDS.start;
-    let mean = outcomes.iter().map(|outcome| loss(&outcome.theta)).sum::<f64>() / outcomes.len() as f64;
+    let mean = outcomes.iter().map(|outcome| toy::loss(&outcome.theta)).sum::<f64>() / outcomes.len() as f64;
     let share = |malicious: bool| {
         let sites = outcomes.iter().flat_map(|outcome| outcome.sites.iter().enumerate());
-        let meant = sites.filter(|(index, _)| MALICIOUS.contains(index) == malicious);
+        let meant = sites.filter(|(index, _)| case.malicious.contains(index) == malicious);
         let (guarded, all) = meant.fold((0, 0), |sums, (_, site)| (sums.0 + site.guarded, sums.1 + site.contributions));
         guarded as f64 / all.max(1) as f64
     };
@@ -160,8 +167,9 @@ fn see(attack: Attack, robust: Robust) -> Seen {
 
 /// Lives the worlds of an attack with the guard and without; tells both losses in units of the clean run's.
 fn withstand(attack: Attack) -> (f64, f64) {
-    let clean = see(Attack::Honest, Robust::None).loss;
-    let (guarded, open) = (see(attack, Robust::Guard), see(attack, Robust::None));
+    let case = |attack, robust| Case { attack, malicious: QUARTER, robust, tries: false };
+    let clean = see(&case(Attack::Honest, Robust::None)).loss;
+    let (guarded, open) = (see(&case(attack, Robust::Guard)), see(&case(attack, Robust::None)));
     let losses = (guarded.loss / clean, open.loss / clean);
     println!(
         "{attack:?}: {:+.2} % guarded, {:+.2} % open; the guard took from {:.2} % of what honest and {:.0} % of what \
@@ -206,7 +214,30 @@ fn nor_if_they_were_honest_until_they_were_trusted() {
 
 #[test]
 fn honest_sites_are_left_alone() {
-    let (guarded, open) = (see(Attack::Honest, Robust::Guard), see(Attack::Honest, Robust::None));
-    assert!((guarded.loss / open.loss - 1.0).abs() < 1e-3, "{} {}", guarded.loss, open.loss);
-    assert!(guarded.honest < 0.005, "the guard took from {} of all contributions", guarded.honest);
+    let case = |robust, tries| Case { attack: Attack::Honest, malicious: QUARTER, robust, tries };
+    let open = see(&case(Robust::None, false));
+    for (tries, most) in [(false, 0.005), (true, 0.01)] {
+        let guarded = see(&case(Robust::Guard, tries));
+        assert!((guarded.loss / open.loss - 1.0).abs() < 1e-3, "{} {}", guarded.loss, open.loss);
+        assert!(guarded.honest < most, "the guard took from {} of all contributions", guarded.honest);
+    }
+}
+
+/// Half of the sites are the consensus as much as the other half: only text tells them apart.
+#[test]
+fn half_of_the_sites_may_be_malicious_where_contributions_are_tried() {
+    let case = |attack, tries| Case { attack, malicious: HALF, robust: Robust::Guard, tries };
+    let clean = see(&case(Attack::Honest, false)).loss;
+    for attack in [Attack::Times(-1.0), Attack::Collude, Attack::Sleep] {
+        let (tried, untried) = (see(&case(attack, true)), see(&case(attack, false)));
+        println!(
+            "half, {attack:?}: {:+.2} % tried, {:+.2} % not; the guard took from {:.2} % of what honest and {:.0} % of \
+             what malicious sites sent",
+            100.0 * (tried.loss / clean - 1.0),
+            100.0 * (untried.loss / clean - 1.0),
+            100.0 * tried.honest,
+            100.0 * tried.malicious
+        );
+        assert!(tried.loss < 1.06 * clean && untried.loss > 1.5 * clean, "{attack:?}");
+    }
 }

@@ -448,6 +448,7 @@ mod tests {
             weight: 1.0,
             norm: 1.0,
             trust: 0.0,
+            quality: 0.0,
             ranges: Ranges::span(*from, *to),
         });
         let commit = Commit {

@@ -175,7 +175,7 @@ impl Material {
         let payloads = self.payloads[&codec].iter().map(|bytes| Payload::parse(bytes, self.weights()));
         let weighted = payloads.zip(0..).map(|(payload, site)| {
             let name = Digest::of(&[site]);
-            Ok(Weighted { weight: 1.0, steps: 1, trust: 0.0, name, stale: false, payload: payload? })
+            Ok(Weighted { weight: 1.0, steps: 1, trust: 0.0, quality: 0.0, name, stale: false, payload: payload? })
         });
         let contributions = weighted.collect::<Result<Vec<_>>>()?;
         let memory = std::mem::take(&mut self.memory);

@@ -91,8 +91,9 @@ const WAYS: &[Knob] = &[
     (PARALLEL, |r| r.way = Way::Parallel(SITES)),
     ("one-alone", |r| r.way = Way::Parallel(1)),
     ("lockstep-1", |r| r.way = Way::Lockstep(1)),
-    ("lockstep-8", |r| r.way = Way::Lockstep(8)),
+    ("lockstep-2", |r| r.way = Way::Lockstep(2)),
     ("lockstep-4", |r| r.way = Way::Lockstep(4)),
+    ("lockstep-8", |r| r.way = Way::Lockstep(8)),
     ("lockstep-32", |r| r.way = Way::Lockstep(32)),
 ];
 const TRAINING: &[Knob] = &[
@@ -119,6 +120,9 @@ const OURS: &[Knob] = &[
     ("carry", |r| r.sync.follow = Follow::Carry),
     ("overwrite", |r| r.sync.follow = Follow::Overwrite),
     ("h1", |r| r.sync.steps = Setting::Is(1)),
+    ("sync-m", |_| {}),
+    ("sync-mv", |_| {}),
+    ("h2", |r| r.sync.steps = Setting::Is(2)),
     ("h4", |r| r.sync.steps = Setting::Is(4)),
     ("h8", |r| r.sync.steps = Setting::Is(8)),
     ("h16", |r| r.sync.steps = Setting::Is(16)),

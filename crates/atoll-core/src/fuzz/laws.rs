@@ -328,6 +328,7 @@ pub(super) fn journals() -> Vec<Vec<u8>> {
         weight: 128.0,
         norm: 1.0,
         trust: 0.0,
+        quality: 0.0,
         ranges: Ranges::span(0, 4),
     };
     let recipe = Recipe {

@@ -48,6 +48,8 @@ pub struct Weighted<'a> {
     pub steps: u64,
     /// What its site's earlier contributions have shown: see [`guard::learn`].
     pub trust: f64,
+    /// How they helped on held-out text: see [`guard::help`].
+    pub quality: f64,
     /// Content address of the payload.
     pub name: Digest,
     /// Whether it set out from an older version than the one that is to be moved.
@@ -161,8 +163,8 @@ fn norm(lengths: &[Sums], index: usize) -> f64 {
 /// How much of each contribution to a fragment of `len` weights is merged.
 fn judge(recipe: &Recipe, contributions: &[Weighted<'_>], norms: &[f64], len: usize, team: &dyn Team) -> Vec<Verdict> {
     let seen = |(contribution, &norm): (&Weighted<'_>, &f64)| {
-        let &Weighted { weight, steps, trust, payload, .. } = contribution;
-        Seen { weight, norm, steps, density: payload.codec().density(), trust }
+        let &Weighted { weight, steps, trust, quality, payload, .. } = contribution;
+        Seen { weight, norm, steps, density: payload.codec().density(), trust, quality }
     };
     let all: Vec<Seen> = contributions.iter().zip(norms).map(seen).collect();
     let is_needed = recipe.guard.robust == Robust::Guard && all.len() > 2;

@@ -29,7 +29,7 @@ fn weigh(payloads: &[Fresh], stale: bool) -> Vec<Weighted<'_>> {
     let payload = |bytes| Payload::parse(bytes, 96).unwrap();
     let weighted = payloads.iter().map(|(weight, bytes)| {
         let (name, payload) = (Digest::of(bytes), payload(bytes));
-        Weighted { weight: *weight, steps: 1, trust: 0.0, name, stale, payload }
+        Weighted { weight: *weight, steps: 1, trust: 0.0, quality: 0.0, name, stale, payload }
     });
     weighted.collect()
 }

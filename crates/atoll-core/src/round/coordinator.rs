@@ -11,9 +11,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::codec::Payload;
 use crate::hash::Digest;
-use crate::journal::{Accepted, Act, Book, Commit, Entry, Evaluated, Member};
+use crate::journal::{Accepted, Act, Book, Commit, Entry, Evaluated, Member, Trial};
 use crate::manifest::FragmentId;
-use crate::outer::{Measures, Recipe};
+use crate::outer::{Measures, Recipe, guard};
 use crate::plan::{self, Codecs, Link, Load, Rung};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
@@ -37,6 +37,8 @@ pub enum Event {
     Rekeyed(SiteId, Digest, Digest),
     /// A merge that was ordered is done.
     Merged(Merged),
+    /// Contributions to a commit were tried on held-out text.
+    Tried(Tried),
     /// A merge that was ordered failed on this payload.
     Unmergeable(FragmentId, Digest, String),
     /// Time has passed.
@@ -102,6 +104,19 @@ pub struct Merged {
     pub digest: Digest,
     /// What was seen on the way.
     pub measures: Measures,
+}
+
+/// What each contribution to a commit alone makes of the loss on text that nobody trains on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tried {
+    /// The fragment.
+    pub fragment: FragmentId,
+    /// The version that was being made.
+    pub version: u64,
+    /// Nats per token of the model without any of them.
+    pub before: f64,
+    /// With each one alone.
+    pub after: Vec<(SiteId, f64)>,
 }
 
 /// The arithmetic behind a site's number of steps and its codecs, in seconds for one round of all fragments.
@@ -294,6 +309,7 @@ impl Coordinator {
             Event::Acted(act, by) => self.act(act, by, &mut orders),
             Event::Rekeyed(site, from, to) => self.rekey(&site, from, to, &mut orders),
             Event::Merged(merged) => self.commit(now, &merged, &mut orders),
+            Event::Tried(tried) => self.note_trial(&tried, &mut orders),
             Event::Unmergeable(fragment, payload, why) => self.give_up_merge(fragment, payload, &why, &mut orders),
             Event::Tick => {}
         }
@@ -527,8 +543,9 @@ impl Coordinator {
         let mut contributions: Vec<Accepted> = pending
             .filter_map(|((site, number), receipt)| {
                 let seen = self.arrived.get(&receipt.payload)?;
-                let trust = self.book.sites.get(site).map_or(0.0, |member| member.trust);
-                Some(Accepted { trust, ..weights::accept(site, *number, receipt, seen.norm, version) })
+                let (trust, quality) =
+                    self.book.sites.get(site).map_or((0.0, 0.0), |member| (member.trust, member.quality));
+                Some(Accepted { trust, quality, ..weights::accept(site, *number, receipt, seen.norm, version) })
             })
             .collect();
         let share = match self.sync.absent {
@@ -574,6 +591,21 @@ impl Coordinator {
         for site in &connected {
             self.push(site, index, merge.version, merged.delta, orders);
             self.tell(now, site, orders);
+        }
+    }
+
+    fn note_trial(&mut self, tried: &Tried, orders: &mut Vec<Order>) {
+        let losses: Vec<f64> = tried.after.iter().map(|(_, after)| *after).collect();
+        let help = guard::help(tried.before, &losses);
+        let contributions = tried.after.iter().zip(help).map(|((site, after), help)| Trial {
+            site: site.clone(),
+            after: after.clamp(0.0, guard::NATS_MAX),
+            help,
+        });
+        let contributions: Vec<Trial> = contributions.filter(|trial| self.book.sites.contains_key(&trial.site)).collect();
+        if tried.before.is_finite() && !contributions.is_empty() {
+            let &Tried { fragment, version, before, .. } = tried;
+            self.record(Entry::Tried { fragment, version, before, contributions }, orders);
         }
     }
 

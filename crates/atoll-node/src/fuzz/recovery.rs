@@ -96,6 +96,7 @@ fn commit(global: &mut Global, store: &Store) -> Entry {
         weight: 128.0,
         norm: 1.0,
         trust: 0.0,
+        quality: 0.0,
         ranges: Ranges::span(0, 4),
     };
     let (merge, guard) = (Averaging::Radial, Guard::default());

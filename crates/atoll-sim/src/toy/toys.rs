@@ -4,7 +4,7 @@ use atoll_core::data::DatasetId;
 use atoll_core::engine::{Batch, EngineError, Feed};
 use atoll_core::manifest::Manifest;
 
-use super::{CONTEXT, Nature, Toy, error, manifest};
+use super::{CONTEXT, Nature, Toy, error, loss, manifest};
 use crate::{Description, Habitat, Inhabitant, Leases};
 
 /// A toy's feed: a sample's tokens are its position and its dataset, told in numbers.
@@ -36,13 +36,20 @@ impl Feed for ToyFeed {
 pub struct Toys {
     manifest: Manifest,
     sites: Vec<(DatasetId, Nature)>,
+    /// Whether the coordinator has text of the common target, to try contributions on.
+    tries: bool,
 }
 
 impl Toys {
     /// Toys for the sites of `description`, of as many natures.
     pub fn new(description: &Description, natures: Vec<Nature>) -> Self {
         let datasets = description.sites.iter().map(|site| site.dataset);
-        Self { manifest: manifest(description.sync.fragments), sites: datasets.zip(natures).collect() }
+        Self { manifest: manifest(description.sync.fragments), sites: datasets.zip(natures).collect(), tries: false }
+    }
+
+    /// The coordinator tries contributions, if so.
+    pub fn trying(self, tries: bool) -> Self {
+        Self { tries, ..self }
     }
 }
 
@@ -60,6 +67,10 @@ impl Habitat for Toys {
         let leases = Leases::new();
         let feed = ToyFeed::new(leases.clone(), dataset);
         Ok(Inhabitant { engine: Box::new(Toy::new(self.manifest.clone(), nature, Box::new(feed))), leases })
+    }
+
+    fn trial(&mut self, theta: &[Vec<f32>]) -> Option<f64> {
+        self.tries.then(|| loss(theta))
     }
 
     fn error(&mut self, theta: &[Vec<f32>], tokens: &[u64]) -> Result<f64, EngineError> {

@@ -6,8 +6,8 @@ use std::rc::Rc;
 use atoll_core::codec::Payload;
 use atoll_core::hash::{Digest, little_endian};
 use atoll_core::journal::{Book, Entry, Role};
-use atoll_core::outer::{Global, Reason, StepError};
-use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Seen};
+use atoll_core::outer::{Global, Reason, StepError, step_alone};
+use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Seen, Tried};
 use atoll_core::site::SiteId;
 use atoll_core::team::Alone;
 
@@ -16,6 +16,9 @@ use super::failover::Duty;
 use super::happening::{Bytes, Happening};
 use super::witness::{SPOILT, check};
 use super::{COORDINATOR_TICK_SECONDS, Store, World};
+
+/// What trying a commit's contributions takes.
+const TRIAL_SECONDS: f64 = 0.3;
 
 /// A coordinator that leads.
 pub(super) struct Head {
@@ -152,6 +155,7 @@ impl World<'_> {
 
     fn merge(&mut self, post: usize, merge: &Merge) -> Result<(), String> {
         let life = self.posts[post].life;
+        let tried = self.attempt(post, merge);
         let Some(head) = self.posts[post].head_mut() else { return Ok(()) };
         let payload = |digest| self.disk.payload(digest);
         let step =
@@ -175,7 +179,24 @@ impl World<'_> {
             Merged { fragment: merge.fragment, delta: step.delta, bytes, digest: step.digest, measures: step.measures };
         let seconds = 0.001 + self.chance.unit() * 0.05;
         self.after(seconds, Happening::Merged(post, life, merged, Bytes(Rc::new(step.payload))));
+        if let Some(tried) = tried {
+            self.after(TRIAL_SECONDS, Happening::Tried(post, life, tried));
+        }
         Ok(())
+    }
+
+    /// Tries each contribution alone, in every other merge of a habitat that has text for it.
+    fn attempt(&mut self, post: usize, merge: &Merge) -> Option<Tried> {
+        let mut theta = self.posts[post].head()?.global.theta.clone();
+        let before = self.habitat.trial(&theta).filter(|_| merge.version % 2 == 1)?;
+        let index = merge.fragment.index();
+        let own = theta[index].clone();
+        let mut after = Vec::new();
+        for accepted in &merge.contributions {
+            theta[index] = step_alone(&own, &self.disk.payload(accepted.payload)?, &Alone).ok()?;
+            after.push((accepted.site.clone(), self.habitat.trial(&theta)?));
+        }
+        Some(Tried { fragment: merge.fragment, version: merge.version, before, after })
     }
 
     pub(super) fn finish_merge(&mut self, post: usize, merged: Merged, bytes: Bytes) -> Result<(), String> {

@@ -77,7 +77,8 @@ impl World<'_> {
             Happening::CoordinatorTick(post, _)
             | Happening::CoordinatorWakes(post, _)
             | Happening::Claim(post, ..)
-            | Happening::Merged(post, ..) => *post,
+            | Happening::Merged(post, ..)
+            | Happening::Tried(post, ..) => *post,
             Happening::Status(index, connection, _)
             | Happening::Payload(index, connection, ..)
             | Happening::Request(index, connection, _)

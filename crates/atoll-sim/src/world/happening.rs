@@ -6,7 +6,7 @@ use std::rc::Rc;
 use atoll_core::delta::Change;
 use atoll_core::hash::Digest;
 use atoll_core::manifest::FragmentId;
-use atoll_core::round::{Merged, SiteEvent, Standing, Status};
+use atoll_core::round::{Merged, SiteEvent, Standing, Status, Tried};
 
 #[derive(Debug, Clone)]
 pub(super) enum Happening {
@@ -16,6 +16,7 @@ pub(super) enum Happening {
     Request(usize, u64, Digest),
     /// A merge is done at post number `.0` in its life number `.1`; with it come the bytes to broadcast.
     Merged(usize, u64, Merged, Bytes),
+    Tried(usize, u64, Tried),
     CoordinatorTick(usize, u64),
     /// It asked to be woken between two ticks.
     CoordinatorWakes(usize, u64),

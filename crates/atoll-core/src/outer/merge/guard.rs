@@ -5,6 +5,7 @@
 //! too long   ‖v‖ > 3 × the peers' median or what is usual, as far as more steps and a richer codec explain it → clipped
 //! apart      cᵢ = median over peers j of cos(vᵢ, vⱼ);  c = median of all cᵢ.  Where c is large, cᵢ < c/4 loses weight
 //! opposed    where c is beyond chance, cᵢ/c is remembered; whoever keeps below −1/4 of it loses weight, all at −1/2
+//! harmful    where contributions are tried on held-out text: how each helps beside the others is remembered, and likewise
 //! heavy      of three or more, nobody weighs more than `weight_max` of all
 //! ```
 //!
@@ -75,6 +76,8 @@ pub struct Seen {
     pub density: f64,
     /// What its site's earlier contributions have shown, −1 to 1; 0 if nothing.
     pub trust: f64,
+    /// How they have helped on held-out text, −1 to 1; 0 if none was tried.
+    pub quality: f64,
 }
 
 /// How contributions lie to one another, as far as it was looked at.
@@ -98,6 +101,8 @@ pub enum Reason {
     Apart,
     /// Its site has been working against the others.
     Opposed,
+    /// What its site sends raises the loss on held-out text.
+    Harmful,
 }
 
 impl fmt::Display for Reason {
@@ -107,6 +112,7 @@ impl fmt::Display for Reason {
             Self::Long => "long",
             Self::Apart => "apart",
             Self::Opposed => "opposed",
+            Self::Harmful => "harmful",
         })
     }
 }
@@ -155,6 +161,36 @@ pub fn learn(trust: f64, agreement: Option<f64>) -> f64 {
     agreement.map_or(trust, |agreement| trust + TRUST_SHARE * (agreement.clamp(-1.0, 1.0) - trust))
 }
 
+/// Losses beyond this, in nats per token, are as bad as any.
+pub const NATS_MAX: f64 = 1e6;
+/// What contributions change is at least this share of the loss, or it says nothing.
+const NOTICEABLE: f64 = 1e-5;
+
+/// How each of some contributions helps, −1 to 1, given the loss `before` and `after` each of them alone: 1 if as much
+/// as its peers do in the middle or more, 0 if by as much less as contributions usually change, −1 if by twice that.
+/// Only what raises the loss is below 0. A loss that is not a number is the greatest. One alone has no peers: 0.
+pub fn help(before: f64, after: &[f64]) -> Vec<f64> {
+    if after.len() < 2 {
+        return vec![0.0; after.len()];
+    }
+    let rise = |after: &f64| if after.is_nan() { NATS_MAX } else { after.min(NATS_MAX) } - before;
+    let rises: Vec<f64> = after.iter().map(rise).collect();
+    let of_peers = |index: usize| {
+        let peers = rises.iter().enumerate().filter(|(peer, _)| *peer != index).map(|(_, rise)| *rise);
+        let peers: Vec<f64> = peers.collect();
+        let usual = upper_median(peers.iter().map(|rise| rise.abs()).collect());
+        (upper_median(peers), usual.max(NOTICEABLE * before.abs()).max(f64::MIN_POSITIVE))
+    };
+    let help = |(index, &rise): (usize, &f64)| {
+        let (middle, usual) = of_peers(index);
+        // Where noise is all that is left everybody raises the loss, and whoever takes more steps raises it more.
+        let usual = usual + (TIMES_MAX - 1.0) * middle.max(0.0);
+        let least = if rise > 0.0 { -1.0 } else { 0.0 };
+        (1.0 + (middle - rise) / usual).clamp(least, 1.0)
+    };
+    rises.iter().enumerate().map(help).collect()
+}
+
 impl Guard {
     /// Judges contributions, in the order given. Without `angles`, only what is remembered tells who is opposed.
     pub fn judge(&self, all: &[Seen], angles: Option<Angles<'_>>) -> Vec<Verdict> {
@@ -167,6 +203,7 @@ impl Guard {
             let angles = angles.filter(|_| all.len() > 2);
             angles.into_iter().for_each(|angles| agree(angles, &mut verdicts));
             doubt(all, &mut verdicts);
+            drop_harmful(all, &mut verdicts);
         }
         limit(all, self.weight_max, &mut verdicts);
         verdicts
@@ -231,15 +268,27 @@ impl Angles<'_> {
     }
 }
 
+/// What is left of the weight of a site of so much trust, or quality.
+fn left_of(trust: f64) -> f64 {
+    ((trust - DISTRUSTED) / (DOUBTED - DISTRUSTED)).clamp(0.0, 1.0)
+}
+
 /// Takes weight from sites that have lost trust. If that is everybody here, nobody is left to be harmed: they are
 /// believed again, little by little.
 fn doubt(all: &[Seen], verdicts: &mut [Verdict]) {
     for (seen, verdict) in all.iter().zip(verdicts.iter_mut()) {
-        let trust = learn(seen.trust, verdict.agreement);
-        verdict.take(((trust - DISTRUSTED) / (DOUBTED - DISTRUSTED)).clamp(0.0, 1.0), Reason::Opposed);
+        verdict.take(left_of(learn(seen.trust, verdict.agreement)), Reason::Opposed);
     }
     if verdicts.iter().all(|verdict| verdict.weight == 0.0) {
         verdicts.iter_mut().for_each(|verdict| verdict.agreement = Some(0.0));
+    }
+}
+
+/// Takes weight from sites whose contributions do harm, as long as somebody else is left.
+fn drop_harmful(all: &[Seen], verdicts: &mut [Verdict]) {
+    let is_left = |(seen, verdict): (&Seen, &Verdict)| verdict.weight > 0.0 && left_of(seen.quality) > 0.0;
+    if all.iter().zip(&*verdicts).any(is_left) {
+        all.iter().zip(verdicts).for_each(|(seen, verdict)| verdict.take(left_of(seen.quality), Reason::Harmful));
     }
 }
 

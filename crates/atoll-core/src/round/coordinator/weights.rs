@@ -72,6 +72,7 @@ pub(super) fn accept(site: &SiteId, number: u64, receipt: &Receipt, norm: f64, v
         weight: 0.0,
         norm,
         trust: 0.0,
+        quality: 0.0,
         ranges: receipt.ranges.clone(),
     };
     accepted.weight = accepted.work() / (1.0 + staleness as f64);

@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 
 const GUARD: Guard = Guard { robust: Robust::Guard, weight_max: 0.5, usual: None };
-const SEEN: Seen = Seen { weight: 1.0, norm: 1.0, steps: 8, density: 1.0, trust: 0.0 };
+const SEEN: Seen = Seen { weight: 1.0, norm: 1.0, steps: 8, density: 1.0, trust: 0.0, quality: 0.0 };
 /// Weights for which a cosine of 0.01 is beyond chance.
 const MANY: usize = 1 << 20;
 
@@ -122,14 +122,49 @@ fn of_three_or_more_nobody_weighs_more_than_the_rest() {
     assert_eq!(weights(&[0.0, 8.0, 1.0]), [0.0, 8.0, 1.0]);
 }
 
+#[test]
+fn help_is_told_by_the_peers() {
+    // Three help by as much; one does nothing, one harms as much, one much more, one is no number.
+    let help = help(2.0, &[1.9, 1.9, 1.9, 1.9, 2.0, 2.1, 5.0, f64::NAN]);
+    assert_eq!(help[..4], [1.0; 4]);
+    assert!(help[4].abs() < 1e-9, "{help:?}");
+    assert_eq!(help[5..], [-1.0; 3]);
+}
+
+#[test]
+fn half_may_be_harmful_and_the_loss_tells_them_apart() {
+    assert_eq!(help(2.0, &[1.9, 2.1]), [1.0, -1.0]);
+    assert_eq!(help(2.0, &[1.9, 2.1, 2.1, 1.9]), [1.0, -1.0, -1.0, 1.0]);
+}
+
+#[test]
+fn nobody_is_blamed_for_what_all_do_nor_for_what_cannot_be_seen() {
+    assert_eq!(help(2.0, &[2.1, 2.1, 2.1]), [1.0; 3]);
+    assert!(help(2.0, &[2.000_001, 1.999_999, 2.0]).iter().all(|help| *help > 0.8));
+    assert!(help(2.0, &[1.9, 1.99, 1.5]).iter().all(|help| *help >= 0.0), "each of them helps");
+    assert_eq!(help(2.0, &[3.0]), [0.0]);
+    assert!(help(2.0, &[]).is_empty());
+}
+
+#[test]
+fn what_does_harm_loses_its_weight_unless_nothing_else_is_left() {
+    let harmful = Seen { quality: -1.0, ..SEEN };
+    let verdicts = GUARD.judge(&[SEEN, harmful], None);
+    assert_eq!((verdicts[0], verdicts[1].weight, verdicts[1].reason), (Verdict::WHOLE, 0.0, Some(Reason::Harmful)));
+    let doubted = GUARD.judge(&[SEEN, Seen { quality: -0.375, ..SEEN }], None)[1];
+    assert!((doubted.weight - 0.5).abs() < 1e-9);
+    assert_eq!(GUARD.judge(&[harmful, harmful], None), [Verdict::WHOLE; 2]);
+}
+
 fn any_seen() -> impl Strategy<Value = Seen> {
-    let (norm, trust) = (prop_oneof![Just(0.0), 1e-12..1e12], -1.0..=1.0);
-    (0.0..1e6, norm, 0u64..1000, 0.02..=1.0, trust).prop_map(|(weight, norm, steps, density, trust)| Seen {
+    let (norm, trust) = (prop_oneof![Just(0.0), 1e-12..1e12], (-1.0..=1.0, -1.0..=1.0));
+    (0.0..1e6, norm, 0u64..1000, 0.02..=1.0, trust).prop_map(|(weight, norm, steps, density, (trust, quality))| Seen {
         weight,
         norm,
         steps,
         density,
         trust,
+        quality,
     })
 }
 
