@@ -1,5 +1,9 @@
 """What goes wrong in an engine is one clear sentence; the site leaves, its leases return, the others go on."""
 
+import json
+import signal
+import sys
+
 import atoll
 import pytest
 import torch
@@ -26,6 +30,40 @@ def test_an_exception_in_training_leaves_the_run_and_the_others_finish_it(lab):
     assert report["state"] == "finished"
     torch_site = next(site for site in report["sites"] if site["name"] == "torch")
     assert torch_site["state"] == "away", torch_site
+
+
+RUINS = """
+import sys, atoll, torch
+class Ruining(atoll.TorchEngine):
+    def step(self, batch):
+        loss = super().step(batch)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter *= 0.9
+        return loss
+ticket, data, folder = sys.argv[1:]
+atoll.join(ticket, Ruining(atoll.Llama), data=data, dir=folder)
+"""
+
+
+def test_a_site_that_ruins_what_it_learns_loses_its_weight_where_contributions_are_tried(lab):
+    """Of two sites neither is a majority: only the coordinator's own text can tell which of them does harm."""
+    lab = lab(1_000_000_000, [("[coordinator]\n", '[coordinator]\ntrial_text = "../text"\n')])
+    coordinator, native = lab.coordinate(), lab.join("native")
+    lab.spawn("torch", [sys.executable, "-c", RUINS, lab.ticket("torch"), lab.text, lab.folder / "torch"])
+
+    def harmful():
+        events = map(json.loads, (lab.run / "events.jsonl").read_text().splitlines())
+        return {event["site"] for event in events if event["event"] == "guarded" and event["why"] == "harmful"}
+
+    lab.until("something to happen", (lab.run / "events.jsonl").exists)
+    lab.until("the site to lose its weight", harmful)
+    assert harmful() == {"torch"}
+    coordinator.send_signal(signal.SIGTERM)
+    assert coordinator.wait(60) == 0
+    sites = {site["name"]: site for site in lab.report()["sites"]}
+    assert sites["torch"]["quality"] < -0.25 and sites["native"]["quality"] > 0, sites
+    assert "all digests equal" in lab.atoll("replay", lab.run)
 
 
 def test_no_memory_is_a_sentence_of_the_run(lab):

@@ -20,10 +20,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use anyhow::Result;
-use atoll_core::engine::{Engine, Evaluation};
+use atoll_core::engine::{Engine, Evaluation, NoFeed};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::training::Training;
-use atoll_cpu::{CpuEngine, NoFeed, Options, Precision};
+use atoll_cpu::{CpuEngine, Options, Precision};
 
 use crate::{Arguments, Figures};
 use rows::{Row, Way, rows};

@@ -108,7 +108,7 @@ fn lead(dir: &RunDir, listen: String, standby: Standby) -> Result<()> {
         Standby::Always => true,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(coordinate(dir, &Options { listen, standby, ..Options::default() }, stop))?;
+    runtime.block_on(coordinate(dir, &Options { listen, standby, ..Options::default() }, None, stop))?;
     Ok(())
 }
 

@@ -189,6 +189,16 @@ pub trait Feed: Send {
     fn next(&mut self, rows: usize, batch: &mut Batch) -> Result<(), EngineError>;
 }
 
+/// A feed without samples: for engines that only evaluate.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoFeed;
+
+impl Feed for NoFeed {
+    fn next(&mut self, rows: usize, _: &mut Batch) -> Result<(), EngineError> {
+        Err(EngineError::Starved { wanted: rows })
+    }
+}
+
 /// What some inner steps amounted to.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Progress {

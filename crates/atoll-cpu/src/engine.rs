@@ -57,16 +57,6 @@ pub struct Gradients {
     pub tensors: Vec<Vec<f32>>,
 }
 
-/// A feed without samples: for engines that only evaluate.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NoFeed;
-
-impl Feed for NoFeed {
-    fn next(&mut self, rows: usize, _: &mut Batch) -> Result<(), EngineError> {
-        Err(EngineError::Starved { wanted: rows })
-    }
-}
-
 impl CpuEngine {
     /// An engine with the weights `fragments`, one vector per fragment as [`Manifest::gather`] makes
     /// them, that trains on what `feed` gives.

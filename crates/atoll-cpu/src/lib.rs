@@ -47,7 +47,7 @@ mod scratch;
 mod swiglu;
 mod words;
 
-pub use engine::{CpuEngine, Gradients, NoFeed, Options};
+pub use engine::{CpuEngine, Gradients, Options};
 pub use gemm::peak;
 pub use generate::{Batched, Generator, Sampling, Tokens};
 pub use llama::Output;

@@ -6,12 +6,12 @@ mod common;
 
 use atoll_core::engine::conformance::check;
 use atoll_core::engine::weights;
-use atoll_core::engine::{Batch, Engine, EngineError, Feed};
+use atoll_core::engine::{Batch, Engine, EngineError, Feed, NoFeed};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::{ModelConfig, TensorKind};
 use atoll_core::rng::Rng;
 use atoll_core::training::{AdamW, Muon};
-use atoll_cpu::{CpuEngine, NoFeed, Options, Precision};
+use atoll_cpu::{CpuEngine, Options, Precision};
 use itertools::izip;
 
 use common::{ListFeed, RandomFeed, engine, lively_weights, options, random_batch, share_apart, tiny};

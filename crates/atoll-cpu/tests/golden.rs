@@ -4,8 +4,9 @@
 
 mod common;
 
+use atoll_core::engine::NoFeed;
 use atoll_core::training::{AdamW, Muon};
-use atoll_cpu::{CpuEngine, Generator, NoFeed, Options, Precision};
+use atoll_cpu::{CpuEngine, Generator, Options, Precision};
 
 use common::golden::{Golden, farthest, gradients_are_golden, training_is_golden};
 use common::{ListFeed, engine};

@@ -11,6 +11,7 @@ mod members;
 mod outgoing;
 mod share;
 mod shelf;
+mod trials;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -52,6 +53,8 @@ use outgoing::Outgoings;
 use share::Share;
 use shelf::Shelf;
 pub(crate) use shelf::lock;
+pub use trials::MakeEngine;
+use trials::{Finding, Trials};
 use watch::Watch;
 
 /// What an operator decides when a coordinator starts.
@@ -117,6 +120,7 @@ impl Prepared {
             }
         };
         let model = config.model.resolve(vocab, config.training.context);
+        problems.extend(config.trial_text(dir).err().map(|error| format!("{error:#}")));
         match (tokenizer, model) {
             (Ok(tokenizer), Ok(model)) if problems.is_empty() => {
                 let manifest = config.manifest(&model);
@@ -134,12 +138,19 @@ impl Prepared {
     }
 }
 
-/// Coordinates the run in `dir` until it is finished or `stop` turns true.
+/// Coordinates the run in `dir` until it is finished or `stop` turns true. Contributions are tried with an engine that
+/// `make` makes, if the run is to have trials.
 ///
 /// # Errors
 /// If the folder is unsound, the port is taken, or the disk fails.
-pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<bool>) -> Result<Ending> {
+pub async fn coordinate(
+    dir: &RunDir,
+    options: &Options,
+    make: Option<MakeEngine>,
+    stop: signal::Receiver<bool>,
+) -> Result<Ending> {
     let prepared = Prepared::read(dir)?;
+    let trials = Trials::of(&prepared, make)?;
     let _hold = dir.hold()?;
     rollback::finish(dir)?;
     let identity = Identity::load(&dir.key())?;
@@ -164,7 +175,7 @@ pub async fn coordinate(dir: &RunDir, options: &Options, stop: signal::Receiver<
     let (inputs, incoming) = mpsc::channel(1024);
     let known_as = prepared.config.coordinator.advertise.clone().unwrap_or_else(|| address.clone());
     let share = shared.as_ref().map(|shared| Share::new(shared.clone(), holder, known_as, &recovered));
-    let mut heart = Heart::new(prepared, address.clone(), store, share, recovered)?;
+    let mut heart = Heart::new(prepared, address.clone(), store, share, recovered, trials)?;
     let is_told = Report::load(&dir.report()).is_ok_and(|report| report.state == "finished");
     if heart.machine.phase() == Phase::Finished && is_told && dir.model().join("config.json").exists() {
         bail!(
@@ -236,6 +247,7 @@ enum Done {
     Merged(Merged, Arc<Vec<u8>>),
     Unmergeable(FragmentId, Digest, String),
     Snapshot,
+    Tried(Result<Finding>),
     /// The object store heard that this coordinator leads, or what it said instead.
     Beaten(Result<share::Beaten>),
     /// A snapshot is in the object store, or why it is not.
@@ -267,6 +279,8 @@ struct Heart {
     merging: usize,
     /// Outer steps that wait for a snapshot to be taken.
     waiting_merges: Vec<Merge>,
+    /// Who tries contributions, if anybody does.
+    trials: Option<Trials>,
     snapshot: SnapshotState,
     /// Payloads of the commits since the oldest snapshot, by entry number.
     payloads: BTreeMap<u64, Vec<Digest>>,
@@ -295,6 +309,7 @@ impl Heart {
         store: Store,
         share: Option<Share>,
         recovered: snapshot::Recovered,
+        trials: Option<Trials>,
     ) -> Result<Self> {
         let Prepared { dir, config, model, manifest, tokenizer } = prepared;
         let snapshot::Recovered { journal, book, global, payloads } = recovered;
@@ -329,6 +344,7 @@ impl Heart {
             done: mpsc::unbounded_channel(),
             merging: 0,
             waiting_merges: Vec::new(),
+            trials,
             kept: snapshot::needed(&payloads, machine.book()),
             payloads,
             told: BTreeSet::new(),
@@ -555,6 +571,11 @@ impl Heart {
                 tracing::info!("{site}: {why}");
                 self.note(serde_json::json!({"event": "returned", "site": site, "why": why}));
             }
+            Entry::Tried { fragment, version, before, contributions } => {
+                self.note(serde_json::json!({
+                    "event": "tried", "fragment": fragment, "version": version, "before": before, "sites": contributions,
+                }));
+            }
             Entry::Evaluated(evaluated) => {
                 self.watch.report.bits_per_byte.note(evaluated.bits_per_byte());
                 tracing::info!("held-out bits per byte: {:.4}", evaluated.bits_per_byte());
@@ -577,6 +598,7 @@ impl Heart {
     }
 
     fn merge(&mut self, merge: Merge) {
+        self.try_out(&merge);
         self.merging += 1;
         let (global, store) = (self.global.clone(), self.store.clone());
         self.on_a_thread(move || {
@@ -611,6 +633,16 @@ impl Heart {
         });
     }
 
+    /// Tries what is to be merged, if that is due and the model need not be waited for.
+    fn try_out(&mut self, merge: &Merge) {
+        let now = self.clock.now();
+        let Some(trials) = self.trials.as_mut().filter(|trials| self.merging == 0 && trials.is_due(now, merge)) else {
+            return;
+        };
+        let attempt = trials.begin(merge, &lock(&self.global), &self.store);
+        self.on_a_thread(move || Done::Tried(attempt()));
+    }
+
     /// Does blocking work elsewhere; its answer, or its panic, comes back to the heart.
     fn on_a_thread(&self, work: impl FnOnce() -> Done + Send + 'static) {
         let done = self.done.0.clone();
@@ -635,6 +667,13 @@ impl Heart {
             Done::Unmergeable(fragment, payload, why) => {
                 self.merging -= 1;
                 self.handle(Event::Unmergeable(fragment, payload, why));
+                self.carry_out()
+            }
+            Done::Tried(finding) => {
+                let now = self.clock.now();
+                if let Some(tried) = self.trials.as_mut().and_then(|trials| trials.end(now, finding)) {
+                    self.handle(Event::Tried(tried));
+                }
                 self.carry_out()
             }
             Done::Snapshot => {

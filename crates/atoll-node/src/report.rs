@@ -126,7 +126,7 @@ pub struct SiteReport {
     /// Contributions in the model of which the guard has left out something, other than for their weight.
     #[serde(default)]
     pub guarded: u64,
-    /// Why the latest of these was: `long`, `apart` or `opposed`.
+    /// Why the latest of these was: `long`, `apart`, `opposed` or `harmful`.
     #[serde(default)]
     pub guarded_for: String,
     /// Share of its latest contribution that the guard let pass, 0 to 1.
@@ -135,6 +135,9 @@ pub struct SiteReport {
     /// What its contributions have shown, −1 (works against the others) to 1.
     #[serde(default)]
     pub trust: f64,
+    /// How they help on held-out text, −1 (they do harm) to 1; 0 if none was tried.
+    #[serde(default)]
+    pub quality: f64,
     /// Times that its copy of the model had another digest than announced.
     pub digest_mismatches: u64,
     /// Its latest training loss.

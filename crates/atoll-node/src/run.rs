@@ -181,6 +181,10 @@ pub struct CoordinatorSection {
     pub advertise: Option<String>,
     /// The object store that a standby follows: a folder, or `s3://bucket/prefix?…`, `obs://`, `oss://`, `cos://`.
     pub store: Option<String>,
+    /// Text like the sites', a path in the run folder or a whole one: contributions are tried on what of it is held out,
+    /// now and then, and whoever keeps doing harm loses its weight.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trial_text: Option<PathBuf>,
     /// Seconds between two snapshots.
     pub snapshot_seconds: f64,
     /// Snapshots kept.
@@ -191,7 +195,14 @@ pub struct CoordinatorSection {
 
 impl Default for CoordinatorSection {
     fn default() -> Self {
-        Self { advertise: None, store: None, snapshot_seconds: 60.0, snapshots: 2, keep: Keep::Snapshots }
+        Self {
+            advertise: None,
+            store: None,
+            trial_text: None,
+            snapshot_seconds: 60.0,
+            snapshots: 2,
+            keep: Keep::Snapshots,
+        }
     }
 }
 
@@ -261,6 +272,21 @@ impl RunConfig {
         })
     }
 
+    /// Where the text for trials is, if there are to be any.
+    ///
+    /// # Errors
+    /// If there is nothing.
+    pub fn trial_text(&self, dir: &RunDir) -> Result<Option<PathBuf>> {
+        let Some(text) = self.coordinator.trial_text.as_ref().map(|text| dir.0.join(text)) else { return Ok(None) };
+        if !text.exists() {
+            bail!(
+                "coordinator.trial_text names {}, and there is nothing\nhint: a file or folder of text like the sites', or leave it out",
+                text.display()
+            );
+        }
+        Ok(Some(text))
+    }
+
     /// The manifest of `model` under this configuration.
     pub fn manifest(&self, model: &ModelConfig) -> Manifest {
         Manifest::balanced(model.tensors(), self.sync.fragments)
@@ -280,7 +306,8 @@ impl Terms {
     /// What concerns sites of `config`.
     pub fn of(config: &RunConfig, model: &ModelConfig) -> Self {
         let mut config = config.clone();
-        config.coordinator.store = None; // Nobody's business but the coordinators'.
+        // Nobody's business but the coordinators'.
+        (config.coordinator.store, config.coordinator.trial_text) = (None, None);
         Self { config, model: model.clone() }
     }
 
@@ -342,6 +369,10 @@ impl RunDir {
 
     pub fn model(&self) -> PathBuf {
         self.0.join("model")
+    }
+
+    pub fn trials(&self) -> PathBuf {
+        self.0.join("trials")
     }
 
     pub fn status(&self) -> PathBuf {

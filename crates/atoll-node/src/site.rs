@@ -33,7 +33,7 @@ use crate::crew::Crew;
 use crate::data::{DataError, corpus, ingest, is_dataset};
 use crate::data::{Dataset, IngestOptions, IngestProgress, LeasedFeed, Leases, Source, Split, TextField, Tokenizer};
 use crate::identity::{Identity, Ticket};
-use crate::run::{Terms, write_atomically};
+use crate::run::{RunConfig, Terms, write_atomically};
 use crate::way::Way;
 use arriving::Arriving;
 use desk::{Desk, Done, Job};
@@ -112,7 +112,10 @@ pub fn join(
     };
     let terms = Terms::read(&welcome.config)?;
     let tokenizer = Tokenizer::from_bytes(tokenizer)?;
-    let Some(dataset) = open_data(options, &terms, &tokenizer, stop, notice)? else { return Ok(Stop::Left) };
+    let Some(dataset) = open_data(options.data.as_deref(), &options.dir, &terms.config, &tokenizer, stop, notice)?
+    else {
+        return Ok(Stop::Left);
+    };
     let dataset = Arc::new(dataset);
     let manifest = terms.config.manifest(&terms.model);
     let training = &terms.config.training;
@@ -211,19 +214,20 @@ async fn enlist(
     Ok(Some((welcome, tokenizer)))
 }
 
-/// Opens the operator's dataset, or makes one of the operator's text in the site's folder.
+/// Opens the operator's dataset, or makes one in `dir` of the operator's text, the default corpus without any.
 /// `None` if `stop` turned true meanwhile.
-fn open_data(
-    options: &SiteOptions,
-    terms: &Terms,
+pub(crate) fn open_data(
+    data: Option<&Path>,
+    dir: &Path,
+    config: &RunConfig,
     tokenizer: &Tokenizer,
     stop: &AtomicBool,
     notice: Notice<'_>,
 ) -> Result<Option<Dataset>> {
-    if let Some(path) = options.data.as_deref().filter(|path| is_dataset(path)) {
+    if let Some(path) = data.filter(|path| is_dataset(path)) {
         let dataset = Dataset::open(path)?;
         dataset.check_tokenizer(tokenizer.hash())?;
-        let (own, run) = (dataset.held_out_share(), terms.config.data.held_out);
+        let (own, run) = (dataset.held_out_share(), config.data.held_out);
         if own != run {
             bail!(
                 "{} holds out {own} of its documents, the run {run}\nhint: `atoll ingest --held-out {run}`, so that nobody trains on what another holds out",
@@ -232,16 +236,16 @@ fn open_data(
         }
         return Ok(Some(dataset));
     }
-    let source = match &options.data {
+    let source = match data {
         Some(path) => Source::open(path)?,
         None => corpus::source()?,
     };
     let settings = IngestOptions {
-        held_out: terms.config.data.held_out,
-        text_field: TextField(terms.config.data.text_field.clone()),
+        held_out: config.data.held_out,
+        text_field: TextField(config.data.text_field.clone()),
         ..IngestOptions::default()
     };
-    let folder = options.dir.join(format!("tokens-{}", tokenizer.hash().short()));
+    let folder = dir.join(format!("tokens-{}", tokenizer.hash().short()));
     let mut last = Instant::now();
     let mut progress = |progress: IngestProgress| {
         if last.elapsed() > Duration::from_secs(2) {
@@ -279,7 +283,7 @@ pub struct HeldOut {
 }
 
 /// At most [`HELD_OUT_ROWS`] windows, spread evenly over the held-out text and packed as in training.
-fn held_out(dataset: &Dataset, tokenizer: &Tokenizer, training: &Training, rows: usize) -> Result<HeldOut> {
+pub(crate) fn held_out(dataset: &Dataset, tokenizer: &Tokenizer, training: &Training, rows: usize) -> Result<HeldOut> {
     let (context, packing) = (training.context, training.packing);
     let windows = dataset.held_out_samples(context);
     let count = windows.min(HELD_OUT_ROWS);

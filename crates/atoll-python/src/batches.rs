@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use atoll_core::data::Ranges;
-use atoll_core::engine::{Batch, EngineError, Feed};
+use atoll_core::engine::{Batch, EngineError, Feed, NoFeed};
 use atoll_core::training::Packing;
 use atoll_node::data::{Dataset, LeasedFeed, Leases};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2};
@@ -33,7 +33,7 @@ impl Batches {
 
     /// The feed itself, for an engine in Rust.
     pub(crate) fn take(&self) -> Box<dyn Feed> {
-        std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), Box::new(atoll_cpu::NoFeed))
+        std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), Box::new(NoFeed))
     }
 }
 

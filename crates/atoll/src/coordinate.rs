@@ -8,7 +8,7 @@ use anyhow::Result;
 use atoll_node::coordinator::{Ending, Options, coordinate};
 use atoll_node::run::RunDir;
 
-use crate::stop;
+use crate::{cpu, stop};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -45,7 +45,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         });
         let Arguments { standby, new_store, .. } = *arguments;
         let options = Options { listen: arguments.listen.clone(), standby, new_store };
-        coordinate(&dir, &options, receiver).await
+        coordinate(&dir, &options, Some(cpu::judge), receiver).await
     })?;
     match ending {
         Ending::StoodBy(false) => println!("stopped; another coordinator leads the run, or none"),

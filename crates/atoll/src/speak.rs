@@ -5,11 +5,11 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use atoll_core::engine::{Engine, Evaluation};
+use atoll_core::engine::{Engine, Evaluation, NoFeed};
 use atoll_core::journal::Evaluated;
 use atoll_core::manifest::Manifest;
 use atoll_core::training::AdamW;
-use atoll_cpu::{CpuEngine, Generator, NoFeed, Options, Precision, Sampling};
+use atoll_cpu::{CpuEngine, Generator, Options, Precision, Sampling};
 use atoll_node::data::{Dataset, IngestOptions, Source, TextField, ingest, is_dataset};
 use atoll_node::hf;
 use atoll_node::site::held_out_windows;

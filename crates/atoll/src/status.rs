@@ -58,8 +58,8 @@ pub(crate) fn show(report: &Report, rounds: bool, json: bool) -> Result<()> {
         }
         if site.guarded > 0 {
             println!(
-                "  {:16} {} of {} contributions guarded, the latest because it was {}; trust {:+.2}",
-                "", site.guarded, site.contributions, site.guarded_for, site.trust
+                "  {:16} {} of {} contributions guarded, the latest because it was {}; trust {:+.2}, quality {:+.2}",
+                "", site.guarded, site.contributions, site.guarded_for, site.trust, site.quality
             );
         }
     }

@@ -141,3 +141,37 @@ fn a_silent_site_holds_nobody_up() {
     assert!(report.tokens >= 120_000);
     lab.replay();
 }
+
+#[test]
+fn contributions_are_tried_on_held_out_text_and_honest_sites_keep_their_weight() {
+    let lab = Lab::new(240_000, &[("[coordinator]\n", "[coordinator]\ntrial_text = \"../text\"\n")]);
+    let mut coordinator = lab.coordinate();
+    let mut sites = ["a", "b"].map(|name| lab.join(name, &lab.ticket(name), &[]));
+    let report = lab.finish(&mut coordinator);
+    assert!(sites.iter_mut().all(|site| wait(site).success()));
+    let events = std::fs::read_to_string(lab.run().join("events.jsonl")).unwrap();
+    let events = events.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let tried: Vec<serde_json::Value> = events.filter(|event| event["event"] == "tried").collect();
+    assert!(!tried.is_empty(), "nothing was tried: {}", lab.log("coordinator"));
+    for event in &tried {
+        let before = event["before"].as_f64().unwrap();
+        let after: Vec<f64> = event["sites"].as_array().unwrap().iter().map(|s| s["after"].as_f64().unwrap()).collect();
+        assert!(before > 0.0 && after.len() == 2 && after.iter().all(|after| *after > 0.0), "{event}");
+    }
+    // Far from the end of learning whatever is learnt helps.
+    let first = &tried[0];
+    assert!(first["sites"].as_array().unwrap().iter().any(|site| site["after"].as_f64() < first["before"].as_f64()), "{first}");
+    assert!(report.sites.iter().all(|site| site.guarded_for != "harmful" && site.quality > -0.25), "{report:?}");
+    assert!(lab.replay().contains("all digests equal"));
+}
+
+#[test]
+fn a_text_for_trials_that_is_not_there_is_said_before_anything_begins() {
+    let lab = Lab::new(1_000, &[("[coordinator]\n", "[coordinator]\ntrial_text = \"gone\"\n")]);
+    for command in ["check", "coordinate"] {
+        let refused = atoll(&[command, &lab.path("run")]);
+        assert!(!refused.status.success());
+        let said = text(&refused.stderr);
+        assert!(said.contains("coordinator.trial_text names") && said.contains("hint:"), "{said}");
+    }
+}

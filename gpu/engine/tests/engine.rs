@@ -10,12 +10,11 @@ use std::io::Write;
 
 use atoll_burn::{BurnEngine, Device, Options, Precision};
 use atoll_core::engine::conformance::check;
-use atoll_core::engine::{Batch, Engine, EngineError, Feed, weights};
+use atoll_core::engine::{Batch, Engine, EngineError, Feed, NoFeed, weights};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::rng::Rng;
 use atoll_core::training::{AdamW, Muon};
-use atoll_cpu::NoFeed;
 
 use common::golden::{Golden, farthest, gradients_are_golden, training_is_golden};
 use common::{ListFeed, RandomFeed, lively_weights, random_batch, share_apart, tiny};

@@ -595,14 +595,11 @@ impl Coordinator {
     }
 
     fn note_trial(&mut self, tried: &Tried, orders: &mut Vec<Order>) {
-        let losses: Vec<f64> = tried.after.iter().map(|(_, after)| *after).collect();
+        let losses: Vec<f64> = tried.after.iter().map(|(_, after)| guard::as_loss(*after)).collect();
         let help = guard::help(tried.before, &losses);
-        let contributions = tried.after.iter().zip(help).map(|((site, after), help)| Trial {
-            site: site.clone(),
-            after: after.clamp(0.0, guard::NATS_MAX),
-            help,
-        });
-        let contributions: Vec<Trial> = contributions.filter(|trial| self.book.sites.contains_key(&trial.site)).collect();
+        let trials = tried.after.iter().zip(losses).zip(help);
+        let trials = trials.map(|(((site, _), after), help)| Trial { site: site.clone(), after, help });
+        let contributions: Vec<Trial> = trials.filter(|trial| self.book.sites.contains_key(&trial.site)).collect();
         if tried.before.is_finite() && !contributions.is_empty() {
             let &Tried { fragment, version, before, .. } = tried;
             self.record(Entry::Tried { fragment, version, before, contributions }, orders);

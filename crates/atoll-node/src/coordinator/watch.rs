@@ -74,7 +74,8 @@ impl Watch {
     /// Adds a line to `events.jsonl`.
     pub(super) fn note(&mut self, now: Time, mut event: serde_json::Value) {
         event["at"] = (now.0 as f64 / 1e6).into();
-        if let Err(error) = writeln!(self.events, "{event}") {
+        // At once: who follows the file is to see whole lines.
+        if let Err(error) = self.events.write_all(format!("{event}\n").as_bytes()) {
             tracing::warn!("events.jsonl cannot be written: {error}");
         }
     }
@@ -175,7 +176,7 @@ impl Watch {
         let sites = book.sites.iter().map(|(site, member)| {
             let mut seen = self.peers.get_mut(site).map(Peer::look).unwrap_or_default();
             (seen.name, seen.tokens, seen.contributions) = (site.to_string(), member.tokens, member.contributions);
-            seen.trust = member.trust;
+            (seen.trust, seen.quality) = (member.trust, member.quality);
             seen.state = match (connected(site), live.get(site)) {
                 _ if book.is_revoked(site) => "revoked",
                 (false, _) => "away",

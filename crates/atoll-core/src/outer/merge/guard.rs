@@ -162,19 +162,23 @@ pub fn learn(trust: f64, agreement: Option<f64>) -> f64 {
 }
 
 /// Losses beyond this, in nats per token, are as bad as any.
-pub const NATS_MAX: f64 = 1e6;
+const NATS_MAX: f64 = 1e6;
 /// What contributions change is at least this share of the loss, or it says nothing.
 const NOTICEABLE: f64 = 1e-5;
 
+/// A loss in nats per token that can be calculated with; what is no number is the greatest.
+pub fn as_loss(nats: f64) -> f64 {
+    if nats.is_nan() { NATS_MAX } else { nats.clamp(0.0, NATS_MAX) }
+}
+
 /// How each of some contributions helps, −1 to 1, given the loss `before` and `after` each of them alone: 1 if as much
 /// as its peers do in the middle or more, 0 if by as much less as contributions usually change, −1 if by twice that.
-/// Only what raises the loss is below 0. A loss that is not a number is the greatest. One alone has no peers: 0.
+/// Only what raises the loss is below 0. One alone has no peers: 0.
 pub fn help(before: f64, after: &[f64]) -> Vec<f64> {
     if after.len() < 2 {
         return vec![0.0; after.len()];
     }
-    let rise = |after: &f64| if after.is_nan() { NATS_MAX } else { after.min(NATS_MAX) } - before;
-    let rises: Vec<f64> = after.iter().map(rise).collect();
+    let rises: Vec<f64> = after.iter().map(|&after| as_loss(after) - before).collect();
     let of_peers = |index: usize| {
         let peers = rises.iter().enumerate().filter(|(peer, _)| *peer != index).map(|(_, rise)| *rise);
         let peers: Vec<f64> = peers.collect();
