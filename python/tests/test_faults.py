@@ -48,7 +48,8 @@ atoll.join(ticket, Ruining(atoll.Llama), data=data, dir=folder)
 
 def test_a_site_that_ruins_what_it_learns_loses_its_weight_where_contributions_are_tried(lab):
     """Of two sites neither is a majority: only the coordinator's own text can tell which of them does harm."""
-    lab = lab(1_000_000_000, [("[coordinator]\n", '[coordinator]\ntrial_text = "../text"\n')])
+    tries = ("[coordinator]\n", '[coordinator]\ntrial_text = "../text"\n')
+    lab = lab(1_000_000_000, [tries, ("learning_rate = 1.5e-3", "learning_rate = 1e-4")])  # Slow: there is always some to ruin.
     coordinator, native = lab.coordinate(), lab.join("native")
     lab.spawn("torch", [sys.executable, "-c", RUINS, lab.ticket("torch"), lab.text, lab.folder / "torch"])
 
