@@ -88,17 +88,10 @@ pub fn save(
 
 /// Writes down what is in the files of a snapshot.
 pub(crate) fn seal(folder: &Path) -> Result<()> {
-    let mut digests = BTreeMap::new();
-    for file in fs::read_dir(folder).with_context(|| format!("{} cannot be read", folder.display()))? {
-        let name = file?.file_name().to_string_lossy().into_owned();
-        if name != DIGESTS {
-            digests.insert(name.clone(), digest(&folder.join(name))?);
-        }
-    }
-    write_atomically(&folder.join(DIGESTS), &serde_json::to_vec_pretty(&digests)?)
+    write_atomically(&folder.join(DIGESTS), &serde_json::to_vec_pretty(&digests(folder)?)?)
 }
 
-/// Sees that the files of a snapshot are what they were.
+/// Sees that the files of a snapshot are what they were, and no others.
 ///
 /// # Errors
 /// If one is not.
@@ -112,15 +105,26 @@ pub fn verify(folder: &Path) -> Result<()> {
         }
         Err(error) => return Err(error).with_context(|| format!("{} cannot be read", path.display())),
     };
-    let digests: BTreeMap<String, Digest> =
+    let noted: BTreeMap<String, Digest> =
         serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))?;
-    for (name, noted) in digests {
-        let path = folder.join(name);
-        if digest(&path)? != noted {
-            bail!("{} is not what it was when it was written", path.display());
+    let found = digests(folder)?;
+    // No file is opened because its name stands there: it may come from elsewhere.
+    match noted.keys().chain(found.keys()).find(|name| noted.get(*name) != found.get(*name)) {
+        Some(name) => bail!("{name:?} in {} is not what it was when it was written", folder.display()),
+        None => Ok(()),
+    }
+}
+
+/// The hash of each file of a snapshot; what is hidden is none of its.
+fn digests(folder: &Path) -> Result<BTreeMap<String, Digest>> {
+    let mut digests = BTreeMap::new();
+    for file in fs::read_dir(folder).with_context(|| format!("{} cannot be read", folder.display()))? {
+        let name = file?.file_name().to_string_lossy().into_owned();
+        if name != DIGESTS && !name.starts_with('.') {
+            digests.insert(name.clone(), digest(&folder.join(name))?);
         }
     }
-    Ok(())
+    Ok(digests)
 }
 
 fn digest(path: &Path) -> Result<Digest> {

@@ -160,7 +160,10 @@ fn contributions_are_tried_on_held_out_text_and_honest_sites_keep_their_weight()
     }
     // Far from the end of learning whatever is learnt helps.
     let first = &tried[0];
-    assert!(first["sites"].as_array().unwrap().iter().any(|site| site["after"].as_f64() < first["before"].as_f64()), "{first}");
+    assert!(
+        first["sites"].as_array().unwrap().iter().any(|site| site["after"].as_f64() < first["before"].as_f64()),
+        "{first}"
+    );
     assert!(report.sites.iter().all(|site| site.guarded_for != "harmful" && site.quality > -0.25), "{report:?}");
     assert!(lab.replay().contains("all digests equal"));
 }

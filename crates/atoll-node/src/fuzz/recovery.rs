@@ -36,6 +36,7 @@ static PAST: LazyLock<Past> = LazyLock::new(live);
 
 const BOOK: &str = "snapshots/000000000005/book.json";
 const SNAPSHOT: &str = "snapshots/000000000005";
+const DIGESTS: &str = "snapshots/000000000005/digests.json";
 const JOURNAL: &str = "journal.jsonl";
 
 fn manifest() -> Manifest {
@@ -124,20 +125,23 @@ fn gather(root: &Path, folder: &Path, files: &mut BTreeMap<String, Vec<u8>>) {
 }
 
 /// The run starts again as a coordinator can go on with, or its operator is told what is damaged, whatever is in the
-/// book, in the journal, or in entries that somebody sealed. The first byte tells which.
+/// book, in the journal, in entries that somebody sealed, or among the hashes of the snapshot's files. The first byte tells which.
 pub(super) fn law(bytes: &[u8]) {
     let Some((place, bytes)) = bytes.split_first() else { return };
     let past = &*PAST;
-    let (name, bytes) = match place % 3 {
+    let (name, bytes) = match place % 4 {
         0 => (BOOK, bytes.to_vec()),
         1 => (JOURNAL, bytes.to_vec()),
-        _ => (JOURNAL, sealed(past, bytes)),
+        2 => (JOURNAL, sealed(past, bytes)),
+        _ => (DIGESTS, bytes.to_vec()),
     };
     let files = past.files.iter().map(|(path, good)| (path.as_str(), if path == name { &bytes } else { good }));
     in_folder(&files.map(|(path, bytes)| (path, bytes.as_slice())).collect::<Vec<_>>(), |folder| {
         let dir = RunDir(folder.to_path_buf());
-        // Otherwise nobody would look at what is in it.
-        snapshot::seal(&folder.join(SNAPSHOT)).expect("the disk takes it");
+        if name != DIGESTS {
+            // Otherwise nobody would look at what is in it.
+            snapshot::seal(&folder.join(SNAPSHOT)).expect("the disk takes it");
+        }
         let store = Store::open(dir.payloads()).expect("a folder can be made");
         match snapshot::recover(&dir, &small_model(), &manifest(), SEED, &store) {
             Ok(None) => {}
@@ -178,7 +182,7 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
     let past = &*PAST;
     let json = past.later.iter().map(|entry| serde_json::to_string(entry).expect("entries are plain data"));
     let later = json.collect::<Vec<_>>().join("\n").into_bytes();
-    let all = [past.files[BOOK].clone(), past.files[JOURNAL].clone(), later];
+    let all = [past.files[BOOK].clone(), past.files[JOURNAL].clone(), later, past.files[DIGESTS].clone()];
     (0..).zip(all).map(|(place, bytes)| [vec![place], bytes].concat()).collect()
 }
 
