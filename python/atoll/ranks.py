@@ -48,13 +48,20 @@ class Ranks:
 
     def __init__(self):
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        self.group = None
+        self.talk = None
         self.meet()
+
+    @property
+    def group(self):
+        """The ranks' group on Gloo."""
+        if self.talk is None:
+            raise AtollError("this site has left its run\nhint: join again with the same ticket")
+        return self.talk
 
     def meet(self):
         """Begins to talk, unless they talk already. All ranks make this call."""
-        if self.group is None:
-            self.group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        if self.talk is None:
+            self.talk = distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def part(self):
         """Ends the talk; whoever waits for this rank learns that it is gone.
@@ -62,9 +69,10 @@ class Ranks:
         It waits for Gloo's threads: one that lets go of what it sent last while the interpreter ends wants the
         interpreter's lock, does not get it, and aborts the process.
         """
-        if self.group is not None:
-            group, self.group = self.group, None
-            distributed.destroy_process_group(group)
+        group, self.talk = self.talk, None
+        if group is not None:
+            with contextlib.suppress(ValueError, AssertionError):  # The script has ended all groups.
+                distributed.destroy_process_group(group)
 
     def share(self, thing=None):
         """Rank 0's thing, at every rank."""
@@ -330,14 +338,12 @@ class Leader:
         """All ranks take a step."""
         self.ranks.share(("step",))
 
-    def end(self, finished):
-        """All ranks are told that the site's life is over; who is gone already need not be."""
-        with contextlib.suppress(AtollError):
-            self.ranks.share(("end", finished))
-        self.part()
-
-    def part(self):
-        """The others notice that this rank is gone."""
+    def end(self, finished, is_heard):
+        """All ranks are told that the site's life is over, if they listen: within a step they wait for the rest of it, and
+        notice that this one is gone. So does who is gone already."""
+        if is_heard:
+            with contextlib.suppress(AtollError):
+                self.ranks.share(("end", finished))
         self.ranks.part()
 
 

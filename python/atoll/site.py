@@ -34,28 +34,28 @@ def join(ticket, engine, *, data=None, dir=None, rows=None, streams=4):
     Ctrl-C and SIGTERM leave the run after the present step, a second one at once; the same call comes back to it.
     Under torchrun all ranks make this call, and are one site, which the first leaves for all.
     """
-    with Site(ticket, engine=engine, data=data, dir=dir, rows=rows, streams=streams) as site, Signals(site.is_first) as signals:
+    with Site(ticket, engine=engine, data=data, dir=dir, rows=rows, streams=streams) as site, Signals(site):
         try:
             while site.training:
-                with signals.waiting():
-                    progress = step(site, engine)
-                site.hand_back(progress)
+                site.hand_back(step(site, engine))
         except KeyboardInterrupt:
-            log.warning("leaving the run")
+            log.warning("left the run within a step")
     return site.finished
 
 
 class Signals:
-    """Ctrl-C, and SIGTERM by which schedulers and torchrun end a process, interrupt between two steps and not within one:
-    the other ranks would wait for the rest of it. They all get the signal, and the first decides for all."""
+    """Ctrl-C, and SIGTERM by which schedulers and torchrun end a process, leave a run between two steps and not within
+    one: the other ranks would wait for the rest of it. They all get the signal, and the first leaves for all."""
 
-    def __init__(self, is_first):
-        self.is_first, self.came, self.before = is_first, False, {}
-        self.must_wait = not is_first
+    def __init__(self, site):
+        self.site, self.came, self.before = site, False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Others cannot be interrupted.
-            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # What was ignored on purpose, or is not Python's to handle, stays so.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
@@ -64,17 +64,10 @@ class Signals:
 
     def handle(self, *_):
         came, self.came = self.came, True
-        if came or not self.must_wait:
+        if came:
             raise KeyboardInterrupt
-
-    @contextmanager
-    def waiting(self):
-        """While it is entered, the first signal waits."""
-        self.must_wait = True
-        yield
-        self.must_wait = not self.is_first
-        if self.came and self.is_first:
-            raise KeyboardInterrupt
+        log.warning("leaving the run")
+        self.site.leave_soon()
 
 
 def step(site, engine):
@@ -110,8 +103,8 @@ class Site:
         self.engine, self.own_batches = engine, own_batches
         ranks = getattr(engine, "ranks", None)
         self.size = ranks.size if ranks else 1
-        self.is_first = ranks is None or ranks.rank == 0
-        self.life = Life(engine, self.size, ticket, data, dir, rows, streams) if self.is_first else Following(engine)
+        is_first = ranks is None or ranks.rank == 0
+        self.life = Life(engine, self.size, ticket, data, dir, rows, streams) if is_first else Following(engine)
         atexit.register(self.leave)  # Before the interpreter ends.
         self.training = False
         self._await_step()
@@ -152,6 +145,10 @@ class Site:
         self.training = False
         raise self.life.fail(error) from error
 
+    def leave_soon(self):
+        """Leaves the run after the present step."""
+        self.life.leave_soon()
+
     def leave(self):
         """Leaves the run, if it is not finished; what was not contributed goes back."""
         self.training = False
@@ -188,7 +185,7 @@ class Life:
             streams=streams,
             device=engine.describe() if hasattr(engine, "describe") else type(engine).__name__,
         )
-        self.finished, self.failed, self.error, self.stop = False, False, None, Stop()
+        self.finished, self.error, self.stop = False, None, Stop()
         self.leader = leader_of(engine) if ranks > 1 else None
         self.baton = Baton(self.leader or engine)
         self.thread = threading.Thread(target=self._live, args=(ticket, options), name="atoll site", daemon=True)
@@ -208,10 +205,12 @@ class Life:
 
     def fail(self, error):
         """Ends because of an error of the owner's; that error as the run's."""
-        self.failed = True
         self.baton.back.put(error)
         self.thread.join()
         return self.error or error
+
+    def leave_soon(self):
+        self.stop.set()
 
     def leave(self):
         self.stop.set()
@@ -224,10 +223,11 @@ class Life:
         except BaseException as error:  # It is raised where the site's owner waits.
             self.error = error
         finally:
-            if self.leader is not None:
-                # After an error within a step the others do not listen: they wait for the rest of it.
-                self.leader.part() if self.failed else self.leader.end(self.finished)
-            self.baton.asked.put(None)
+            try:
+                if self.leader is not None:
+                    self.leader.end(self.finished, is_heard=not self.baton.is_within_a_step)
+            finally:
+                self.baton.asked.put(None)
 
 
 def leader_of(engine):
@@ -259,8 +259,11 @@ class Following:
         self.leave()
         return error
 
+    def leave_soon(self):
+        """The first rank does, for all."""
+
     def leave(self):
-        """The same."""
+        """The same as after an error."""
         self.follower.ranks.part()
 
 
@@ -269,6 +272,7 @@ class Baton:
 
     def __init__(self, engine):
         self.asked, self.back, self.closed = queue.SimpleQueue(), queue.SimpleQueue(), False
+        self.is_within_a_step = False
         self.engine, self.announce = engine, getattr(engine, "announce", lambda: None)
         for method in ("staging", "read", "write", "add", "evaluate"):
             setattr(self, method, getattr(engine, method))
@@ -288,9 +292,12 @@ class Baton:
         for _ in range(steps):
             if self.closed:
                 raise Starved("the site leaves")
+            self.is_within_a_step = True
             self.announce()
             self.asked.put(1)
             answer = self.back.get()
+            # A feed that had too little was so for all ranks.
+            self.is_within_a_step = self.closed or (isinstance(answer, Exception) and not isinstance(answer, Starved))
             if isinstance(answer, Exception):
                 raise answer
             tokens, nats = tokens + answer[0], nats + answer[0] * answer[1]

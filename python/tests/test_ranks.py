@@ -198,6 +198,8 @@ def test_a_rank_that_dies_takes_its_site_out_and_the_site_comes_back(lab, parall
     lab.until("the site to be back", lambda: state() != "away")
     for process in again:
         process.send_signal(signal.SIGTERM)
+    assert [process.wait(60) for process in again] == [0, 0], logs(lab)
+    assert all(said_by(lab, rank).endswith("leaving the run\nfinished False\n") for rank in range(2)), logs(lab)
     lab.until("the site to be away again", lambda: state() == "away")
     assert coordinator.poll() is None and native.poll() is None
 

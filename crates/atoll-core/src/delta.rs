@@ -253,8 +253,10 @@ impl Local {
             copies.reference = Some(copies.theta.clone()); // Nothing was contributed since the last commit.
         }
         sound.add_to(&mut copies.theta, team);
+        let is_partial = sound.codec().is_sparse() && self.feedback == Feedback::Weights;
         copies.last = payload;
-        let change = copies.rebase(self.follow);
+        let change =
+            if is_partial && copies.carries(self.follow) { copies.take_in_part() } else { copies.rebase(self.follow) };
         if matches!(change, Change::Write(_)) && self.feedback == Feedback::Weights {
             (copies.owed, copies.undecided) = (None, None); // It was in the weights that are given up.
         }
@@ -312,13 +314,31 @@ impl Copies {
         }
     }
 
-    /// Makes Θ the reference; what the engine must do for that.
-    fn rebase(&mut self, follow: Follow) -> Change {
-        let carry = match follow {
+    fn carries(&self, follow: Follow) -> bool {
+        match follow {
             Follow::Carry => true,
             Follow::Overwrite => false,
             Follow::Auto => self.agreement >= 0.0,
-        };
+        }
+    }
+
+    /// Makes Θ the reference where the last commit spoke of it; what the engine must do for that. Elsewhere what this site
+    /// has handed in is on its way still, at the coordinator, and stays in its weights until a commit tells of it.
+    fn take_in_part(&mut self) -> Change {
+        let Self { theta, reference, last, .. } = self;
+        let mut change = vec![0.0; theta.len()];
+        if let (Some(reference), Ok(commit)) = (reference, codec::Payload::parse(last, theta.len())) {
+            commit.visit(0..theta.len(), |place, _| {
+                change[place] = theta[place] - reference[place];
+                reference[place] = theta[place];
+            });
+        }
+        Change::Add(change)
+    }
+
+    /// Makes Θ the reference; what the engine must do for that.
+    fn rebase(&mut self, follow: Follow) -> Change {
+        let carry = self.carries(follow);
         let reference = self.reference.take();
         if !carry {
             return Change::Write(self.theta.clone());

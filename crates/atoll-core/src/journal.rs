@@ -7,10 +7,12 @@
 //! On disk an entry is one line: 16 hexadecimal digits of a hash chained over all lines so far, a
 //! space, and the entry as JSON. A line that was cut short or altered breaks the chain.
 
+mod looks;
 mod members;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+pub use looks::{Evaluated, Trial};
 pub use members::{Act, Invitation, Role};
 use serde::{Deserialize, Serialize};
 
@@ -236,37 +238,6 @@ impl Accepted {
     pub fn work(&self) -> f64 {
         let tokens = self.tokens as f64;
         tokens * tokens / self.steps.max(1) as f64
-    }
-}
-
-/// A contribution that was tried alone.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Trial {
-    /// Whose it is.
-    pub site: SiteId,
-    /// Nats per token with it.
-    pub after: f64,
-    /// How it helps beside the others, −1 to 1: see [`guard::help`].
-    pub help: f64,
-}
-
-/// Held-out loss after so many commits.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Evaluated {
-    /// Sum of the fragments' versions at the evaluating site.
-    pub commits: u64,
-    /// Summed loss in nats.
-    pub nats: f64,
-    /// Tokens predicted.
-    pub tokens: u64,
-    /// Bytes of text that these tokens stand for.
-    pub bytes: u64,
-}
-
-impl Evaluated {
-    /// Bits per byte of text: the loss in a unit that does not depend on the tokenizer.
-    pub fn bits_per_byte(&self) -> f64 {
-        self.nats / std::f64::consts::LN_2 / (self.bytes.max(1) as f64)
     }
 }
 

@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, anyhow, bail};
@@ -120,7 +121,6 @@ impl Prepared {
             }
         };
         let model = config.model.resolve(vocab, config.training.context);
-        problems.extend(config.trial_text(dir).err().map(|error| format!("{error:#}")));
         match (tokenizer, model) {
             (Ok(tokenizer), Ok(model)) if problems.is_empty() => {
                 let manifest = config.manifest(&model);
@@ -639,8 +639,14 @@ impl Heart {
         let Some(trials) = self.trials.as_mut().filter(|trials| self.merging == 0 && trials.is_due(now, merge)) else {
             return;
         };
-        let attempt = trials.begin(merge, &lock(&self.global), &self.store);
-        self.on_a_thread(move || Done::Tried(attempt()));
+        let (attempt, done) = (trials.begin(merge, &lock(&self.global), &self.store), self.done.0.clone());
+        // On a thread that nobody waits for: a trial may take long, and the coordinator may end meanwhile.
+        let told = done.clone();
+        let thread =
+            thread::Builder::new().name("trial".to_string()).spawn(move || drop(done.send(Done::Tried(attempt()))));
+        if let Err(error) = thread {
+            drop(told.send(Done::Tried(Err(error.into()))));
+        }
     }
 
     /// Does blocking work elsewhere; its answer, or its panic, comes back to the heart.

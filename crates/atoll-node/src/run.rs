@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::{ModelConfig, PRESETS};
+use atoll_core::outer::Robust;
 use atoll_core::round::{Goal, Sync};
 use atoll_core::training::Training;
 use serde::{Deserialize, Serialize};
@@ -252,6 +253,10 @@ impl RunConfig {
         let seconds = self.coordinator.snapshot_seconds;
         if !(seconds.is_finite() && seconds > 0.0) {
             problems.push(format!("coordinator.snapshot_seconds = {seconds} must be positive"));
+        }
+        if self.coordinator.trial_text.is_some() && self.sync.robust != Robust::Guard {
+            problems
+                .push("coordinator.trial_text needs sync.robust = \"guard\": nothing else heeds trials".to_string());
         }
         if self.coordinator.snapshots == 0 {
             problems.push("coordinator.snapshots must be at least 1".to_string());

@@ -19,6 +19,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let dir = RunDir(arguments.dir.clone());
     let prepared = Prepared::read(&dir)?;
+    prepared.config.trial_text(&dir)?;
     let key = Identity::load(&dir.key())?;
     println!("{}", toml::to_string_pretty(&prepared.config)?);
     let manifest = &prepared.manifest;

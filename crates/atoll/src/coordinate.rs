@@ -18,7 +18,7 @@ pub(crate) struct Arguments {
     #[arg(long, default_value = "0.0.0.0:7700")]
     listen: String,
     /// Wait behind the coordinator that leads the run, and lead it as soon as that one is gone. The folder needs run.toml,
-    /// tokenizer.json and coordinator.key of the run; the rest comes from the object store that coordinator.store names.
+    /// tokenizer.json and coordinator.key of the run, and the text of coordinator.trial_text if that is set; the rest comes from the object store that coordinator.store names.
     #[arg(long)]
     standby: bool,
     /// The run goes on in another object store than before, which is empty. Every other coordinator of the run must have been

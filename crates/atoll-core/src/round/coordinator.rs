@@ -115,8 +115,8 @@ pub struct Tried {
     pub version: u64,
     /// Nats per token of the model without any of them.
     pub before: f64,
-    /// With each one alone.
-    pub after: Vec<(SiteId, f64)>,
+    /// With each one alone, and the inner steps in it.
+    pub after: Vec<(SiteId, f64, u64)>,
 }
 
 /// The arithmetic behind a site's number of steps and its codecs, in seconds for one round of all fragments.
@@ -595,10 +595,10 @@ impl Coordinator {
     }
 
     fn note_trial(&mut self, tried: &Tried, orders: &mut Vec<Order>) {
-        let losses: Vec<f64> = tried.after.iter().map(|(_, after)| guard::as_loss(*after)).collect();
-        let help = guard::help(tried.before, &losses);
-        let trials = tried.after.iter().zip(losses).zip(help);
-        let trials = trials.map(|(((site, _), after), help)| Trial { site: site.clone(), after, help });
+        let losses: Vec<(f64, u64)> = tried.after.iter().map(|(_, after, steps)| (*after, *steps)).collect();
+        let trials = tried.after.iter().zip(guard::help(tried.before, &losses));
+        let trials =
+            trials.map(|((site, after, _), help)| Trial { site: site.clone(), after: guard::as_loss(*after), help });
         let contributions: Vec<Trial> = trials.filter(|trial| self.book.sites.contains_key(&trial.site)).collect();
         if tried.before.is_finite() && !contributions.is_empty() {
             let &Tried { fragment, version, before, .. } = tried;

@@ -5,16 +5,17 @@
 //! a merge is ordered ──begin──▶ Θ and payloads ──a thread──▶ losses without, and with each ──end──▶ Event::Tried
 //! ```
 //!
-//! The coordinator tries by itself and shows contributions to nobody. It takes one copy of the model, its engine another.
+//! The coordinator tries by itself and shows contributions to nobody. A trial has a copy of the model, and its engine has two: its
+//! weights, and the same ready for products.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
-use std::thread;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
 use atoll_core::engine::{Batch, Engine, EngineError, NoFeed};
-use atoll_core::hash::Digest;
+use atoll_core::journal::Accepted;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::outer::{Global, step_alone};
 use atoll_core::round::{Merge, Tried};
@@ -108,20 +109,17 @@ impl Trials {
         store: &Store,
     ) -> impl FnOnce() -> Result<Finding> + Send + use<> {
         let (theta, store, kit, bench) = (global.theta.clone(), store.clone(), self.kit.clone(), self.bench.take());
-        let contributions = merge.contributions.iter().map(|accepted| (accepted.site.clone(), accepted.payload));
-        let (contributions, fragment, version) = (contributions.collect(), merge.fragment, merge.version);
+        let merge = merge.clone();
         self.state = State::Running;
         let work = move || {
             stand_back(); // And so do the engine's threads, which this one starts.
+            let attempt = Attempt::read(merge, theta, &store); // At once: payloads are not kept for long.
             let mut bench = bench.map_or_else(|| kit.bench(), Ok)?;
             let began = Instant::now();
-            let tried = Attempt { fragment, version, theta, contributions }.make(&mut bench, &store)?;
+            let tried = attempt.map(|attempt| attempt.make(&mut bench)).transpose()?;
             Ok(Finding { tried, bench, seconds: began.elapsed().as_secs_f64() })
         };
-        move || {
-            let thread = thread::Builder::new().name("trial".to_string()).spawn(work)?;
-            thread.join().unwrap_or_else(|_| bail!("the thread that tried them died"))
-        }
+        move || catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| bail!("the thread that tried them died"))
     }
 
     /// Takes in what a trial has come to.
@@ -180,22 +178,31 @@ struct Attempt {
     fragment: FragmentId,
     version: u64,
     theta: Vec<Vec<f32>>,
-    contributions: Vec<(SiteId, Digest)>,
+    /// Whose, its payload, and the inner steps in it.
+    contributions: Vec<(SiteId, Vec<u8>, u64)>,
 }
 
 impl Attempt {
-    fn make(self, bench: &mut Bench, store: &Store) -> Result<Option<Tried>> {
+    /// Nothing if the payloads of fewer than two are here.
+    fn read(merge: Merge, theta: Vec<Vec<f32>>, store: &Store) -> Option<Self> {
+        let Merge { fragment, version, contributions, .. } = merge;
+        let read = |accepted: Accepted| Some((accepted.site, store.get(accepted.payload)?, accepted.steps));
+        let contributions: Vec<(SiteId, Vec<u8>, u64)> = contributions.into_iter().filter_map(read).collect();
+        (contributions.len() > 1).then_some(Self { fragment, version, theta, contributions })
+    }
+
+    fn make(self, bench: &mut Bench) -> Result<Tried> {
         let Self { fragment, version, theta, contributions } = self;
         (0..).zip(&theta).try_for_each(|(index, weights)| bench.engine.write(FragmentId(index), weights))?;
         let before = bench.loss()?;
         let own = &theta[fragment.index()];
         let mut after = Vec::new();
-        for (site, payload) in contributions {
-            // One that is useless is refused by the merge, and dropped.
-            let Some(Ok(alone)) = store.get(payload).map(|payload| step_alone(own, &payload, &Crew)) else { continue };
+        for (site, payload, steps) in contributions {
+            // One that does not decode is refused by the merge.
+            let Ok(alone) = step_alone(own, &payload, &Crew) else { continue };
             bench.engine.write(fragment, &alone)?;
-            after.push((site, bench.loss()?));
+            after.push((site, bench.loss()?, steps));
         }
-        Ok((after.len() > 1).then_some(Tried { fragment, version, before, after }))
+        Ok(Tried { fragment, version, before, after })
     }
 }

@@ -194,7 +194,7 @@ impl World<'_> {
         let mut after = Vec::new();
         for accepted in &merge.contributions {
             theta[index] = step_alone(&own, &self.disk.payload(accepted.payload)?, &Alone).ok()?;
-            after.push((accepted.site.clone(), self.habitat.trial(&theta)?));
+            after.push((accepted.site.clone(), self.habitat.trial(&theta)?, accepted.steps));
         }
         Some(Tried { fragment: merge.fragment, version: merge.version, before, after })
     }

@@ -164,35 +164,31 @@ pub fn learn(trust: f64, agreement: Option<f64>) -> f64 {
 /// Losses beyond this, in nats per token, are as bad as any.
 const NATS_MAX: f64 = 1e6;
 /// What contributions change is at least this share of the loss, or it says nothing.
-const NOTICEABLE: f64 = 1e-5;
+const NOTICEABLE: f64 = 1e-4;
 
 /// A loss in nats per token that can be calculated with; what is no number is the greatest.
 pub fn as_loss(nats: f64) -> f64 {
     if nats.is_nan() { NATS_MAX } else { nats.clamp(0.0, NATS_MAX) }
 }
 
-/// How each of some contributions helps, −1 to 1, given the loss `before` and `after` each of them alone: 1 if as much
-/// as its peers do in the middle or more, 0 if by as much less as contributions usually change, −1 if by twice that.
-/// Only what raises the loss is below 0. One alone has no peers: 0.
-pub fn help(before: f64, after: &[f64]) -> Vec<f64> {
-    if after.len() < 2 {
-        return vec![0.0; after.len()];
-    }
-    let rises: Vec<f64> = after.iter().map(|&after| as_loss(after) - before).collect();
-    let of_peers = |index: usize| {
-        let peers = rises.iter().enumerate().filter(|(peer, _)| *peer != index).map(|(_, rise)| *rise);
-        let peers: Vec<f64> = peers.collect();
-        let usual = upper_median(peers.iter().map(|rise| rise.abs()).collect());
-        (upper_median(peers), usual.max(NOTICEABLE * before.abs()).max(f64::MIN_POSITIVE))
+/// How each of some contributions helps, −1 to 1, given the loss `before`, and the loss after each of them alone with the
+/// inner steps in it: 1 if as much as its peers do in the middle or more, 0 if by as much less as contributions usually
+/// change, −1 if by twice that. Only what raises the loss is below 0. One alone has no peers: 0.
+///
+/// Where noise is all that is left to learn from, everybody alone raises the loss, by the square of his steps: that much,
+/// three times, is no harm.
+pub fn help(before: f64, after: &[(f64, u64)]) -> Vec<f64> {
+    let rises: Vec<(f64, f64)> =
+        after.iter().map(|&(after, steps)| (as_loss(after) - before, steps.max(1) as f64)).collect();
+    let help = |(index, &(rise, steps)): (usize, &(f64, f64))| {
+        let peers = || rises.iter().enumerate().filter(|(peer, _)| *peer != index).map(|(_, peer)| *peer);
+        let explained = |(rise, of): (f64, f64)| if rise > 0.0 { rise * (steps / of).max(1.0).powi(2) } else { rise };
+        let middle = upper_median(peers().map(explained).collect());
+        let usual = upper_median(peers().map(|(rise, _)| rise.abs()).collect()).max(NOTICEABLE * before.abs());
+        let unit = (usual + (TIMES_MAX - 1.0) * middle.max(0.0)).max(f64::MIN_POSITIVE);
+        (1.0 + (middle - rise) / unit).clamp(if rise > 0.0 { -1.0 } else { 0.0 }, 1.0)
     };
-    let help = |(index, &rise): (usize, &f64)| {
-        let (middle, usual) = of_peers(index);
-        // Where noise is all that is left everybody raises the loss, and whoever takes more steps raises it more.
-        let usual = usual + (TIMES_MAX - 1.0) * middle.max(0.0);
-        let least = if rise > 0.0 { -1.0 } else { 0.0 };
-        (1.0 + (middle - rise) / usual).clamp(least, 1.0)
-    };
-    rises.iter().enumerate().map(help).collect()
+    if rises.len() < 2 { vec![0.0; rises.len()] } else { rises.iter().enumerate().map(help).collect() }
 }
 
 impl Guard {

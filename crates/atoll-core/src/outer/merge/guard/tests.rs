@@ -122,10 +122,15 @@ fn of_three_or_more_nobody_weighs_more_than_the_rest() {
     assert_eq!(weights(&[0.0, 8.0, 1.0]), [0.0, 8.0, 1.0]);
 }
 
+/// Help of contributions with as many steps.
+fn help_of(before: f64, after: &[f64]) -> Vec<f64> {
+    help(before, &after.iter().map(|after| (*after, 8)).collect::<Vec<_>>())
+}
+
 #[test]
 fn help_is_told_by_the_peers() {
     // Three help by as much; one does nothing, one harms as much, one much more, one is no number.
-    let help = help(2.0, &[1.9, 1.9, 1.9, 1.9, 2.0, 2.1, 5.0, f64::NAN]);
+    let help = help_of(2.0, &[1.9, 1.9, 1.9, 1.9, 2.0, 2.1, 5.0, f64::NAN]);
     assert_eq!(help[..4], [1.0; 4]);
     assert!(help[4].abs() < 1e-9, "{help:?}");
     assert_eq!(help[5..], [-1.0; 3]);
@@ -133,17 +138,23 @@ fn help_is_told_by_the_peers() {
 
 #[test]
 fn half_may_be_harmful_and_the_loss_tells_them_apart() {
-    assert_eq!(help(2.0, &[1.9, 2.1]), [1.0, -1.0]);
-    assert_eq!(help(2.0, &[1.9, 2.1, 2.1, 1.9]), [1.0, -1.0, -1.0, 1.0]);
+    assert_eq!(help_of(2.0, &[1.9, 2.1]), [1.0, -1.0]);
+    assert_eq!(help_of(2.0, &[1.9, 2.1, 2.1, 1.9]), [1.0, -1.0, -1.0, 1.0]);
 }
 
 #[test]
 fn nobody_is_blamed_for_what_all_do_nor_for_what_cannot_be_seen() {
-    assert_eq!(help(2.0, &[2.1, 2.1, 2.1]), [1.0; 3]);
-    assert!(help(2.0, &[2.000_001, 1.999_999, 2.0]).iter().all(|help| *help > 0.8));
-    assert!(help(2.0, &[1.9, 1.99, 1.5]).iter().all(|help| *help >= 0.0), "each of them helps");
-    assert_eq!(help(2.0, &[3.0]), [0.0]);
-    assert!(help(2.0, &[]).is_empty());
+    assert_eq!(help_of(2.0, &[2.1, 2.1, 2.1]), [1.0; 3]);
+    assert!(help_of(2.0, &[2.000_01, 1.999_99, 2.0]).iter().all(|help| *help > 0.8));
+    assert!(help_of(2.0, &[1.9, 1.99, 1.5]).iter().all(|help| *help >= 0.0), "each of them helps");
+    assert_eq!(help_of(2.0, &[3.0]), [0.0]);
+    assert!(help_of(2.0, &[]).is_empty());
+}
+
+#[test]
+fn whoever_takes_more_steps_may_raise_the_loss_by_their_square() {
+    assert!(help(2.0, &[(2.01, 8), (2.09, 24)]).iter().all(|help| *help > 0.99));
+    assert_eq!(help(2.0, &[(2.01, 8), (2.09, 8)])[1], -1.0);
 }
 
 #[test]
