@@ -9,13 +9,15 @@
 //! refused      θ ← θ + (Θ − reference)                  reference ← Θ, and the residual is the one before
 //! commit       Θ ← Θ + decode(payload)
 //!   carry      θ ← θ + (Θ − reference)                  reference ← Θ
+//!              of a sparse payload: only where it speaks
 //!   overwrite  θ ← Θ                                    reference ← Θ
 //! install      θ ← Θ − residual                         θ ← Θ
 //! ```
 //!
 //! A wish is a pseudo-gradient: the outer step subtracts it. *Carry* keeps the steps taken while a contribution
 //! travelled on top of the new global model; work already sent is not applied twice, whether the commit contains it or
-//! not. As long as a contribution is undecided two residuals are kept: the one that it has left and the one before,
+//! not. A sparse commit tells the rest later; until then what this site has handed in stays in its weights, or it would
+//! learn it again and hand it in twice. As long as a contribution is undecided two residuals are kept: the one that it has left and the one before,
 //! which holds if its samples go back to the pool. Everything here runs beside the training: an engine only hands out
 //! its weights and takes in a [`Change`].
 

@@ -256,3 +256,32 @@ fn what_a_stopped_process_owed_is_in_the_first_contribution_of_the_next() {
         assert!(sent.iter().zip(owed).all(|(sent, owed)| (sent - owed).abs() < 1e-5), "{feedback:?}");
     }
 }
+
+#[test]
+fn what_is_handed_in_stays_in_the_weights_until_a_commit_tells_of_it() {
+    let mut local = local(Feedback::Weights);
+    local.install(FRAGMENT, &[0.0; COUNT]).unwrap();
+    let mut chance = Rng::new(5);
+    let mut weights: Vec<f32> = (0..COUNT).map(|_| chance.normal() as f32).collect();
+    let sent = local.contribute(FRAGMENT, weights.clone(), Codec::F32, &Alone).unwrap();
+    // The coordinator has all of it, and tells the greatest quarter.
+    let mut merged: Vec<f32> = codec::decode(&sent.bytes, COUNT).unwrap().iter().map(|wish| -wish).collect();
+    let told = Codec::Sparse(1024).encode_rest(&mut merged, &Alone).unwrap();
+    let (_, change) = local.commit(FRAGMENT, told.clone(), &Alone).unwrap();
+    let Change::Add(change) = change else { panic!("it carries") };
+    let told = codec::decode(&told, COUNT).unwrap();
+    assert_eq!(told.iter().filter(|told| **told != 0.0).count(), COUNT / 4);
+    for ((change, told), own) in change.iter().zip(&told).zip(&weights) {
+        assert_eq!(*change, if *told == 0.0 { 0.0 } else { told - own });
+    }
+    add(&mut weights, &change);
+    // Nothing was learnt since, so there is nothing to hand in again.
+    let again = local.contribute(FRAGMENT, weights.clone(), Codec::F32, &Alone).unwrap();
+    assert!(again.norm < 1e-6, "{}", again.norm);
+    // Once all is told, the site is where the model is.
+    let rest = Codec::F32.encode(&merged).unwrap();
+    let (_, change) = local.commit(FRAGMENT, rest, &Alone).unwrap();
+    let Change::Add(change) = change else { panic!("it carries") };
+    add(&mut weights, &change);
+    assert!(weights.iter().zip(local.theta(FRAGMENT)).all(|(own, theta)| (own - theta).abs() < 1e-6));
+}
