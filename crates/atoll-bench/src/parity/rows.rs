@@ -120,8 +120,6 @@ const OURS: &[Knob] = &[
     ("carry", |r| r.sync.follow = Follow::Carry),
     ("overwrite", |r| r.sync.follow = Follow::Overwrite),
     ("h1", |r| r.sync.steps = Setting::Is(1)),
-    ("sync-m", |_| {}),
-    ("sync-mv", |_| {}),
     ("h2", |r| r.sync.steps = Setting::Is(2)),
     ("h4", |r| r.sync.steps = Setting::Is(4)),
     ("h8", |r| r.sync.steps = Setting::Is(8)),
