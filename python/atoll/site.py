@@ -13,7 +13,6 @@ import logging
 import queue
 import signal
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 from . import align

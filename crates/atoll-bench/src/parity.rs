@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use anyhow::Result;
-use atoll_core::engine::{Engine, Evaluation, NoFeed};
+use atoll_core::engine::{Engine, NoFeed, evaluate_all};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::training::Training;
 use atoll_cpu::{CpuEngine, Options, Precision};
@@ -131,11 +131,7 @@ fn options(text: &Text, training: &Training, rows: usize, precision: Precision) 
 fn held_out_nats(text: &Text, training: &Training, manifest: &Manifest, theta: Vec<Vec<f32>>) -> Result<f64> {
     let options = options(text, training, training.rows, Precision::F32);
     let mut engine = CpuEngine::new(options, manifest.clone(), theta, Box::new(NoFeed))?;
-    let mut all = Evaluation::default();
-    for batch in &text.held_out.batches {
-        let part = engine.evaluate(batch)?;
-        (all.nats, all.tokens) = (all.nats + part.nats, all.tokens + part.tokens);
-    }
+    let all = evaluate_all(&mut engine, &text.held_out.batches)?;
     Ok(all.nats / all.tokens.max(1) as f64)
 }
 

@@ -17,9 +17,9 @@
 //! A wish is a pseudo-gradient: the outer step subtracts it. *Carry* keeps the steps taken while a contribution
 //! travelled on top of the new global model; work already sent is not applied twice, whether the commit contains it or
 //! not. A sparse commit tells the rest later; until then what this site has handed in stays in its weights, or it would
-//! learn it again and hand it in twice. As long as a contribution is undecided two residuals are kept: the one that it has left and the one before,
-//! which holds if its samples go back to the pool. Everything here runs beside the training: an engine only hands out
-//! its weights and takes in a [`Change`].
+//! learn it again and hand it in twice. As long as a contribution is undecided two residuals are kept: the one that it
+//! has left and the one before, which holds if its samples go back to the pool. Everything here runs beside the
+//! training: an engine only hands out its weights and takes in a [`Change`].
 
 pub mod residual;
 #[cfg(test)]
@@ -30,7 +30,7 @@ use std::mem;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, Codec, CodecError};
-use crate::engine::{Batch, Engine, EngineError, Evaluation};
+use crate::engine::{self, Batch, Engine, EngineError, Evaluation};
 use crate::hash::Digest;
 use crate::manifest::{FragmentId, Manifest};
 use crate::simd::simd;
@@ -256,9 +256,12 @@ impl Local {
         }
         sound.add_to(&mut copies.theta, team);
         let is_partial = sound.codec().is_sparse() && self.feedback == Feedback::Weights;
+        let change = match copies.carries(self.follow) {
+            true if is_partial => copies.carry_where_told(&sound),
+            true => copies.carry(),
+            false => copies.overwrite(),
+        };
         copies.last = payload;
-        let change =
-            if is_partial && copies.carries(self.follow) { copies.take_in_part() } else { copies.rebase(self.follow) };
         if matches!(change, Change::Write(_)) && self.feedback == Feedback::Weights {
             (copies.owed, copies.undecided) = (None, None); // It was in the weights that are given up.
         }
@@ -268,7 +271,7 @@ impl Local {
     /// Gives up a refused contribution, sent and left, keeping what was learnt before and since.
     pub fn rebase(&mut self, fragment: FragmentId) -> Change {
         let copies = &mut self.fragments[fragment.index()];
-        let mut change = copies.rebase(Follow::Carry);
+        let mut change = copies.carry();
         let refused = copies.undecided.take().filter(|_| self.feedback == Feedback::Weights);
         if let (Change::Add(change), Some(refused)) = (&mut change, refused) {
             add(change, &refused.values);
@@ -316,6 +319,7 @@ impl Copies {
         }
     }
 
+    /// Whether the steps since the last contribution are kept.
     fn carries(&self, follow: Follow) -> bool {
         match follow {
             Follow::Carry => true,
@@ -324,12 +328,12 @@ impl Copies {
         }
     }
 
-    /// Makes Θ the reference where the last commit spoke of it; what the engine must do for that. Elsewhere what this site
-    /// has handed in is on its way still, at the coordinator, and stays in its weights until a commit tells of it.
-    fn take_in_part(&mut self) -> Change {
-        let Self { theta, reference, last, .. } = self;
+    /// Makes Θ the reference where `commit`, which it has in it, spoke; what the engine must do for that. Elsewhere what this
+    /// site has handed in is on its way still, at the coordinator, and stays in its weights until a commit tells of it.
+    fn carry_where_told(&mut self, commit: &codec::Payload<'_>) -> Change {
+        let Self { theta, reference, .. } = self;
         let mut change = vec![0.0; theta.len()];
-        if let (Some(reference), Ok(commit)) = (reference, codec::Payload::parse(last, theta.len())) {
+        if let Some(reference) = reference {
             commit.visit(0..theta.len(), |place, _| {
                 change[place] = theta[place] - reference[place];
                 reference[place] = theta[place];
@@ -338,13 +342,15 @@ impl Copies {
         Change::Add(change)
     }
 
+    /// Makes Θ the reference and the engine's weights.
+    fn overwrite(&mut self) -> Change {
+        self.reference = None;
+        Change::Write(self.theta.clone())
+    }
+
     /// Makes Θ the reference; what the engine must do for that.
-    fn rebase(&mut self, follow: Follow) -> Change {
-        let carry = self.carries(follow);
+    fn carry(&mut self) -> Change {
         let reference = self.reference.take();
-        if !carry {
-            return Change::Write(self.theta.clone());
-        }
         let theta = &self.theta;
         let Some(mut change) = reference else { return Change::Add(vec![0.0; theta.len()]) };
         simd(
@@ -368,19 +374,11 @@ pub fn evaluate(
     engine: &mut dyn Engine,
     batches: &[Batch],
 ) -> Result<Evaluation, EngineError> {
-    let own = crate::engine::weights(engine)?;
-    write_all(engine, thetas)?;
-    let losses: Result<Vec<Evaluation>, EngineError> = batches.iter().map(|batch| engine.evaluate(batch)).collect();
-    write_all(engine, &own)?;
-    let sum = |total: Evaluation, part: &Evaluation| Evaluation {
-        nats: total.nats + part.nats,
-        tokens: total.tokens + part.tokens,
-    };
-    Ok(losses?.iter().fold(Evaluation::default(), sum))
-}
-
-fn write_all(engine: &mut dyn Engine, fragments: &[impl AsRef<[f32]>]) -> Result<(), EngineError> {
-    (0..).zip(fragments).try_for_each(|(index, weights)| engine.write(FragmentId(index), weights.as_ref()))
+    let own = engine::weights(engine)?;
+    engine::write_weights(engine, thetas)?;
+    let evaluation = engine::evaluate_all(engine, batches);
+    engine::write_weights(engine, &own)?;
+    evaluation
 }
 
 /// Adds `change` to `weights`, element by element.

@@ -72,6 +72,25 @@ pub fn weights(engine: &mut dyn Engine) -> Result<Vec<Vec<f32>>, EngineError> {
     Ok(all)
 }
 
+/// Replaces all weights, a vector per fragment.
+///
+/// # Errors
+/// What the engine said.
+pub fn write_weights(engine: &mut dyn Engine, fragments: &[impl AsRef<[f32]>]) -> Result<(), EngineError> {
+    (0..).zip(fragments).try_for_each(|(index, weights)| engine.write(FragmentId(index), weights.as_ref()))
+}
+
+/// Summed loss of the present weights on all `batches`.
+///
+/// # Errors
+/// What the engine said.
+pub fn evaluate_all(engine: &mut dyn Engine, batches: &[Batch]) -> Result<Evaluation, EngineError> {
+    batches.iter().try_fold(Evaluation::default(), |all, batch| {
+        let part = engine.evaluate(batch)?;
+        Ok(Evaluation { nats: all.nats + part.nats, tokens: all.tokens + part.tokens })
+    })
+}
+
 /// Every reason why an engine with this model and these settings cannot train in that layout; empty when it can.
 pub fn problems(
     manifest: &Manifest,

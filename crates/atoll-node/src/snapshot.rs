@@ -93,7 +93,7 @@ pub(crate) fn seal(folder: &Path) -> Result<()> {
     write_atomically(&folder.join(DIGESTS), &serde_json::to_vec_pretty(&digests(folder)?)?)
 }
 
-/// Sees that the files of a snapshot are what they were, and no others.
+/// Sees that the files of a snapshot are what they were.
 ///
 /// # Errors
 /// If one is not.

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use atoll_core::engine::{Engine, Evaluation, NoFeed};
+use atoll_core::engine::{NoFeed, evaluate_all};
 use atoll_core::journal::Evaluated;
 use atoll_core::manifest::Manifest;
 use atoll_core::training::AdamW;
@@ -126,11 +126,7 @@ pub(crate) fn eval(arguments: &EvalArguments) -> Result<()> {
     let held_out =
         held_out_windows(&dataset, &loaded.tokenizer, context, model::packing(&arguments.dir)?, ROWS, windows)?;
     let mut engine = engine(&loaded, arguments)?;
-    let mut sum = Evaluation::default();
-    for batch in &held_out.batches {
-        let part = engine.evaluate(batch)?;
-        (sum.nats, sum.tokens) = (sum.nats + part.nats, sum.tokens + part.tokens);
-    }
+    let sum = evaluate_all(&mut engine, &held_out.batches)?;
     let evaluated = Evaluated { commits: 0, nats: sum.nats, tokens: sum.tokens, bytes: held_out.bytes };
     let loss = sum.nats / sum.tokens as f64;
     if arguments.json {

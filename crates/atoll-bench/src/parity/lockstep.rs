@@ -3,8 +3,8 @@
 
 use anyhow::Result;
 use atoll_core::data::Ranges;
-use atoll_core::engine::Engine;
-use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_core::engine::{Engine, write_weights};
+use atoll_core::manifest::Manifest;
 use atoll_core::outer::OuterRule;
 use atoll_cpu::{CpuEngine, Precision};
 use atoll_sim::Leases;
@@ -48,7 +48,7 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64, steps_per_round: u64)
                 }
             }
             for (engine, _) in &mut sites {
-                (0..).zip(&theta).try_for_each(|(index, weights)| engine.write(FragmentId(index), weights))?;
+                write_weights(engine, &theta)?;
             }
         }
     }

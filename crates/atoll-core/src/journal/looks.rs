@@ -11,7 +11,7 @@ pub struct Trial {
     pub site: SiteId,
     /// Nats per token with it.
     pub after: f64,
-    /// How it helps beside the others, −1 to 1: see [`guard::help`].
+    /// How it helps beside the others, −1 to 1: see [`guard::help`](crate::outer::guard::help).
     pub help: f64,
 }
 

@@ -14,7 +14,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use atoll_core::engine::{Batch, Engine, EngineError, NoFeed};
+use atoll_core::engine::{Batch, Engine, EngineError, NoFeed, evaluate_all, write_weights};
 use atoll_core::journal::Accepted;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::outer::{Global, step_alone};
@@ -161,15 +161,11 @@ impl Kit {
 impl Bench {
     /// Nats per token of the engine's weights; of weights with which nothing can be computed, infinite.
     fn loss(&mut self) -> Result<f64, EngineError> {
-        let (mut nats, mut tokens) = (0.0, 0u64);
-        for batch in &self.batches {
-            match self.engine.evaluate(batch) {
-                Ok(part) => (nats, tokens) = (nats + part.nats, tokens + part.tokens),
-                Err(EngineError::NonFinite { .. }) => return Ok(f64::INFINITY),
-                Err(error) => return Err(error),
-            }
+        match evaluate_all(self.engine.as_mut(), &self.batches) {
+            Ok(all) => Ok(all.nats / all.tokens.max(1) as f64),
+            Err(EngineError::NonFinite { .. }) => Ok(f64::INFINITY),
+            Err(error) => Err(error),
         }
-        Ok(nats / tokens.max(1) as f64)
     }
 }
 
@@ -193,7 +189,7 @@ impl Attempt {
 
     fn make(self, bench: &mut Bench) -> Result<Tried> {
         let Self { fragment, version, theta, contributions } = self;
-        (0..).zip(&theta).try_for_each(|(index, weights)| bench.engine.write(FragmentId(index), weights))?;
+        write_weights(bench.engine.as_mut(), &theta)?;
         let before = bench.loss()?;
         let own = &theta[fragment.index()];
         let mut after = Vec::new();
