@@ -6,7 +6,7 @@
 The loop is the user's: forward, backward, optimizer.step(), then `site.after_step`. Between rounds that call hands a baton to the core and
 takes it back; in a round the core also copies weights out or adds what others have learnt. Looking at held-out text is on top of that and counted
 apart. Neither the first quarter of the steps nor the last counts, which waits for the run's end. Memory is what the process holds beyond what it held
-while it trained alone, in copies of the parameters (4 bytes each): in use, and with what the allocator keeps for later. Linux with glibc.
+while it trained and looked at text alone, in copies of the parameters (4 bytes each): in use, and with what the allocator keeps for later. Linux with glibc.
 """
 
 import argparse
@@ -94,6 +94,10 @@ class Run:
             time.sleep(0.1)
         sys.exit("the coordinator does not begin:\n" + (self.folder / "coordinator.log").read_text())
 
+    def rows(self):
+        """Rows of a batch of held-out text."""
+        return int(re.search(r"^rows = (\d+)", (self.dir / "run.toml").read_text(), re.M)[1])
+
     def end(self):
         self.coordinator.terminate()
         self.coordinator.wait()
@@ -112,9 +116,12 @@ def train(arguments, run):
     model = atoll.Llama(shape)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    drawn = lambda rows: torch.randint(0, shape["vocab_size"], (rows, arguments.context + 1))
     for _ in range(ALONE_STEPS):
-        step(model, optimizer, torch.randint(0, shape["vocab_size"], (arguments.rows, arguments.context + 1)))
-    alone = held_bytes()
+        step(model, optimizer, drawn(arguments.rows))
+    with torch.no_grad():
+        model(drawn(run.rows())[:, :-1])  # PyTorch keeps memory for products of the size that held-out text has.
+    alone_with_spare, alone = anonymous_bytes(), held_bytes()
     engine = atoll.TorchEngine(model, optimizer, parallel="own")  # As Site(ticket, model, optimizer) makes it.
     looks = Stopwatch(engine, "evaluate")
     site = atoll.Site(run.ticket(), engine=engine, data=run.data, dir=run.folder / "site", rows=arguments.rows)
@@ -144,7 +151,7 @@ def train(arguments, run):
         "share_of_all_time": sum(calls) / (sum(steps) + sum(calls)),
         "evaluation_seconds": looks.seconds,
         "copies_in_use": (held - alone) / (4 * parameters),
-        "copies_with_spare": (with_spare - alone) / (4 * parameters),
+        "copies_with_spare": (with_spare - alone_with_spare) / (4 * parameters),
     }
 
 

@@ -10,6 +10,7 @@ looked into, and by its loss if not.
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import logging
@@ -291,21 +292,35 @@ def at_joining(engine, run):
     run = Run.parse(run)
     if run.align is None:
         return
+    said = objection(engine, run)
+    return_free_memory()  # The native engine's, as much as several models.
+    if said is not None and run.align == "refuse":
+        raise AtollError(said)
+    if said is not None:
+        log.warning(said)
+
+
+def objection(engine, run):
+    """Why an opened engine should not take part in a run, or None."""
     probe = Probe(run)
     probe.give(engine)
     theirs, ours = probe.loss, engine.evaluate(probe.batch) / probe.batch.tokens[:, 1:].size
     found = differences(engine, probe) if hasattr(engine, "gradients_of") else None
     where = found.first if found is not None else None
     if where is None and abs(ours - theirs) <= TOLERANCES[precision_of(engine)].output * (1 + abs(theirs)):
-        return
-    said = (
+        return None
+    return (
         f"this engine does not compute what the native engine does: on the same weights and tokens its loss is {ours:.6g}, "
         f"not {theirs:.6g}{'' if where is None else f'; {where}'}\nhint: `atoll align` shows every layer; "
         'align = "warn" in run.toml lets such sites take part'
     )
-    if run.align == "refuse":
-        raise AtollError(said)
-    log.warning(said)
+
+
+def return_free_memory():
+    """Gives what glibc's allocator keeps for later back to the system; nothing elsewhere."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 # ---- from the command line ----

@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use anyhow::Result;
-use atoll_core::engine::{Engine, NoFeed, evaluate_all};
-use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_core::engine::{NoFeed, evaluate_all};
+use atoll_core::manifest::Manifest;
 use atoll_core::training::Training;
 use atoll_cpu::{CpuEngine, Options, Precision};
 
@@ -133,15 +133,6 @@ fn held_out_nats(text: &Text, training: &Training, manifest: &Manifest, theta: V
     let mut engine = CpuEngine::new(options, manifest.clone(), theta, Box::new(NoFeed))?;
     let all = evaluate_all(&mut engine, &text.held_out.batches)?;
     Ok(all.nats / all.tokens.max(1) as f64)
-}
-
-/// All weights of `engine`.
-fn weights(engine: &mut dyn Engine, manifest: &Manifest) -> Result<Vec<Vec<f32>>> {
-    let read = |fragment: FragmentId| {
-        let mut weights = vec![0.0; manifest.fragment_len(fragment).unwrap_or(0)];
-        engine.read(fragment, &mut weights).map(|()| weights)
-    };
-    Ok(manifest.fragments().map(read).collect::<Result<_, _>>()?)
 }
 
 /// Results as they come.

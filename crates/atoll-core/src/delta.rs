@@ -213,8 +213,7 @@ impl Local {
     ) -> Result<Payload, DeltaError> {
         let copies = &mut self.fragments[fragment.index()];
         copies.agree(&weights);
-        let mut wish = mem::take(&mut self.scratch);
-        wish.resize(weights.len(), 0.0);
+        let mut wish = of_length(mem::take(&mut self.scratch), weights.len());
         let Copies { theta, reference, owed, .. } = &*copies;
         let from = reference.as_deref().unwrap_or(theta);
         let buffer = owed.as_ref().filter(|_| self.feedback == Feedback::Buffer);
@@ -285,10 +284,9 @@ impl Local {
     /// Writes the global model into `engine`, measures its loss on `batches`, and puts the engine's own weights back.
     ///
     /// # Errors
-    /// If the engine fails; its own weights are put back all the same.
+    /// If the engine fails; its own weights are put back if it failed on a batch.
     pub fn evaluate(&self, engine: &mut dyn Engine, batches: &[Batch]) -> Result<Evaluation, EngineError> {
-        let thetas: Vec<&[f32]> = self.fragments.iter().map(|copies| copies.theta.as_slice()).collect();
-        evaluate(&thetas, engine, batches)
+        evaluate(self.thetas(), engine, batches)
     }
 
     /// All of Θ, to be evaluated elsewhere.
@@ -365,20 +363,29 @@ impl Copies {
     }
 }
 
-/// Loss of the model `thetas` on `batches`, measured by an engine that trains another one.
+/// Loss of the model `thetas` on `batches`, measured by an engine that trains another one, whose weights lie in the memory
+/// of `thetas` meanwhile.
 ///
 /// # Errors
-/// If the engine fails; its own weights are put back all the same.
+/// If the engine fails; its own weights are put back if it failed on a batch.
 pub fn evaluate(
-    thetas: &[impl AsRef<[f32]>],
+    mut thetas: Vec<Vec<f32>>,
     engine: &mut dyn Engine,
     batches: &[Batch],
 ) -> Result<Evaluation, EngineError> {
-    let own = engine::weights(engine)?;
-    engine::write_weights(engine, thetas)?;
+    engine::exchange_weights(engine, &mut thetas)?;
     let evaluation = engine::evaluate_all(engine, batches);
-    engine::write_weights(engine, &own)?;
+    engine::write_weights(engine, &thetas)?;
     evaluation
+}
+
+/// A vector of `len` in memory that was used before, unless that is too small or much too large.
+pub fn of_length(mut memory: Vec<f32>, len: usize) -> Vec<f32> {
+    if !(len..=len + len / 8).contains(&memory.capacity()) {
+        return vec![0.0; len];
+    }
+    memory.resize(len, 0.0);
+    memory
 }
 
 /// Adds `change` to `weights`, element by element.

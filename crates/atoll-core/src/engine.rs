@@ -80,6 +80,21 @@ pub fn write_weights(engine: &mut dyn Engine, fragments: &[impl AsRef<[f32]>]) -
     (0..).zip(fragments).try_for_each(|(index, weights)| engine.write(FragmentId(index), weights.as_ref()))
 }
 
+/// Has `engine` and `fragments`, a vector per fragment, change weights. Needs memory for one fragment more.
+///
+/// # Errors
+/// What the engine said; fragments before the one that failed have changed places.
+pub fn exchange_weights(engine: &mut dyn Engine, fragments: &mut [Vec<f32>]) -> Result<(), EngineError> {
+    let mut own = Vec::new();
+    for (index, weights) in (0..).zip(fragments) {
+        own.resize(weights.len(), 0.0);
+        engine.read(FragmentId(index), &mut own)?;
+        engine.write(FragmentId(index), weights)?;
+        std::mem::swap(&mut own, weights);
+    }
+    Ok(())
+}
+
 /// Summed loss of the present weights on all `batches`.
 ///
 /// # Errors

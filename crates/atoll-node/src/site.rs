@@ -344,8 +344,8 @@ struct Trainer {
     fetched: BTreeMap<Digest, Vec<u8>>,
     /// Commits that came before they were asked for.
     pushed: Pushed,
-    /// Memory for weights, to be used again.
-    spare: Vec<Vec<f32>>,
+    /// Memory for the next reading of weights.
+    spare: Vec<f32>,
     /// Events that the machine has not seen yet.
     events: VecDeque<SiteEvent>,
     steps_ordered: u32,
@@ -459,7 +459,7 @@ impl Trainer {
             Done::Contributed(fragment, Ok(payload)) => {
                 let (digest, bytes) = (payload.digest, payload.bytes.len() as u64);
                 self.payloads.insert(digest, Arc::new(payload.bytes));
-                self.spare.extend(payload.spare);
+                self.spare = payload.spare.unwrap_or_default();
                 let (norm, agreement) = (payload.norm, payload.agreement);
                 SiteEvent::Contributed { fragment, payload: digest, bytes, norm, agreement }
             }
@@ -486,8 +486,7 @@ impl Trainer {
 
     fn change(&mut self, fragment: FragmentId, change: delta::Change) -> Result<()> {
         let began = Instant::now();
-        let spare = change.apply(self.engine.as_mut(), fragment)?;
-        self.spare.push(spare);
+        self.spare = change.apply(self.engine.as_mut(), fragment)?;
         self.exposed += began.elapsed();
         Ok(())
     }
@@ -562,16 +561,14 @@ impl Trainer {
     /// A copy of a fragment's weights as they are now, in memory that was used before.
     fn read(&mut self, fragment: FragmentId) -> Result<Vec<f32>> {
         let len = self.engine.manifest().fragment_len(fragment).unwrap_or(0);
-        let used = self.spare.iter().position(|spare| spare.len() == len);
-        let mut weights = used.map_or_else(|| vec![0.0; len], |index| self.spare.swap_remove(index));
-        self.spare.truncate(self.engine.manifest().fragments().len());
+        let mut weights = delta::of_length(std::mem::take(&mut self.spare), len);
         self.engine.read(fragment, &mut weights)?;
         Ok(weights)
     }
 
     fn evaluate(&mut self, request: u64) -> Result<()> {
         let commits = self.commits();
-        let evaluation = delta::evaluate(&self.desk.lend()?, self.engine.as_mut(), &self.held_out.batches)?;
+        let evaluation = delta::evaluate(self.desk.lend()?, self.engine.as_mut(), &self.held_out.batches)?;
         let evaluated =
             Evaluated { commits, nats: evaluation.nats, tokens: evaluation.tokens, bytes: self.held_out.bytes };
         self.events.push_back(SiteEvent::Evaluated(request, evaluated));

@@ -3,14 +3,14 @@
 
 use anyhow::Result;
 use atoll_core::data::Ranges;
-use atoll_core::engine::{Engine, write_weights};
+use atoll_core::engine::{Engine, weights, write_weights};
 use atoll_core::manifest::Manifest;
 use atoll_core::outer::OuterRule;
 use atoll_cpu::{CpuEngine, Precision};
 use atoll_sim::Leases;
 
 use super::rows::{Row, SITES};
-use super::{Run, Setting, held_out_nats, options, weights};
+use super::{Run, Setting, held_out_nats, options};
 
 pub(super) fn run(row: &Row, setting: &Setting, seed: u64, steps_per_round: u64) -> Result<Run> {
     let (text, training) = (&setting.text, &row.training);
@@ -39,7 +39,7 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64, steps_per_round: u64)
             engine.train(1)?;
         }
         if step % steps_per_round == 0 || step == steps {
-            let mean = mean(&mut sites, &manifest)?;
+            let mean = mean(&mut sites)?;
             for ((theta, buffer), mean) in theta.iter_mut().zip(&mut buffer).zip(mean) {
                 for ((theta, buffer), mean) in theta.iter_mut().zip(buffer).zip(mean) {
                     let delta = *theta - mean;
@@ -69,11 +69,11 @@ fn outer(row: &Row) -> (f32, f32) {
 }
 
 /// The mean of all engines' weights.
-fn mean(sites: &mut [(CpuEngine, Leases)], manifest: &Manifest) -> Result<Vec<Vec<f32>>> {
+fn mean(sites: &mut [(CpuEngine, Leases)]) -> Result<Vec<Vec<f32>>> {
     let mut mean: Vec<Vec<f32>> = Vec::new();
     let share = 1.0 / sites.len() as f32;
     for (engine, _) in sites.iter_mut() {
-        let own = weights(engine, manifest)?;
+        let own = weights(engine)?;
         mean.resize_with(own.len(), Vec::new);
         for (mean, own) in mean.iter_mut().zip(own) {
             mean.resize(own.len(), 0.0);

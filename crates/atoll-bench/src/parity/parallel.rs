@@ -4,14 +4,14 @@
 
 use anyhow::Result;
 use atoll_core::data::Ranges;
-use atoll_core::engine::Engine;
+use atoll_core::engine::{Engine, weights};
 use atoll_core::manifest::Manifest;
 use atoll_cpu::{CpuEngine, Precision};
 use atoll_sim::Leases;
 
 use super::rows::{Row, Share};
 use super::sites::{link, step_seconds};
-use super::{Run, Setting, held_out_nats, options, weights};
+use super::{Run, Setting, held_out_nats, options};
 
 /// The run of `seed` with the rows of `sites` sites in each step.
 pub(super) fn run(row: &Row, setting: &Setting, seed: u64, sites: usize) -> Result<Run> {
@@ -30,7 +30,7 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64, sites: usize) -> Resu
         leases.set_progress(step as f32 / steps as f32);
         engine.train(1)?;
     }
-    let theta = weights(&mut engine, &manifest)?;
+    let theta = weights(&mut engine)?;
     let bytes = ring_bytes(manifest.parameters(), sites);
     let slowest = row.speeds[..sites].iter().map(|&speed| step_seconds(speed, row)).fold(0.0, f64::max);
     let reduce = bytes / link().up + 2.0 * (sites - 1) as f64 * link().delay;
