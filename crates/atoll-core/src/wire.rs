@@ -29,7 +29,7 @@ use crate::round::{Standing, Status};
 use crate::site::SiteId;
 
 /// Version of everything on this page. Site and coordinator must have the same.
-pub const PROTOCOL: u16 = 6;
+pub const PROTOCOL: u16 = 7;
 /// Longest body of a frame.
 pub const BODY_MAX: usize = 4 << 20;
 /// Bytes of a payload per [`Frame::Put`] or [`Frame::Chunk`].
@@ -48,6 +48,8 @@ pub enum Purpose {
     Data,
     /// To look at the run, to fetch the model, to administer.
     Desk,
+    /// To get bytes by their address and nothing else, also from a coordinator that does not lead.
+    Fetch,
 }
 
 /// What may be asked at the desk.
@@ -327,7 +329,7 @@ mod tests {
     #[test]
     fn the_bytes_are_these() {
         let layout = "07".repeat(32);
-        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("2a00000001060001000001{layout}01650164"));
+        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("2a00000001070001000001{layout}01650164"));
         let get = Frame::Get { digest: Digest([7; 32]), offset: 1, length: 2 };
         assert_eq!(hex(&get.encode()), format!("2c00000008{layout}010000000000000002000000"));
     }

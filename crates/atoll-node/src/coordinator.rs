@@ -3,6 +3,7 @@
 //! before the entries it rests on are on disk.
 
 pub(crate) mod arriving;
+mod donor;
 mod gate;
 mod lead;
 mod lobby;
@@ -196,6 +197,7 @@ pub async fn coordinate(
         rooms: gate::Rooms::default(),
         outgoings: heart.outgoings.clone(),
         off_the_list: heart.off_the_list.subscribe(),
+        given: Arc::default(),
     });
     tracing::info!("listening on {address}");
     let server = tokio::spawn(gate::serve(house, listener));
@@ -317,7 +319,6 @@ impl Heart {
             store.sweep(&snapshot::needed(&payloads, &book))?;
         }
         let current = book.fragments.iter().map(|fragment| fragment.digest).collect();
-        let global = Arc::new(Mutex::new(global));
         let shelf = Arc::new(Shelf::new(global.clone(), store.clone(), tokenizer.json().to_vec(), current));
         let terms = serde_json::to_string(&Terms::of(&config, &model))?;
         let watch = Watch::open(&dir, book.run.clone(), address, manifest.parameters() as u64)?;

@@ -63,6 +63,9 @@ pub struct Report {
     pub sites: Vec<SiteReport>,
     /// Training loss over time: seconds and loss.
     pub history: Vec<(f64, f64)>,
+    /// Bytes of weights that a coordinator has given to joining sites while it stood by.
+    #[serde(default)]
+    pub given: u64,
 }
 
 /// The latest round of a fragment.

@@ -4,10 +4,13 @@
 
 mod arriving;
 mod desk;
+mod donors;
 mod meter;
 mod net;
+mod pile;
 mod residuals;
 pub mod told;
+mod window;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
@@ -37,6 +40,7 @@ use crate::run::{RunConfig, Terms, write_atomically};
 use crate::way::Way;
 use arriving::Arriving;
 use desk::{Desk, Done, Job};
+use donors::Suspicion;
 use meter::Meter;
 use net::{Command, Incoming, Route};
 use residuals::Residuals;
@@ -106,6 +110,7 @@ pub fn join(
         largest: 0,
         meter: Meter::default(),
         arriving: Arriving::open(&options.dir, options.ticket.coordinator)?,
+        suspicion: Suspicion::default(),
     };
     let Some((welcome, tokenizer)) = runtime.block_on(enlist(&route, options, stop, notice))? else {
         return Ok(Stop::Left);

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::codec::check_finite;
@@ -52,8 +53,8 @@ pub struct Recovered {
     pub journal: JournalFile,
     /// The sum of its entries.
     pub book: Book,
-    /// The model.
-    pub global: Global,
+    /// The model: whoever keeps it up to date and whoever hands it out share it.
+    pub global: Arc<Mutex<Global>>,
     /// Payloads of the commits since each snapshot still there, by the commits' entry number.
     pub payloads: BTreeMap<u64, Vec<Digest>>,
 }
@@ -240,7 +241,7 @@ pub fn recover(
         );
     }
     damaged.into_iter().for_each(set_aside);
-    Ok(Some(Recovered { journal, book, global, payloads }))
+    Ok(Some(Recovered { journal, book, global: Arc::new(Mutex::new(global)), payloads }))
 }
 
 /// The newest undamaged snapshot in a run folder.
@@ -425,6 +426,7 @@ pub(crate) fn restore_outer(global: &mut Global, state: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coordinator::lock;
 
     fn small() -> (ModelConfig, Manifest, Global) {
         let model = ModelConfig::preset("nano", 300, 32).unwrap();
@@ -470,7 +472,8 @@ mod tests {
             bad[good.len() / 2] ^= 1;
             fs::write(&file, bad).unwrap();
             let again = recovered().unwrap().unwrap();
-            assert_eq!((again.global, again.book.entries, again.book.finished), (global.clone(), 2, true), "{file:?}");
+            let global_again = lock(&again.global).clone();
+            assert_eq!((global_again, again.book.entries, again.book.finished), (global.clone(), 2, true), "{file:?}");
             let aside = dir.snapshots().join("damaged-000000000002");
             assert!(!newest.exists() && aside.exists());
             fs::rename(aside, &newest).unwrap();

@@ -44,6 +44,13 @@ impl Doors {
         (first..first + tries).map(|index| index % count).map(|index| (index, &self.addresses[index])).collect()
     }
 
+    /// All but the one that opened last.
+    pub(crate) fn others(&self) -> Vec<String> {
+        let first = self.first.load(Ordering::Relaxed);
+        let others = self.addresses.iter().enumerate().filter(|(index, _)| *index != first);
+        others.map(|(_, address)| address.clone()).collect()
+    }
+
     /// Notes that a coordinator of that epoch opened; false if another has led since.
     fn opened(&self, index: usize, epoch: u64) -> bool {
         let is_latest = self.epoch.fetch_max(epoch, Ordering::Relaxed) <= epoch;
@@ -136,6 +143,14 @@ impl Way {
             }
         }
         Err(refusal.map_or(problem, |why| Refused { why, is_certain: refusals == self.doors.addresses.len() }.into()))
+    }
+
+    /// Connects to whoever is at that address, leading or not; none if this site is not let in there.
+    pub(crate) async fn visit(&self, address: &str, purpose: Purpose) -> Result<Option<Link>> {
+        Ok(match self.knock(address, purpose).await? {
+            Answer::Opened(link, _) => Some(*link),
+            Answer::Refused(_) => None,
+        })
     }
 
     async fn knock(&self, address: &str, purpose: Purpose) -> Result<Answer> {

@@ -232,7 +232,8 @@ pub(crate) fn line(report: &Report) -> String {
     let here: Vec<&SiteReport> = report.sites.iter().filter(|site| site.state != "away").collect();
     let rate: f64 = here.iter().map(|site| site.tokens_per_second).sum();
     if report.state == "standby" {
-        return format!("standing by at {}", plural(report.commits, "commit"));
+        let gave = (report.given > 0).then(|| format!(", gave {:.1} MB to joining sites", report.given as f64 / 1e6));
+        return format!("standing by at {}{}", plural(report.commits, "commit"), gave.unwrap_or_default());
     }
     let mut facts = vec![format!("{:.0}%", report.progress * 100.0), plural(report.commits, "commit")];
     facts.extend(report.loss.last.map(|loss| format!("loss {loss:.3}")));

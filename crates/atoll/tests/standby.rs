@@ -5,7 +5,7 @@
 mod common;
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use atoll_core::journal::{Book, Chain, Entry};
 use atoll_node::journal::read_entries;
 use atoll_node::report::Report;
-use common::{Lab, Process, atoll, s3, signal, text, wait};
+use common::cable::Cable;
+use common::{LARGER, Lab, Process, atoll, s3, signal, text, wait};
 
 const LONG: u64 = 100_000_000;
 
@@ -26,7 +27,11 @@ struct Pair {
 
 impl Pair {
     fn new(tokens: u64, store: Option<String>) -> Self {
-        let lab = Lab::new(tokens, &[]);
+        Self::of(tokens, store, &[])
+    }
+
+    fn of(tokens: u64, store: Option<String>, changes: &[(&str, &str)]) -> Self {
+        let lab = Lab::new(tokens, changes);
         let store = store.unwrap_or_else(|| lab.path("store"));
         lab.change("# store = \"s3://bucket/prefix\"", &format!("store = \"{store}\""));
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -44,8 +49,13 @@ impl Pair {
     }
 
     fn ticket(&self, site: &str) -> String {
+        self.ticket_by(site, &self.lab.listen())
+    }
+
+    /// A ticket for a site that reaches the first coordinator at that address.
+    fn ticket_by(&self, site: &str, address: &str) -> String {
         let run = self.lab.path("run");
-        let printed = atoll(&["ticket", &run, site, "--address", &self.lab.listen(), "--address", &self.other]);
+        let printed = atoll(&["ticket", &run, site, "--address", address, "--address", &self.other]);
         assert!(printed.status.success(), "{}", text(&printed.stderr));
         text(&printed.stdout).trim().to_string()
     }
@@ -161,6 +171,43 @@ fn a_leader_that_was_stopped_for_a_while_can_do_no_harm() {
     let (earlier, later) = (pair.entries("run"), pair.entries("second"));
     assert_eq!(earlier[..], later[..earlier.len()], "the earlier leader has added nothing");
     assert_eq!(pair.book("second").epoch, 2);
+}
+
+#[test]
+fn whoever_stands_by_gives_weights_to_a_site_that_joins() {
+    let pair = Pair::of(LONG, None, &LARGER);
+    let _leader = pair.lab.coordinate();
+    let _first = pair.join("a");
+    let _standby = pair.standby();
+    pair.wait_for("the standby to follow", |report| report.state == "standby" && report.commits > 4);
+    let began = Instant::now();
+    while TcpStream::connect(&pair.other).is_err() {
+        assert!(began.elapsed() < Duration::from_secs(60), "{}", pair.lab.log("standby"));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+
+    // A site that asks the standby to lead it is not let in there.
+    let mut astray = pair.lab.join("c", &pair.lab.ticket_at("c", &pair.other), &[]);
+
+    let cable = Cable::lay(pair.lab.listen(), "4mbit,20ms");
+    let before = pair.lab.status().unwrap().commits;
+    let mut late = pair.lab.join("b", &pair.ticket_by("b", &cable.address), &["--share", "0.2"]);
+    let report = pair.lab.wait_for("the late site to train", |report| {
+        report.sites.iter().any(|site| site.name == "b" && site.state == "training")
+    });
+    let (model, led) = (4.0 * report.parameters as f64, cable.down() as f64);
+    signal(&late, "INT");
+    assert!(wait(&mut late).success(), "{}", pair.lab.log("b"));
+    let given = pair.wait_for("what the standby gave", |report| report.given > 0).given as f64 / model;
+    println!(
+        "the standby gave {given:.2} models, the leader {:.2} and {} commits",
+        led / model,
+        report.commits - before
+    );
+    // Usually all; on a busy machine it may be too far behind to have what is asked for.
+    assert!(given > 0.1, "the standby gave {given:.2} models\n{}\n{}", pair.lab.log("b"), pair.lab.log("standby"));
+    assert!(astray.0.try_wait().unwrap().is_none(), "{}", pair.lab.log("c"));
+    assert!(!report.sites.iter().any(|site| site.name == "c"), "the standby let somebody in");
 }
 
 #[test]

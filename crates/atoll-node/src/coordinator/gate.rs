@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use atoll_core::codec::Payload;
@@ -13,6 +14,7 @@ use atoll_core::site::SiteId;
 use atoll_core::wire::{Answer, CHUNK, Frame, Hello, PROTOCOL, Purpose, Request, Welcome};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot, watch as signal};
+use tokio::task::JoinSet;
 
 use super::arriving::{Added, Arriving};
 use super::lobby::{Lobby, Place};
@@ -82,6 +84,8 @@ pub(super) struct House {
     pub(super) outgoings: Arc<Outgoings>,
     /// Keys that are off the list: their connections end.
     pub(super) off_the_list: signal::Receiver<BTreeSet<Digest>>,
+    /// Bytes that were given to those who came for nothing else.
+    pub(super) given: Arc<AtomicU64>,
 }
 
 /// Frames that may wait for a slow reader; further standings are dropped, since the next says it all.
@@ -122,13 +126,18 @@ impl Drop for Room {
     }
 }
 
-/// Takes connections until the task is dropped.
+/// Takes connections until the task is dropped, and they with it.
 pub(super) async fn serve(house: Arc<House>, listener: TcpListener) {
+    let mut connections = JoinSet::new();
     loop {
-        match listener.accept().await {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        match accepted {
             Ok((tcp, from)) => {
                 let (house, place) = (house.clone(), house.lobby.enter(from.ip()));
-                tokio::spawn(async move {
+                connections.spawn(async move {
                     if let Err(error) = receive(&house, tcp, place).await {
                         tracing::debug!("connection from {from}: {error:#}");
                     }
@@ -136,7 +145,7 @@ pub(super) async fn serve(house: Arc<House>, listener: TcpListener) {
             }
             Err(error) => {
                 tracing::warn!("no connection could be taken: {error}");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
@@ -167,6 +176,7 @@ async fn receive(house: &Arc<House>, tcp: TcpStream, place: Place) -> Result<()>
             Purpose::Control => control(house, site.clone(), link).await,
             Purpose::Data | Purpose::Enlist => data(house, &site, link).await,
             Purpose::Desk => desk(house, &site, key, link).await,
+            Purpose::Fetch => hand_out(house, link).await,
         }
     };
     tokio::select! {
@@ -297,6 +307,55 @@ async fn desk(house: &Arc<House>, site: &SiteId, key: Digest, mut link: Link) ->
         within(SILENCE_SECONDS, write_frame(&mut link, &answer)).await??;
     }
     Ok(())
+}
+
+/// A standby is so far behind whoever leads, at most, unless something is wrong: so long it may take to say whether some bytes are here.
+const BEHIND: Duration = Duration::from_millis(1500);
+/// Between two looks whether they have come.
+const LOOK: Duration = Duration::from_millis(50);
+/// Questions and gets of one connection that are not answered yet.
+const FETCHES_MAX: usize = 256;
+
+/// Answers gets one after the other. One for no bytes asks whether there are any, and its answer may take a moment.
+async fn hand_out(house: &Arc<House>, link: Link) -> Result<()> {
+    let (mut reader, mut writer) = tokio::io::split(link);
+    let (gets, mut asked) = mpsc::channel(FETCHES_MAX);
+    let read = async {
+        while let Some(frame) = within(SILENCE_SECONDS, read_frame(&mut reader)).await?? {
+            let Frame::Get { digest, offset, length } = frame else { bail!("whoever came to fetch may only get") };
+            gets.send((digest, offset, length)).await.map_err(|_| closed())?;
+        }
+        anyhow::Ok(())
+    };
+    let answer = async {
+        let mut expected: Vec<(Digest, Instant)> = Vec::new();
+        loop {
+            let get = tokio::select! {
+                get = asked.recv() => get.ok_or_else(closed)?,
+                () = tokio::time::sleep(LOOK), if !expected.is_empty() => {
+                    let (digest, since) = expected.remove(0);
+                    if house.shelf.at_hand(digest).is_none() && since.elapsed() < BEHIND {
+                        expected.push((digest, since));
+                        continue;
+                    }
+                    (digest, 0, 0)
+                }
+            };
+            let (digest, offset, length) = get;
+            let is_new = expected.iter().all(|(at, _)| *at != digest) && expected.len() < FETCHES_MAX;
+            if length == 0 && fetch(house, digest).await?.is_none() && is_new {
+                house.shelf.expect(digest);
+                expected.push((digest, Instant::now()));
+                continue;
+            }
+            let answer = look_up(house, digest, offset, length).await?;
+            if let Frame::Chunk { bytes, .. } = &answer {
+                house.given.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            }
+            within(SILENCE_SECONDS, write_frame(&mut writer, &answer)).await??;
+        }
+    };
+    tokio::select! { result = read => result, result = answer => result }
 }
 
 /// The bytes of that address, made or read if they are not at hand; none if they are not here.

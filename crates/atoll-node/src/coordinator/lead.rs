@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::TcpListener;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -14,7 +14,8 @@ use atoll_core::outer::Global;
 use atoll_core::vigil::Vigil;
 use ring::rand::{SecureRandom, SystemRandom};
 
-use super::{Clock, Options, Prepared, first_weights};
+use super::donor::Donor;
+use super::{Clock, Options, Prepared, first_weights, lock};
 use crate::journal::JournalFile;
 use crate::objects::StoreFailed;
 use crate::report::Report;
@@ -37,6 +38,8 @@ pub(super) enum Turn {
 const LOOK: Duration = Duration::from_millis(250);
 /// After something that may go better later.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
+/// Between two attempts to listen while standing by.
+const TRY_AGAIN_TO_OPEN: Duration = Duration::from_secs(60);
 /// Between two writings of a standby's `status.json`.
 const STATUS: Duration = Duration::from_millis(500);
 
@@ -200,7 +203,7 @@ fn begin(prepared: &Prepared) -> Result<Recovered> {
     snapshot::save(dir, model, &global, &book, chain, line.len() as u64 + 1)?;
     let mut journal = JournalFile::open(&dir.journal(), 0, Chain::default(), |_| bail!("the run has begun before"))?;
     journal.append(&[began])?;
-    Ok(Recovered { journal, book, global, payloads: BTreeMap::new() })
+    Ok(Recovered { journal, book, global: Arc::new(Mutex::new(global)), payloads: BTreeMap::new() })
 }
 
 /// What came of a look.
@@ -225,6 +228,10 @@ struct Standby<'a> {
     snapshot: Instant,
     /// When the last status was written.
     status: Option<Instant>,
+    /// What this one gives to sites that join, once it has come to what is current.
+    donor: Option<Donor>,
+    /// When that was tried last.
+    opened: Option<Instant>,
 }
 
 impl<'a> Standby<'a> {
@@ -240,6 +247,8 @@ impl<'a> Standby<'a> {
             predecessor,
             snapshot: Instant::now(),
             status: None,
+            donor: None,
+            opened: None,
         };
         standby.join_the_journal()?;
         Ok(standby)
@@ -287,14 +296,31 @@ impl<'a> Standby<'a> {
             *told = true;
         }
         self.look_after_folder()?;
+        self.open_the_door(options);
         if is_up_to_date {
             std::thread::sleep(LOOK);
         }
         Ok(Look::Waits)
     }
 
+    /// Begins to give what is here, unless it does already or its address is another's meanwhile.
+    fn open_the_door(&mut self, options: &Options) {
+        if self.donor.is_some() || self.opened.is_some_and(|at| at.elapsed() < TRY_AGAIN_TO_OPEN) {
+            return;
+        }
+        match Donor::open(self.prepared, &options.listen, &self.state, self.store) {
+            Ok(donor) => self.donor = Some(donor),
+            Err(error) if self.opened.is_none() => {
+                tracing::info!("sites that join get nothing from this standby: {error:#}");
+            }
+            Err(_) => {}
+        }
+        self.opened = Some(Instant::now());
+    }
+
     /// Leads, unless its address is taken, somebody was faster, or the leader lives after all.
     fn take_over(&mut self, options: &Options) -> Result<Look> {
+        self.donor = None;
         // Before the claim: whoever cannot be reached must push nobody aside.
         let listener = match bind(&options.listen) {
             Ok(listener) => listener,
@@ -377,12 +403,14 @@ impl<'a> Standby<'a> {
         for entry in &entries {
             let Recovered { book, global, payloads, .. } = &mut self.state;
             if let Entry::Committed(commit) = entry {
-                snapshot::replay(global, commit, self.store)?;
+                snapshot::replay(&mut lock(global), commit, self.store)?;
                 payloads.insert(book.entries + 1, snapshot::addresses(commit));
+                self.donor.iter().for_each(|donor| donor.committed(commit));
             }
             book.apply(entry)
                 .map_err(|error| anyhow!("the journal in the object store contradicts itself: {error}"))?;
         }
+        self.donor.iter().for_each(|donor| donor.follow(&self.state.book));
         self.state.journal.write(&lines)
     }
 
@@ -416,6 +444,7 @@ impl<'a> Standby<'a> {
             return Ok(());
         }
         tracing::info!("too far behind; fetching the newest snapshot");
+        (self.donor, self.opened) = (None, None); // It gives what will not be current any more.
         self.shared.fetch_snapshot(&self.prepared.dir)?;
         self.state = recover(self.prepared, self.store)?.ok_or_else(|| anyhow!("the fetched snapshot holds no run"))?;
         self.join_the_journal()
@@ -428,7 +457,7 @@ impl<'a> Standby<'a> {
         let Prepared { dir, config, model, .. } = self.prepared;
         let Recovered { journal, book, global, payloads } = &mut self.state;
         if self.snapshot.elapsed().as_secs_f64() > config.coordinator.snapshot_seconds {
-            snapshot::save(dir, model, global, book, journal.chain, journal.offset)?;
+            snapshot::save(dir, model, &lock(global), book, journal.chain, journal.offset)?;
             let unneeded = snapshot::retire(dir, &config.coordinator, payloads, book);
             unneeded.iter().for_each(|digest| self.store.remove(*digest));
             self.snapshot = Instant::now();
@@ -446,6 +475,7 @@ impl<'a> Standby<'a> {
             digest: book.digest(),
             seconds: book.seconds,
             at: self.clock.now().0 as f64 / 1e6,
+            given: self.donor.as_ref().map_or(0, Donor::given),
             ..Report::default()
         };
         write_atomically(&dir.status(), &serde_json::to_vec_pretty(&report)?)

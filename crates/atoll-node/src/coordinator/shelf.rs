@@ -25,6 +25,8 @@ pub(crate) struct Shelf {
     weights: Recent,
     /// Digest of each fragment as last committed.
     current: Mutex<Vec<Digest>>,
+    /// Weights that are made as soon as a fragment is at that digest.
+    expected: Mutex<VecDeque<Digest>>,
     /// Held while bytes are made: a site asks for the same ones over all its connections at once.
     making: Mutex<()>,
 }
@@ -47,7 +49,16 @@ impl Shelf {
         let tokenizer = (Digest::of(&tokenizer), Arc::new(tokenizer));
         let recent = |each: usize| Recent { bytes: Mutex::default(), most: each * current.len().max(1) };
         let (payloads, weights) = (recent(PAYLOADS), recent(VERSIONS));
-        Self { global, store, tokenizer, payloads, weights, current: Mutex::new(current), making: Mutex::default() }
+        Self {
+            global,
+            store,
+            tokenizer,
+            payloads,
+            weights,
+            current: Mutex::new(current),
+            expected: Mutex::default(),
+            making: Mutex::default(),
+        }
     }
 
     /// Address and length of the tokenizer.
@@ -59,6 +70,22 @@ impl Shelf {
     pub(crate) fn committed(&self, index: usize, digest: Digest) {
         if let Some(current) = lock(&self.current).get_mut(index) {
             *current = digest;
+        }
+        let mut expected = lock(&self.expected);
+        let Some(index) = expected.iter().position(|at| *at == digest) else { return };
+        expected.remove(index);
+        drop(expected);
+        self.get(digest);
+    }
+
+    /// Has weights made once they are there, however soon they are others.
+    pub(crate) fn expect(&self, digest: Digest) {
+        let mut expected = lock(&self.expected);
+        if !expected.contains(&digest) {
+            expected.push_back(digest);
+        }
+        while expected.len() > self.weights.most {
+            expected.pop_front();
         }
     }
 

@@ -12,12 +12,15 @@ use atoll_core::hash::Digest;
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Standing, Status};
 use atoll_core::wire::{CHUNK, Frame, Purpose, Welcome};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 use super::arriving::{Arriving, Partial, Weights};
 use super::desk::Done;
+use super::donors::{Donor, Suspicion};
 use super::meter::Meter;
+use super::pile::{Piece, Pile};
 use super::told;
+use super::window::Window;
 use crate::coordinator::lock;
 use crate::link::{Link, read_frame, write_frame};
 use crate::way::{Refusals, Way, fetch_tokenizer};
@@ -57,18 +60,27 @@ pub(super) struct Route {
     pub(super) meter: Meter,
     /// What outlives a process of weights that are being fetched.
     pub(super) arriving: Arriving,
+    pub(super) suspicion: Suspicion,
 }
 
 /// How fast a long pause is forgotten, from answer to answer.
 const FORGETTING: f64 = 0.1;
 /// Gets that may be unanswered per data connection: with eight of them 16 MiB, the product of 1 Gbit/s and 130 ms.
 const GETS_AHEAD: usize = 64;
+/// Gets that may be unanswered before it is known how fast they are answered.
+const GETS_AT_FIRST: usize = 8;
 /// A status is repeated after this many seconds, so that a long step does not look like silence.
 const REPEAT_SECONDS: u64 = 1;
 /// Between two attempts to connect at most: a coordinator that is back should not be waited for.
 const RETRY_SECONDS_MAX: f64 = 2.0;
 
 impl Route {
+    /// The coordinator at that address, as one that may stand by.
+    fn donor(&self, address: String) -> Donor {
+        let Self { way, streams, suspicion, .. } = self.clone();
+        Donor { address, way, streams, suspicion }
+    }
+
     /// Connects once, patiently, and fetches the tokenizer unless `have` says that it is known.
     pub(super) async fn enlist(
         &self,
@@ -156,7 +168,7 @@ async fn connect(route: &Route) -> Result<(Link, Vec<Link>)> {
 #[derive(Debug, Clone)]
 enum Work {
     Put { digest: Digest, bytes: Arc<Vec<u8>>, offset: usize },
-    Get { digest: Digest, offset: u64, length: u32 },
+    Get(Piece),
 }
 
 type Fetches = Arc<Mutex<BTreeMap<Digest, Fetch>>>;
@@ -169,6 +181,8 @@ struct Fetch {
     wanted: bool,
     /// Whose weights they are, with the file that gets them too.
     weights: Option<(FragmentId, Partial)>,
+    /// Bytes that did not come from the leader.
+    donated: u64,
 }
 
 /// A fetch of which less has come is begun anew when its connection is lost.
@@ -178,7 +192,7 @@ const FETCHES_MAX: usize = 1 << 13;
 
 impl Fetch {
     fn new(bytes: usize) -> Self {
-        Self { buffer: vec![0; bytes], here: Ranges::new(), wanted: false, weights: None }
+        Self { buffer: vec![0; bytes], here: Ranges::new(), wanted: false, weights: None, donated: 0 }
     }
 
     /// A fetch that goes on where an earlier process has stopped.
@@ -244,15 +258,23 @@ async fn talk(
     route: &Route,
 ) -> Result<()> {
     let (work, queue) = mpsc::unbounded_channel();
+    let pile = Arc::new(Pile::default());
+    let donors = route.way.doors.others();
     let stream = Stream {
         queue: Arc::new(tokio::sync::Mutex::new(queue)),
+        pile: pile.clone(),
         fetches: fetches.clone(),
         inbox: inbox.clone(),
-        ahead: Arc::new(Semaphore::new(GETS_AHEAD * data.len())),
+        window: Arc::new(window(data.len(), !donors.is_empty())),
         largest: route.largest,
         meter: route.meter.clone(),
+        suspicion: route.suspicion.clone(),
     };
     let meter = &route.meter;
+    let mut helpers = tokio::task::JoinSet::new();
+    for address in donors {
+        helpers.spawn(route.donor(address).ask(stream.clone()));
+    }
     let mut streams = tokio::task::JoinSet::new();
     for link in data {
         streams.spawn(stream.clone().carry(link));
@@ -308,8 +330,12 @@ async fn talk(
                     if let Some(whole) = take_whole(fetches, digest) {
                         inbox.send(whole.into_news(digest)).map_err(|_| anyhow!("the trainer has stopped"))?;
                     }
-                    for (offset, length) in missing(fetches, digest) {
-                        work.send(Work::Get { digest, offset, length })?;
+                    let pieces = missing(fetches, digest);
+                    if weights.is_some() {
+                        pile.retain(|digest| lock(fetches).contains_key(digest));
+                        pile.add(pieces);
+                    } else {
+                        pieces.into_iter().try_for_each(|piece| work.send(Work::Get(piece)))?;
                     }
                 }
             }
@@ -320,6 +346,12 @@ async fn talk(
         result = write => result,
         Some(result) = streams.join_next() => result?.and_then(|()| bail!("a data connection ended")),
     }
+}
+
+/// How many gets the leader may owe over so many connections: if others give, too, no more than it gives in a moment.
+fn window(connections: usize, others_give: bool) -> Window {
+    let most = GETS_AHEAD * connections;
+    Window::new(if others_give { GETS_AT_FIRST.min(most) } else { most }, most)
 }
 
 /// Notes that some bytes are wanted.
@@ -341,8 +373,9 @@ fn want(fetches: &Fetches, digest: Digest, bytes: usize, weights: Option<Weights
 }
 
 /// What must be asked for.
-fn missing(fetches: &Fetches, digest: Digest) -> Vec<(u64, u32)> {
-    lock(fetches).get(&digest).map_or_else(Vec::new, Fetch::missing)
+fn missing(fetches: &Fetches, digest: Digest) -> Vec<Piece> {
+    let missing = lock(fetches).get(&digest).map_or_else(Vec::new, Fetch::missing);
+    missing.into_iter().map(|(offset, length)| Piece { digest, offset, length }).collect()
 }
 
 /// Takes a fetch of which everything is here.
@@ -351,16 +384,19 @@ fn take_whole(fetches: &Fetches, digest: Digest) -> Option<Fetch> {
     if fetches.get(&digest)?.is_whole() { fetches.remove(&digest) } else { None }
 }
 
-/// One data connection: takes work from the common queue, so that a slow stream takes less of it.
+/// One data connection: takes work from the common queue and the pile, so that a slow stream takes less of it.
 #[derive(Clone)]
-struct Stream {
+pub(super) struct Stream {
     queue: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Work>>>,
+    /// Weights, for donors too, once the queue is empty.
+    pub(super) pile: Arc<Pile>,
     fetches: Fetches,
     inbox: Sender<Incoming>,
-    /// Gets that may still be sent before others are answered, over all connections.
-    ahead: Arc<Semaphore>,
+    /// For gets over all connections to the leader.
+    window: Arc<Window>,
     largest: usize,
     meter: Meter,
+    suspicion: Suspicion,
 }
 
 impl Stream {
@@ -369,11 +405,10 @@ impl Stream {
         let write = async {
             loop {
                 // Wait for room first, so that a stalled stream leaves the work to the others.
-                let permit = self.ahead.acquire().await?;
-                let work = self.queue.lock().await.recv().await;
-                let Some(work) = work else { return anyhow::Ok(()) };
-                if matches!(work, Work::Get { .. }) {
-                    permit.forget();
+                let room = self.window.room().await?;
+                let Some(work) = self.next().await else { return anyhow::Ok(()) };
+                if matches!(work, Work::Get(_)) {
+                    self.window.ask(room, Instant::now());
                 }
                 write_frame(&mut writer, &work.frame()).await?;
             }
@@ -387,10 +422,19 @@ impl Stream {
         tokio::select! { result = write => result, result = read => result }
     }
 
+    /// The next thing to do over a connection to the leader.
+    async fn next(&self) -> Option<Work> {
+        tokio::select! {
+            biased;
+            work = async { self.queue.lock().await.recv().await } => work,
+            piece = self.pile.take(|_| true) => Some(Work::Get(piece)),
+        }
+    }
+
     fn take(&self, frame: Frame) -> Result<()> {
         match frame {
             Frame::Chunk { digest, offset, bytes } => {
-                self.ahead.add_permits(1);
+                self.window.answered(Instant::now());
                 self.arrive(digest, offset, &bytes)
             }
             Frame::Put { digest, total, offset, bytes } => {
@@ -398,7 +442,7 @@ impl Stream {
                 self.arrive(digest, offset, &bytes)
             }
             Frame::Missing(digest) => {
-                self.ahead.add_permits(1);
+                self.window.answered(Instant::now());
                 let was_fetch = lock(&self.fetches).remove(&digest).is_some();
                 let incoming =
                     if was_fetch { Incoming::Fetched(digest, None) } else { Incoming::Uploaded(digest, false) };
@@ -412,6 +456,13 @@ impl Stream {
         }
     }
 
+    /// Bytes of weights that are still missing.
+    pub(super) fn weights_to_come(&self) -> u64 {
+        let fetches = lock(&self.fetches);
+        let wanted = fetches.values().filter(|fetch| fetch.wanted && fetch.weights.is_some());
+        wanted.map(|fetch| fetch.buffer.len() as u64 - fetch.here.len()).sum()
+    }
+
     /// Makes room for bytes that are sent unasked.
     fn expect(&self, digest: Digest, total: u64) -> Result<()> {
         let mut fetches = lock(&self.fetches);
@@ -423,15 +474,30 @@ impl Stream {
         Ok(())
     }
 
-    /// Adds bytes; tells the trainer when the last have come.
+    /// Adds bytes of the leader; tells the trainer when the last have come.
     fn arrive(&self, digest: Digest, offset: u64, bytes: &[u8]) -> Result<()> {
         self.meter.receiving(digest, bytes.len() as u64);
+        self.put(digest, offset, bytes, 0)
+    }
+
+    /// Adds bytes that tell nothing about the link to the leader.
+    pub(super) fn arrive_from_donor(&self, digest: Digest, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.put(digest, offset, bytes, bytes.len() as u64)
+    }
+
+    fn put(&self, digest: Digest, offset: u64, bytes: &[u8], donated: u64) -> Result<()> {
         if let Some(fetch) = lock(&self.fetches).get_mut(&digest) {
             fetch.put(offset, bytes)?;
+            fetch.donated += donated;
         }
         let Some(whole) = take_whole(&self.fetches, digest) else { return Ok(()) };
-        self.meter.received(digest, whole.buffer.len() as u64);
-        Ok(self.inbox.send(whole.into_news(digest))?)
+        self.meter.received(digest, (whole.buffer.len() as u64).saturating_sub(whole.donated));
+        let donated = whole.donated;
+        let news = whole.into_news(digest);
+        if donated > 0 && matches!(news, Incoming::Fetched(_, None)) {
+            self.suspicion.raise();
+        }
+        Ok(self.inbox.send(news)?)
     }
 }
 
@@ -447,7 +513,7 @@ impl Work {
                     bytes: bytes[*offset..end].to_vec(),
                 }
             }
-            Work::Get { digest, offset, length } => Frame::Get { digest: *digest, offset: *offset, length: *length },
+            Work::Get(piece) => piece.get(),
         }
     }
 }

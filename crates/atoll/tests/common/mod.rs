@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+pub mod cable;
 pub mod s3;
 
 use std::fs;
@@ -15,6 +16,15 @@ use tempfile::TempDir;
 
 /// Nothing here takes this long unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Changes to `run.toml` that make it about 700,000 weights.
+pub const LARGER: [(&str, &str); 5] = [
+    ("hidden_size = 32", "hidden_size = 128"),
+    ("intermediate_size = 64", "intermediate_size = 256"),
+    ("num_hidden_layers = 1", "num_hidden_layers = 4"),
+    ("num_attention_heads = 2", "num_attention_heads = 4"),
+    ("head_dim = 16", "head_dim = 32"),
+];
 
 pub struct Lab {
     pub folder: TempDir,

@@ -1,0 +1,181 @@
+//! Weights from coordinators that stand by, beside those from the one that leads. A donor is asked first whether it has what is
+//! wanted, or comes to it within a moment; then its connections take pieces from the same pile as the leader's. Nothing
+//! else is asked of it, what it owes when it fails goes back on the pile, and a site that finds none is no worse off.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use atoll_core::hash::Digest;
+use atoll_core::wire::{Frame, Purpose};
+use tokio::sync::mpsc;
+
+use super::net::Stream;
+use super::pile::Piece;
+use super::window::Window;
+use crate::link::{Link, read_frame, write_frame};
+use crate::way::Way;
+
+/// Fewer bytes are not worth another handshake.
+const WORTH_ASKING: u64 = 256 << 10;
+/// A donor that owes something and has been silent for so long is given up.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// After a donor was of no use: it may not have heard yet that this site is a member.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// Pieces that a connection may owe at first and at most.
+const OWED: (usize, usize) = (4, 64);
+
+/// Whether what donors give can be trusted to be what its name says; false for ever once it was not.
+#[derive(Clone, Default)]
+pub(super) struct Suspicion(Arc<AtomicBool>);
+
+impl Suspicion {
+    pub(super) fn raise(&self) {
+        if !self.0.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "weights of which a coordinator that stands by gave a part were damaged; none is asked for any from now on"
+            );
+        }
+    }
+
+    fn is_raised(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A coordinator that may stand by.
+#[derive(Clone)]
+pub(super) struct Donor {
+    pub(super) address: String,
+    pub(super) way: Way,
+    /// Connections to it.
+    pub(super) streams: usize,
+    pub(super) suspicion: Suspicion,
+}
+
+impl Donor {
+    /// Takes as much from it as it can give, as long as there is something to fetch.
+    pub(super) async fn ask(self, stream: Stream) {
+        while !self.suspicion.is_raised() {
+            stream.pile.until(|| (stream.weights_to_come() >= WORTH_ASKING).then_some(())).await;
+            let mut links = tokio::task::JoinSet::new();
+            for _ in 0..self.streams.max(1) {
+                links.spawn(self.clone().connect(stream.clone()));
+            }
+            while let Some(end) = links.join_next().await {
+                if let Ok(Err(error)) = end {
+                    tracing::debug!("nothing more from {}: {error:#}", self.address);
+                }
+            }
+            tokio::time::sleep(TRY_AGAIN).await;
+        }
+    }
+
+    async fn connect(self, stream: Stream) -> Result<()> {
+        let Some(link) = self.way.visit(&self.address, Purpose::Fetch).await? else { return Ok(()) };
+        let mut account = Account::new(stream);
+        let result = account.keep(link).await;
+        if account.given > 0 {
+            tracing::info!("{} stood by and gave {:.1} MB of weights", self.address, account.given as f64 / 1e6);
+        }
+        result
+    }
+}
+
+/// What a connection to a donor has and owes. What it owes when it ends goes back on the pile.
+struct Account {
+    stream: Stream,
+    window: Arc<Window>,
+    owed: Vec<Piece>,
+    /// Weights that the donor was asked whether it has, those of which it has not said it, and those that it has.
+    asked: BTreeSet<Digest>,
+    unsaid: BTreeSet<Digest>,
+    has: BTreeSet<Digest>,
+    given: u64,
+}
+
+impl Account {
+    fn new(stream: Stream) -> Self {
+        let window = Arc::new(Window::new(OWED.0, OWED.1));
+        let (asked, unsaid, has) = Default::default();
+        Self { stream, window, owed: Vec::new(), asked, unsaid, has, given: 0 }
+    }
+
+    /// Asks and takes until the donor fails, or hangs up because it was asked nothing for long.
+    async fn keep(&mut self, link: Link) -> Result<()> {
+        let (mut reader, mut writer) = tokio::io::split(link);
+        let (frames, mut answers) = mpsc::channel(OWED.1);
+        // On its own, since a frame must not be given up halfway.
+        let read = async {
+            while let Some(frame) = read_frame(&mut reader).await? {
+                frames.send(frame).await?;
+            }
+            bail!("it hung up")
+        };
+        let (pile, window) = (self.stream.pile.clone(), self.window.clone());
+        let talk = async {
+            loop {
+                let unasked = || pile.digests().into_iter().find(|digest| !self.asked.contains(digest));
+                let owes = !(self.owed.is_empty() && self.unsaid.is_empty());
+                tokio::select! {
+                    biased;
+                    Some(frame) = answers.recv() => self.take(frame)?,
+                    digest = pile.until(unasked) => {
+                        self.asked.insert(digest);
+                        self.unsaid.insert(digest);
+                        write_frame(&mut writer, &Frame::Get { digest, offset: 0, length: 0 }).await?;
+                    }
+                    (room, piece) = async { (window.room().await, pile.take(|digest| self.has.contains(digest)).await) } => {
+                        window.ask(room?, Instant::now());
+                        self.owed.push(piece);
+                        write_frame(&mut writer, &piece.get()).await?;
+                    }
+                    () = tokio::time::sleep(PATIENCE), if owes => bail!("it fell silent"),
+                }
+            }
+        };
+        tokio::select! { result = talk => result, result = read => result }
+    }
+
+    fn take(&mut self, frame: Frame) -> Result<()> {
+        match frame {
+            Frame::Chunk { digest, bytes, .. } if bytes.is_empty() && self.unsaid.remove(&digest) => {
+                self.has.insert(digest);
+                Ok(())
+            }
+            Frame::Chunk { digest, offset, bytes } => {
+                let piece = Piece { digest, offset, length: bytes.len() as u32 };
+                let Some(index) = self.owed.iter().position(|owed| *owed == piece) else {
+                    bail!("it sent what nobody asked for")
+                };
+                self.owed.remove(index);
+                self.window.answered(Instant::now());
+                self.given += bytes.len() as u64;
+                self.stream.arrive_from_donor(digest, offset, &bytes)
+            }
+            // It never had it, or has it no more.
+            Frame::Missing(digest) => {
+                self.unsaid.remove(&digest);
+                self.has.remove(&digest);
+                let (back, owed) = std::mem::take(&mut self.owed).into_iter().partition(|piece| piece.digest == digest);
+                self.owed = owed;
+                self.give_back(back);
+                Ok(())
+            }
+            _ => bail!("it answered something else"),
+        }
+    }
+
+    fn give_back(&self, pieces: Vec<Piece>) {
+        pieces.iter().for_each(|_| self.window.answered(Instant::now()));
+        self.stream.pile.add(pieces);
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        self.give_back(self.owed.clone());
+    }
+}
