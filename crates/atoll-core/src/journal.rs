@@ -109,6 +109,11 @@ pub enum Entry {
         #[serde(default)]
         by: Option<SiteId>,
     },
+    /// The coordinators of the run will have another key: whoever knows them by the present one is told.
+    Succession {
+        /// Fingerprint of the next key.
+        key: Digest,
+    },
     /// A site began a session; whatever an earlier session held is back in the pool.
     Joined {
         /// The site.
@@ -375,6 +380,7 @@ impl Entry {
                 | Self::Admitted { .. }
                 | Self::Rekeyed { .. }
                 | Self::Revoked { .. }
+                | Self::Succession { .. }
         )
     }
 }
@@ -449,6 +455,9 @@ pub struct Book {
     /// Keys whose owners have others by now.
     #[serde(default)]
     pub replaced: BTreeMap<Digest, SiteId>,
+    /// The coordinators' next key, or the present one once they have it; none if there never was another.
+    #[serde(default)]
+    pub successor: Option<Digest>,
     /// Which samples are in the model.
     pub ledger: Ledger,
     /// Tokens in the model.
@@ -509,6 +518,7 @@ impl Book {
             Entry::Admitted { site, key, ticket, role } => self.admit(site, *key, *ticket, *role)?,
             Entry::Rekeyed { site, from, to } => self.replace(site, *from, *to)?,
             Entry::Revoked { site, key, .. } => self.revoke(site, *key)?,
+            Entry::Succession { key } => self.successor = Some(*key),
             Entry::Joined { site, session, dataset, samples } => {
                 self.release_all(site)?;
                 self.ledger.declare(*dataset, *samples);

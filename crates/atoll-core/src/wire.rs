@@ -17,6 +17,9 @@
 //!      12   Answer     | postcard(Answer) |
 //! ```
 //!
+//! A get of no bytes asks whether there are any: an empty chunk says yes, and a standby that is a little behind may take a moment
+//! to say it. Connections that came to fetch carry gets and their answers only.
+//!
 //! A body is at most [`BODY_MAX`] bytes. Numbers of retired kinds are never used again. The protocol
 //! number stands at a fixed place, so that any two versions can tell each other apart.
 
@@ -114,6 +117,9 @@ pub struct Welcome {
     pub session: u64,
     /// How often a coordinator took the run over. Whoever is in an earlier epoch than the site has seen leads no more.
     pub epoch: u64,
+    /// Fingerprints of the keys by which coordinators of the run are known from now on: the one just proven, and the next one if
+    /// there will be another. Nothing from whoever does not lead.
+    pub keys: Vec<Digest>,
 }
 
 /// Anything that can be said.
@@ -305,6 +311,7 @@ mod tests {
             tokenizer_bytes: 1 << 40,
             session: 9,
             epoch: 2,
+            keys: vec![digest; 2],
         };
         let invitation =
             Invitation { site: "s".parse().unwrap(), role: crate::journal::Role::Observe, expires: Some(7) };

@@ -50,7 +50,7 @@ use arriving::Arriving;
 use gate::{House, Input, Knock};
 use lead::{Turn, bind};
 use log::Log;
-use members::off_the_list;
+use members::{keys, off_the_list};
 use outgoing::Outgoings;
 use share::Share;
 use shelf::Shelf;
@@ -176,7 +176,7 @@ pub async fn coordinate(
     let (inputs, incoming) = mpsc::channel(1024);
     let known_as = prepared.config.coordinator.advertise.clone().unwrap_or_else(|| address.clone());
     let share = shared.as_ref().map(|shared| Share::new(shared.clone(), holder, known_as, &recovered));
-    let mut heart = Heart::new(prepared, address.clone(), store, share, recovered, trials)?;
+    let mut heart = Heart::new(prepared, identity.fingerprint, address.clone(), store, share, recovered, trials)?;
     let is_told = Report::load(&dir.report()).is_ok_and(|report| report.state == "finished");
     if heart.machine.phase() == Phase::Finished && is_told && dir.model().join("config.json").exists() {
         bail!(
@@ -263,6 +263,8 @@ struct Heart {
     model: ModelConfig,
     terms: String,
     layout: Digest,
+    /// Fingerprint of this coordinator's key.
+    key: Digest,
     clock: Clock,
     machine: Coordinator,
     /// What the machine wants done and is not done yet.
@@ -307,6 +309,7 @@ enum SnapshotState {
 impl Heart {
     fn new(
         prepared: Prepared,
+        key: Digest,
         address: String,
         store: Store,
         share: Option<Share>,
@@ -328,6 +331,7 @@ impl Heart {
         let machine = Coordinator::new(config.sync.clone(), config.goal, book, lens);
         Ok(Self {
             layout: manifest.fingerprint(),
+            key,
             snapshot: SnapshotState::Due(clock.now().after(config.coordinator.snapshot_seconds)),
             dir,
             config,
@@ -478,6 +482,7 @@ impl Heart {
             tokenizer,
             tokenizer_bytes,
             epoch: self.machine.book().epoch,
+            keys: keys(self.key, self.machine.book()),
         }
     }
 
@@ -567,6 +572,16 @@ impl Heart {
                 self.controls.remove(site);
                 self.off_the_list.send_modify(|keys| keys.extend([*key]));
                 self.note(serde_json::json!({"event": "revoked", "site": site, "by": by}));
+            }
+            Entry::Succession { key } => {
+                tracing::info!(
+                    "the coordinators' next key is {}; all sites are told as they connect again",
+                    key.short()
+                );
+                let sites: Vec<SiteId> = self.controls.keys().cloned().collect();
+                self.controls.clear();
+                sites.into_iter().for_each(|site| self.handle(Event::Gone(site)));
+                self.note(serde_json::json!({"event": "succession", "key": key}));
             }
             Entry::Returned { site, why } => {
                 tracing::info!("{site}: {why}");

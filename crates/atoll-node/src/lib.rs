@@ -25,6 +25,7 @@
 //! | [`report`] | what an operator sees |
 //! | [`fuzz`] | what must hold for any bytes from outside |
 
+mod acquaintance;
 pub mod acts;
 pub mod coordinator;
 pub mod crew;
@@ -45,5 +46,6 @@ pub mod shared;
 pub mod site;
 pub mod snapshot;
 pub mod store;
+pub mod succession;
 pub mod wan;
 mod way;

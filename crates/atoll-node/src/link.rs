@@ -3,8 +3,8 @@
 //! unknown until its ticket is seen; a site accepts only the key that its ticket names.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
+use crate::coordinator::lock;
 use crate::identity::Identity;
 
 /// A handshake that takes longer is given up.
@@ -123,24 +124,31 @@ impl Gate {
 #[derive(Clone)]
 pub struct Dialer {
     connector: TlsConnector,
+    keys: Keys,
     /// Bytes of all connections together.
     pub traffic: Arc<Traffic>,
 }
 
 impl Dialer {
-    /// A dialer with this identity that accepts only the coordinator with that key.
+    /// A dialer with this identity that accepts only the coordinator with that key, until it is told of [others](Self::trust).
     ///
     /// # Errors
     /// If TLS cannot be set up.
     pub fn new(identity: &Identity, coordinator: Digest) -> Result<Self> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let resolver = rustls::client::AlwaysResolvesClientRawPublicKeys::new(identity.certified.clone());
+        let keys = Keys::new(Mutex::new(vec![coordinator]));
         let config = ClientConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(KeyCheck::new(&provider, Some(coordinator))))
+            .with_custom_certificate_verifier(Arc::new(KeyCheck::new(&provider, Some(keys.clone()))))
             .with_client_cert_resolver(Arc::new(resolver));
-        Ok(Self { connector: TlsConnector::from(Arc::new(config)), traffic: Arc::default() })
+        Ok(Self { connector: TlsConnector::from(Arc::new(config)), keys, traffic: Arc::default() })
+    }
+
+    /// Accepts coordinators with these keys from now on, and no others.
+    pub fn trust(&self, keys: Vec<Digest>) {
+        *lock(&self.keys) = keys;
     }
 
     /// Connects to `host:port`.
@@ -241,17 +249,22 @@ pub async fn write_frame(writer: &mut (impl AsyncWrite + Unpin), frame: &Frame) 
 #[derive(Debug)]
 struct KeyCheck {
     algorithms: WebPkiSupportedAlgorithms,
-    pinned: Option<Digest>,
+    pinned: Option<Keys>,
 }
 
+/// Keys that are accepted.
+type Keys = Arc<Mutex<Vec<Digest>>>;
+
 impl KeyCheck {
-    fn new(provider: &CryptoProvider, pinned: Option<Digest>) -> Self {
+    fn new(provider: &CryptoProvider, pinned: Option<Keys>) -> Self {
         Self { algorithms: provider.signature_verification_algorithms, pinned }
     }
 
     fn check(&self, key: &CertificateDer<'_>) -> Result<(), rustls::Error> {
-        match self.pinned {
-            Some(pinned) if Digest::of(key) != pinned => Err(rustls::Error::General(FOREIGN_KEY.to_string())),
+        match &self.pinned {
+            Some(pinned) if !lock(pinned).contains(&Digest::of(key)) => {
+                Err(rustls::Error::General(FOREIGN_KEY.to_string()))
+            }
             _ => Ok(()),
         }
     }
@@ -379,5 +392,25 @@ mod tests {
         tokio::spawn(async move { gate.accept(listener.accept().await.unwrap().0).await });
         let error = Dialer::new(&site, Digest::of(b"another")).unwrap().dial(&address).await.unwrap_err();
         assert!(is_foreign_key(&error), "{error:#}");
+    }
+
+    #[tokio::test]
+    async fn a_dialer_can_come_to_trust_another_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let (coordinator, site) = (identity(&folder, "c"), identity(&folder, "s"));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let gate = Gate::new(&coordinator).unwrap();
+        tokio::spawn(async move {
+            loop {
+                let _ = gate.accept(listener.accept().await.unwrap().0).await;
+            }
+        });
+        let dialer = Dialer::new(&site, Digest::of(b"another")).unwrap();
+        assert!(dialer.dial(&address).await.is_err());
+        dialer.trust(vec![Digest::of(b"another"), coordinator.fingerprint]);
+        dialer.dial(&address).await.unwrap();
+        dialer.trust(vec![Digest::of(b"a third")]);
+        assert!(is_foreign_key(&dialer.dial(&address).await.unwrap_err()));
     }
 }

@@ -12,6 +12,7 @@ use atoll_core::site::SiteId;
 use atoll_core::wire::{Answer, Frame, Purpose, Request, Welcome};
 use tokio::runtime::Runtime;
 
+use crate::acquaintance::Acquaintance;
 use crate::data::file;
 use crate::hf;
 use crate::identity::{Identity, Ticket};
@@ -58,8 +59,11 @@ impl Remote {
     /// If the coordinator cannot be reached, or this key may not invite.
     pub fn invite(&self, invitation: Invitation, addresses: Vec<String>) -> Result<Ticket> {
         let addresses = if addresses.is_empty() { self.ticket.addresses.clone() } else { addresses };
-        let ticket = Ticket::make(&self.ticket.run, &invitation, addresses, self.ticket.coordinator)?;
+        let mut ticket = Ticket::make(&self.ticket.run, &invitation, addresses, self.ticket.coordinator)?;
         self.demand(Request::Invite(ticket.hash(), invitation))?;
+        // The key that was proven meanwhile may be another than this site's ticket names.
+        let known = Acquaintance::open(&self.dir.0, self.ticket.coordinator)?.keys();
+        ticket.coordinator = known.first().copied().unwrap_or(ticket.coordinator);
         Ok(ticket)
     }
 
@@ -124,7 +128,7 @@ impl Remote {
     }
 
     fn way(&self, identity: &Identity) -> Result<Way> {
-        Way::new(&self.ticket, identity, "none", "a desk")
+        Way::new(&self.ticket, identity, &self.dir.0, "none", "a desk")
     }
 
     fn demand(&self, request: Request) -> Result<()> {

@@ -24,7 +24,7 @@ pub struct Replayed {
     pub digest: Digest,
 }
 
-/// Computes the run in `dir` again, from its oldest snapshot on.
+/// Computes the run in `dir` again, from its oldest undamaged snapshot on.
 ///
 /// # Errors
 /// If something is missing or damaged, a digest differs, or a token is in the model twice or in none of the places where
@@ -33,10 +33,13 @@ pub fn replay(dir: &RunDir) -> Result<Replayed> {
     rollback::check_finished(dir)?;
     let prepared = Prepared::read(dir)?;
     let store = Store::open(dir.payloads())?;
-    let Some((_, oldest)) = snapshot::list(dir).into_iter().next() else {
+    let snapshots = snapshot::list(dir);
+    if snapshots.is_empty() {
         bail!("{} has no snapshot to replay from\nhint: the run has not begun", dir.0.display());
-    };
-    let (mut global, place) = snapshot::load(&oldest, &prepared.model, &prepared.manifest, prepared.config.seed)?;
+    }
+    let oldest_first = snapshots.iter().map(|(_, folder)| folder.as_path());
+    let Prepared { model, manifest, config, .. } = &prepared;
+    let (mut global, place) = snapshot::load(oldest_first, model, manifest, config.seed)?;
     let mut book = place.book;
     let before = book.commits();
     for entry in read_entries(&dir.journal(), place.offset, place.chain)? {

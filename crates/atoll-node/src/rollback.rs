@@ -152,11 +152,12 @@ struct Past {
 }
 
 impl Past {
-    /// Computes the state after commit number `to` again, from the newest snapshot that is not later.
+    /// Computes the state after commit number `to` again, from the newest undamaged snapshot that is not later.
     fn read(prepared: &Prepared, to: u64) -> Result<Self> {
         let Prepared { dir, model, manifest, config, .. } = prepared;
-        let folder = snapshot_for(dir, to)?;
-        let (global, Place { book, chain, offset }) = snapshot::load(&folder, model, manifest, config.seed)?;
+        let folders = snapshots_for(dir, to)?;
+        let newest_first = folders.iter().map(PathBuf::as_path);
+        let (global, Place { book, chain, offset }) = snapshot::load(newest_first, model, manifest, config.seed)?;
         let store = Store::open(dir.payloads())?;
         let mut past = Self { global, book, chain, offset, later: Vec::new(), last: chain };
         read_on(&dir.journal(), offset, chain, |entry, chain, offset| {
@@ -214,19 +215,26 @@ impl Past {
     }
 }
 
-/// The newest snapshot that is not later than commit number `to`.
-fn snapshot_for(dir: &RunDir, to: u64) -> Result<PathBuf> {
-    let mut newest = None;
-    for (_, folder) in snapshot::list(dir).into_iter().rev() {
-        let commits = snapshot::place(&folder)?.book.commits();
-        if commits <= to {
-            return Ok(folder);
+/// The snapshots that are not later than commit number `to`, newest first. Of one that does not say where it stands nobody knows.
+fn snapshots_for(dir: &RunDir, to: u64) -> Result<Vec<PathBuf>> {
+    let snapshots = snapshot::list(dir);
+    if snapshots.is_empty() {
+        bail!("{} has no snapshot to go back to\nhint: the run has not begun", dir.0.display());
+    }
+    let (mut found, mut newest) = (Vec::new(), None);
+    for (_, folder) in snapshots.into_iter().rev() {
+        match snapshot::place(&folder) {
+            Ok(place) if place.book.commits() <= to => found.push(folder),
+            Ok(place) => newest = newest.max(Some(place.book.commits())),
+            Err(error) => tracing::warn!("a snapshot is damaged, so another has to do: {error:#}"),
         }
-        newest.get_or_insert(commits);
     }
     match newest {
+        _ if !found.is_empty() => Ok(found),
         Some(newest) => Err(unreachable(dir, to, newest)),
-        None => bail!("{} has no snapshot to go back to\nhint: the run has not begun", dir.0.display()),
+        None => {
+            bail!("every snapshot in {} is damaged\nhint: restore the folder from a backup", dir.snapshots().display())
+        }
     }
 }
 

@@ -348,6 +348,10 @@ impl RunDir {
         self.0.join("coordinator.key")
     }
 
+    pub fn next_key(&self) -> PathBuf {
+        self.0.join("coordinator.key.next")
+    }
+
     pub fn tokenizer(&self) -> PathBuf {
         self.0.join("tokenizer.json")
     }

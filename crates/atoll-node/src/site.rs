@@ -105,7 +105,7 @@ pub fn join(
     let identity = Identity::load_or_create(&options.dir.join("site.key"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let mut route = Route {
-        way: Way::new(&options.ticket, &identity, &options.engine, &options.device)?,
+        way: Way::new(&options.ticket, &identity, &options.dir, &options.engine, &options.device)?,
         streams: options.streams,
         largest: 0,
         meter: Meter::default(),

@@ -209,7 +209,7 @@ pub fn recover(
         }
         return Ok(None);
     };
-    let (damaged, newest) = choose(&snapshots)?;
+    let (damaged, newest) = choose(newest_first(&snapshots))?;
     let (mut global, place) = read(newest, model, manifest, seed)?;
     if *reached == 1 && fs::metadata(dir.journal()).map_or(0, |file| file.len()) == 0 {
         return Ok(None); // The crash came between the first snapshot and the first entry.
@@ -249,23 +249,27 @@ pub fn recover(
 /// # Errors
 /// If there is none.
 pub fn newest(dir: &RunDir) -> Result<PathBuf> {
-    choose(&list(dir)).map(|(_, folder)| folder.to_path_buf())
+    choose(newest_first(&list(dir))).map(|(_, folder)| folder.to_path_buf())
 }
 
-/// The newest undamaged one of these snapshots, behind the damaged ones that are newer.
-fn choose(snapshots: &[(u64, PathBuf)]) -> Result<(Vec<&Path>, &Path)> {
+fn newest_first(snapshots: &[(u64, PathBuf)]) -> impl Iterator<Item = &Path> {
+    snapshots.iter().rev().map(|(_, folder)| folder.as_path())
+}
+
+/// The first undamaged one of these snapshots, behind the damaged ones that come before it.
+fn choose<'a>(snapshots: impl Iterator<Item = &'a Path>) -> Result<(Vec<&'a Path>, &'a Path)> {
     let mut damaged = Vec::new();
-    for (_, folder) in snapshots.iter().rev() {
+    for folder in snapshots {
         match verify(folder) {
             Ok(()) => return Ok((damaged, folder)),
-            Err(error) => tracing::warn!("a snapshot is damaged, so an older one has to do: {error:#}"),
+            Err(error) => tracing::warn!("a snapshot is damaged, so another has to do: {error:#}"),
         }
-        damaged.push(folder.as_path());
+        damaged.push(folder);
     }
     Err(match damaged.first() {
-        Some(newest) => anyhow!(
-            "every snapshot is damaged, also the newest, {}\nhint: restore the folder snapshots/ from a backup",
-            newest.display()
+        Some(first) => anyhow!(
+            "every snapshot is damaged, also {}\nhint: restore the folder snapshots/ from a backup",
+            first.display()
         ),
         None => anyhow!("there is no snapshot\nhint: a run has one as soon as it has begun"),
     })
@@ -298,13 +302,17 @@ pub fn replay(global: &mut Global, commit: &Commit, store: &Store) -> Result<()>
     store.put(step.delta, &step.payload)
 }
 
-/// What recomputes a run: the model of the snapshot at `entries`, and the book then.
+/// What recomputes a run: the model of the first undamaged one of these snapshots, and the book then.
 ///
 /// # Errors
-/// If the snapshot is damaged.
-pub fn load(folder: &Path, model: &ModelConfig, manifest: &Manifest, seed: u64) -> Result<(Global, Place)> {
-    verify(folder).with_context(|| damaged(folder))?;
-    read(folder, model, manifest, seed)
+/// If all are damaged, or `run.toml` describes another run.
+pub fn load<'a>(
+    folders: impl Iterator<Item = &'a Path>,
+    model: &ModelConfig,
+    manifest: &Manifest,
+    seed: u64,
+) -> Result<(Global, Place)> {
+    read(choose(folders)?.1, model, manifest, seed)
 }
 
 fn damaged(folder: &Path) -> String {
@@ -446,7 +454,7 @@ mod tests {
         let synced = file::synced::take();
         assert_eq!(synced.first(), Some(&dir.0), "the folder of snapshots is new");
         assert_eq!(synced.last(), Some(&dir.snapshots()), "the last thing is the snapshot's own name");
-        assert_eq!(load(&saved, &model, &manifest, 7).unwrap().0, global);
+        assert_eq!(load([saved.as_path()].into_iter(), &model, &manifest, 7).unwrap().0, global);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The way to whoever leads a run: its addresses, the greeting, and bytes that are fetched over a connection of their own.
 
 use std::collections::VecDeque;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use anyhow::{Result, anyhow, bail};
 use atoll_core::hash::Digest;
 use atoll_core::wire::{CHUNK, Frame, Hello, Purpose, Welcome};
 
+use crate::acquaintance::Acquaintance;
 use crate::identity::{Identity, Ticket};
 use crate::link::{Dialer, Link, SILENCE_SECONDS, is_foreign_key, read_frame, within, write_frame};
 use crate::shared::PATIENCE;
@@ -17,6 +19,7 @@ use crate::shared::PATIENCE;
 #[derive(Clone)]
 pub(crate) struct Way {
     pub(crate) dialer: Dialer,
+    acquaintance: Acquaintance,
     pub(crate) doors: Doors,
     pub(crate) hello: Hello,
 }
@@ -114,13 +117,15 @@ enum Answer {
 }
 
 impl Way {
-    /// The way that a ticket shows, for the owner of this key.
-    pub(crate) fn new(ticket: &Ticket, identity: &Identity, engine: &str, device: &str) -> Result<Self> {
+    /// The way that a ticket shows, for the owner of this key, who remembers in `folder` by which keys coordinators are known.
+    pub(crate) fn new(ticket: &Ticket, identity: &Identity, folder: &Path, engine: &str, device: &str) -> Result<Self> {
         let (engine, device) = (engine.to_string(), device.to_string());
         let (purpose, secret) = (Purpose::Enlist, Some(ticket.secret.0));
         let hello = Hello { purpose, secret, successor: None, layout: None, engine, device };
+        let acquaintance = Acquaintance::open(folder, ticket.coordinator)?;
         let dialer = Dialer::new(identity, ticket.coordinator)?;
-        Ok(Self { dialer, doors: Doors::new(ticket.addresses.clone()), hello })
+        dialer.trust(acquaintance.keys());
+        Ok(Self { dialer, acquaintance, doors: Doors::new(ticket.addresses.clone()), hello })
     }
 
     /// Connects and introduces itself.
@@ -130,6 +135,7 @@ impl Way {
         for (index, address) in self.doors.to_try(purpose) {
             match self.knock(address, purpose).await {
                 Ok(Answer::Opened(link, welcome)) if self.doors.opened(index, welcome.epoch) => {
+                    self.learn(&welcome.keys)?;
                     return Ok((*link, *welcome));
                 }
                 Ok(Answer::Opened(..)) => {
@@ -143,6 +149,15 @@ impl Way {
             }
         }
         Err(refusal.map_or(problem, |why| Refused { why, is_certain: refusals == self.doors.addresses.len() }.into()))
+    }
+
+    /// Knows coordinators by these keys from now on.
+    fn learn(&self, keys: &[Digest]) -> Result<()> {
+        if self.acquaintance.learn(keys)? {
+            tracing::info!("the coordinators' keys are {} from now on", words(keys));
+            self.dialer.trust(keys.to_vec());
+        }
+        Ok(())
     }
 
     /// Connects to whoever is at that address, leading or not; none if this site is not let in there.
@@ -166,13 +181,17 @@ impl Way {
         match opened.unwrap_or_else(|_| Err(anyhow!("the coordinator at {address} does not answer"))) {
             Ok((link, Some(Frame::Welcome(welcome)))) => Ok(Answer::Opened(Box::new(link), welcome)),
             Ok((_, Some(Frame::Refused(why)))) => Ok(Answer::Refused(why)),
-            Ok(_) => bail!("the coordinator at {address} hung up"),
+            Ok(_) => bail!("the coordinator at {address} hung up; it may be standing by"),
             Err(error) if is_foreign_key(&error) => Ok(Answer::Refused(format!(
-                "the coordinator at {address} has another key than the ticket names\nhint: ask the operator for a new ticket; if the key was not changed on purpose, somebody else is answering there"
+                "the coordinator at {address} has another key than this site knows\nhint: ask the operator for a new ticket; if the key was not changed on purpose, somebody else is answering there"
             ))),
             Err(error) => Err(error),
         }
     }
+}
+
+fn words(keys: &[Digest]) -> String {
+    keys.iter().map(Digest::short).collect::<Vec<_>>().join(" and ")
 }
 
 /// Gets that may be unanswered over one connection.

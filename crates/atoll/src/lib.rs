@@ -18,6 +18,7 @@ mod measure;
 mod model;
 mod new;
 mod precision;
+mod rekey;
 mod remote;
 mod replay;
 mod revoke;
@@ -65,6 +66,8 @@ enum Command {
     Ticket(ticket::Arguments),
     /// Take a site's key off the list, at once and for good; its tickets too.
     Revoke(revoke::Arguments),
+    /// Give the coordinators of a run another key, of which its sites are told before.
+    Rekey(rekey::Arguments),
     /// Look at a run from afar, fetch its model, invite and revoke, replace a key: whatever one's ticket allows.
     Remote(remote::Arguments),
     /// Join a run as a site and train.
@@ -111,6 +114,7 @@ pub fn run(devices: &dyn Devices) -> ExitCode {
         Command::Coordinate(arguments) => coordinate::run(&arguments),
         Command::Ticket(arguments) => ticket::run(&arguments),
         Command::Revoke(arguments) => revoke::run(&arguments),
+        Command::Rekey(arguments) => rekey::run(&arguments),
         Command::Remote(arguments) => remote::run(&arguments),
         Command::Join(arguments) => join::run(&arguments, devices),
         Command::Devices(arguments) => devices::run(&arguments, devices),

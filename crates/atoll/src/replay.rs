@@ -17,7 +17,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let Replayed { commits, before, tokens, digest } = replay(&RunDir(arguments.dir.clone()))?;
     println!("{commits} commits computed again, all digests equal");
     if before > 0 {
-        println!("{before} earlier commits are summed up by the oldest snapshot");
+        println!("{before} earlier commits are summed up by the oldest undamaged snapshot");
     }
     println!("{tokens} tokens in the model, each once; digest {digest}");
     Ok(())

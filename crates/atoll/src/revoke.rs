@@ -48,8 +48,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the journal has it; false if there is nobody to write it.
-fn is_taken_up(dir: &RunDir, asked: &Path) -> Result<bool> {
+/// Waits until the journal has what was asked for; false if there is nobody to write it.
+pub(crate) fn is_taken_up(dir: &RunDir, asked: &Path) -> Result<bool> {
     let began = Instant::now();
     while asked.exists() {
         if dir.hold().is_ok() {
@@ -57,7 +57,7 @@ fn is_taken_up(dir: &RunDir, asked: &Path) -> Result<bool> {
         }
         if began.elapsed() > PATIENCE {
             bail!(
-                "the coordinator has not taken the revocation up\nhint: look at its log; if it stands by, revoke where the one is that leads; {} stays until it is done",
+                "the coordinator has not taken it up\nhint: look at its log; if it stands by, do it where the one is that leads; {} stays until it is done",
                 asked.display()
             );
         }

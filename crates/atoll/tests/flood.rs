@@ -12,10 +12,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use atoll_core::wire::{BODY_MAX, Frame, HEADER, Hello, Purpose};
+use atoll_core::wire::{BODY_MAX, Frame, HEADER, Purpose};
 use atoll_node::identity::{Identity, Ticket};
-use atoll_node::link::{Dialer, Link, read_frame, write_frame};
-use common::{Lab, Process};
+use atoll_node::link::{Dialer, Link};
+use common::{Lab, Process, greet};
 use tokio::io::AsyncWriteExt;
 
 const MIB: u64 = 1 << 20;
@@ -27,17 +27,6 @@ fn used(process: &Process) -> (u64, usize) {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     let kib: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
     (kib << 10, fs::read_dir(proc.join("fd")).unwrap().count())
-}
-
-fn hello(purpose: Purpose) -> Frame {
-    Frame::hello(Hello {
-        purpose,
-        secret: None,
-        successor: None,
-        layout: None,
-        engine: "none".into(),
-        device: "none".into(),
-    })
 }
 
 /// Connections that begin something and never end it.
@@ -112,15 +101,11 @@ impl Drop for End<'_> {
     }
 }
 
-async fn greet(dialer: &Dialer, lab: &Lab, secret: [u8; 32], purpose: Purpose) -> Result<Link, String> {
-    let mut link = dialer.dial(&lab.listen()).await.unwrap();
-    let Frame::Hello { protocol, hello: Some(hello) } = hello(purpose) else { unreachable!() };
-    let hello = Frame::Hello { protocol, hello: Some(Hello { secret: Some(secret), ..hello }) };
-    write_frame(&mut link, &hello).await.unwrap();
-    match read_frame(&mut link).await.unwrap() {
-        Some(Frame::Welcome(_)) => Ok(link),
-        Some(Frame::Refused(why)) => Err(why),
-        other => panic!("{other:?}"),
+async fn enter(dialer: &Dialer, lab: &Lab, secret: [u8; 32], purpose: Purpose) -> Result<Link, String> {
+    match greet(dialer, &lab.listen(), Some(secret), purpose).await {
+        (link, Some(Frame::Welcome(_))) => Ok(link),
+        (_, Some(Frame::Refused(why))) => Err(why),
+        (_, other) => panic!("{other:?}"),
     }
 }
 
@@ -134,10 +119,10 @@ fn a_member_that_takes_nothing_and_wants_everything_is_bounded() {
     let dialer = Dialer::new(&identity, ticket.coordinator).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let _control = greet(&dialer, &lab, ticket.secret.0, Purpose::Control).await.unwrap();
+        let _control = enter(&dialer, &lab, ticket.secret.0, Purpose::Control).await.unwrap();
         let mut links = Vec::new();
         let why = loop {
-            match greet(&dialer, &lab, ticket.secret.0, Purpose::Data).await {
+            match enter(&dialer, &lab, ticket.secret.0, Purpose::Data).await {
                 Ok(link) => links.push(link),
                 Err(why) => break why,
             }

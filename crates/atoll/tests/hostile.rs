@@ -16,13 +16,13 @@ use atoll_core::hash::Digest;
 use atoll_core::journal::{Book, Chain, Entry, Settled};
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Receipt, Standing, Status, Vitals};
-use atoll_core::wire::{CHUNK, Frame, Hello, Purpose};
+use atoll_core::wire::{CHUNK, Frame, Purpose};
 use atoll_node::identity::{Identity, Ticket};
 use atoll_node::journal::read_entries;
 use atoll_node::link::{Dialer, Link, read_frame, write_frame};
 use atoll_node::report::Report;
 use atoll_node::run::Terms;
-use common::{Lab, atoll, text, wait};
+use common::{Lab, atoll, greet, text, wait};
 
 // ---- what it says ----
 
@@ -89,7 +89,7 @@ impl Liar {
         let identity = Identity::load_or_create(&PathBuf::from(lab.path(&format!("{name}.key")))).unwrap();
         let dialer = Dialer::new(&identity, ticket.coordinator).unwrap();
         let (address, secret) = (lab.listen(), ticket.secret.0);
-        let (control, terms) = greet(&dialer, &address, secret, Purpose::Control).await;
+        let (control, terms) = enter(&dialer, &address, secret, Purpose::Control).await;
         let manifest = terms.config.manifest(&terms.model);
         let status = Status {
             session: 1,
@@ -187,7 +187,7 @@ impl Liar {
 
     /// Sends a payload over a connection of its own, and waits until the coordinator has it or hangs up.
     async fn put(&self, Parcel { receipt, payload, total }: &Parcel) {
-        let (mut link, _) = greet(&self.dialer, &self.address, self.secret, Purpose::Data).await;
+        let (mut link, _) = enter(&self.dialer, &self.address, self.secret, Purpose::Data).await;
         for (chunk, bytes) in payload.chunks(CHUNK).enumerate() {
             let (digest, offset) = (receipt.payload, (chunk * CHUNK) as u64);
             let frame = Frame::Put { digest, total: *total, offset, bytes: bytes.to_vec() };
@@ -201,20 +201,10 @@ impl Liar {
     }
 }
 
-async fn greet(dialer: &Dialer, address: &str, secret: [u8; 32], purpose: Purpose) -> (Link, Terms) {
-    let mut link = dialer.dial(address).await.unwrap();
-    let hello = Hello {
-        purpose,
-        secret: Some(secret),
-        successor: None,
-        layout: None,
-        engine: "none".into(),
-        device: "none".into(),
-    };
-    write_frame(&mut link, &Frame::hello(hello)).await.unwrap();
-    match read_frame(&mut link).await.unwrap() {
-        Some(Frame::Welcome(welcome)) => (link, Terms::read(&welcome.config).unwrap()),
-        other => panic!("{other:?}"),
+async fn enter(dialer: &Dialer, address: &str, secret: [u8; 32], purpose: Purpose) -> (Link, Terms) {
+    match greet(dialer, address, Some(secret), purpose).await {
+        (link, Some(Frame::Welcome(welcome))) => (link, Terms::read(&welcome.config).unwrap()),
+        (_, other) => panic!("{other:?}"),
     }
 }
 

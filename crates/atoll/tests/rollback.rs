@@ -8,6 +8,8 @@ use std::path::Path;
 
 use atoll_core::journal::{Book, Chain, Entry};
 use atoll_node::journal::read_entries;
+use atoll_node::run::RunDir;
+use atoll_node::snapshot;
 use common::{Lab, Process, atoll, signal, text, wait};
 
 const LONG: u64 = 100_000_000;
@@ -85,6 +87,42 @@ fn a_run_goes_back_and_then_on_and_every_token_is_counted_once() {
     assert!(book.commits() >= 17);
     let replayed = lab.replay();
     assert!(replayed.contains(&format!("{} tokens in the model, each once", book.tokens)), "{replayed}");
+}
+
+/// Flips a bit of a snapshot's weights.
+fn damage(snapshot: &Path) {
+    let weights = snapshot.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::remove_file(&weights).unwrap(); // Another name may lead to the same file.
+    std::fs::write(&weights, bytes).unwrap();
+}
+
+#[test]
+fn a_damaged_snapshot_is_passed_over() {
+    let lab = Lab::new(LONG, &[]);
+    let mut coordinator = lab.coordinate();
+    let _a = lab.join("a", &lab.ticket("a"), &[]);
+    let dir = RunDir(lab.run());
+    lab.wait_for("snapshots", |_| snapshot::list(&dir).len() >= 3);
+    stop(&lab, &mut coordinator);
+
+    let (_, second) = &snapshot::list(&dir)[1];
+    let to = snapshot::place(second).unwrap().book.commits() + 1;
+    damage(second);
+    let rolled = roll_back(&lab, to);
+    let said = text(&rolled.stderr);
+    assert!(rolled.status.success() && said.contains("is damaged, so another has to do"), "{said}");
+    assert_eq!(entries(&lab.run()).0.commits(), to);
+
+    damage(&snapshot::list(&dir)[0].1);
+    let replayed = atoll(&["replay", &lab.path("run")]);
+    let (said, found) = (text(&replayed.stderr), text(&replayed.stdout));
+    assert!(replayed.status.success() && said.contains("is damaged, so another has to do"), "{said}");
+    assert!(
+        found.contains("all digests equal") && found.contains("summed up by the oldest undamaged snapshot"),
+        "{found}"
+    );
 }
 
 #[test]

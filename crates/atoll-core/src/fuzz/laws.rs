@@ -104,6 +104,7 @@ pub(super) fn frames() -> Vec<Vec<u8>> {
         tokenizer_bytes: 1 << 40,
         session: 9,
         epoch: 2,
+        keys: vec![digest; 2],
     };
     let frames = [
         Frame::hello(hello),
@@ -372,6 +373,7 @@ pub(super) fn journals() -> Vec<Vec<u8>> {
         Entry::Rekeyed { site: site.clone(), from: digest, to: Digest::of(b"new") },
         Entry::Withdrawn { site: site.clone(), by: None },
         Entry::Revoked { site, key: Digest::of(b"new"), by: Some("admin".parse().expect("a good name")) },
+        Entry::Succession { key: Digest::of(b"next") },
         Entry::Finished,
     ];
     let lines: Vec<String> =

@@ -57,7 +57,7 @@ pub struct Invitation {
     pub expires: Option<u64>,
 }
 
-/// What an operator does about members.
+/// What an operator does about members and keys.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Act {
@@ -65,6 +65,8 @@ pub enum Act {
     Invite(Digest, Invitation),
     /// Withdraws all unused tickets of that name, and takes its key off the list if it is this one.
     Revoke(SiteId, Option<Digest>),
+    /// Has the coordinators' next key told to all who know them by the present one.
+    Succeed(Digest),
 }
 
 impl Book {

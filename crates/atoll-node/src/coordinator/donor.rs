@@ -1,9 +1,9 @@
 //! What a coordinator gives while it stands by: the weights that it has come to, to sites that join. Those ask whoever leads
 //! and all who stand by for different pieces at the same time, and whoever answers faster is asked for more (`site/donors.rs`).
-//! Everything is named by its hash, so a donor that is behind, or damaged, costs a site a question and no more.
+//! Everything is named by its hash, so a donor need not be trusted: one that is behind costs a site a question, and one that gives what is
+//! damaged gives nothing more.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::TcpListener;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -12,6 +12,7 @@ use atoll_core::hash::Digest;
 use atoll_core::journal::{Book, Commit, Role};
 use atoll_core::site::SiteId;
 use atoll_core::wire::{Purpose, Welcome};
+use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch as signal};
 use tokio::task::JoinHandle;
@@ -54,6 +55,8 @@ impl Donor {
     /// If the address is not to be had.
     pub(super) fn open(prepared: &Prepared, listen: &str, state: &Recovered, store: &Store) -> Result<Self> {
         let listener = bind(listen)?;
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
         let identity = Identity::load(&prepared.dir.key())?;
         let current = state.book.fragments.iter().map(|fragment| fragment.digest).collect();
         let tokenizer = prepared.tokenizer.json().to_vec();
@@ -78,7 +81,7 @@ impl Donor {
             given: given.clone(),
         };
         let doorman = tokio::spawn(let_in(incoming, guests.clone()));
-        let server = tokio::spawn(serve(house, listener));
+        let server = tokio::spawn(gate::serve(Arc::new(house), listener));
         Ok(Self { shelf, guests, off_the_list, given, server, doorman })
     }
 
@@ -113,14 +116,6 @@ impl Drop for Donor {
     }
 }
 
-async fn serve(house: House, listener: TcpListener) {
-    let listener = listener.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener));
-    match listener {
-        Ok(listener) => gate::serve(Arc::new(house), listener).await,
-        Err(error) => tracing::warn!("nothing can be given to joining sites: {error}"),
-    }
-}
-
 /// Lets members in who want to fetch something. All others find the door shut: whoever wants to be led must look elsewhere.
 async fn let_in(mut incoming: mpsc::Receiver<Input>, guests: Arc<Mutex<Guests>>) {
     while let Some(input) = incoming.recv().await {
@@ -147,8 +142,9 @@ impl Guests {
     fn welcome(&self, key: Digest) -> Option<Welcome> {
         let site = self.by_key.get(&key)?.clone();
         let (run, config, (tokenizer, tokenizer_bytes)) = (self.run.clone(), self.terms.clone(), self.tokenizer);
-        let (layout, epoch) = (self.layout, self.epoch);
-        Some(Welcome { run, site, config, layout, tokenizer, tokenizer_bytes, session: 0, epoch })
+        // What keys there are is for whoever leads to say.
+        let (layout, epoch, keys) = (self.layout, self.epoch, Vec::new());
+        Some(Welcome { run, site, config, layout, tokenizer, tokenizer_bytes, session: 0, epoch, keys })
     }
 }
 

@@ -12,9 +12,11 @@ use atoll_core::hash::Digest;
 use atoll_core::round::{Seen, Status};
 use atoll_core::site::SiteId;
 use atoll_core::wire::{Answer, CHUNK, Frame, Hello, PROTOCOL, Purpose, Request, Welcome};
+use tokio::io::WriteHalf;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot, watch as signal};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 
 use super::arriving::{Added, Arriving};
 use super::lobby::{Lobby, Place};
@@ -207,7 +209,7 @@ async fn let_in(house: &House, tcp: TcpStream) -> Result<Option<Guest>> {
     let traffic = link.get_ref().0.traffic.clone();
     let purpose = hello.purpose;
     house.inputs.send(Input::Knock(Knock { key, hello, traffic, reply })).await.map_err(|_| closed())?;
-    match answer.await.map_err(|_| closed())? {
+    match answer.await.map_err(|_| anyhow!("it came for what is not done here"))? {
         Ok(welcome) => Ok(Some((link, purpose, key, welcome))),
         Err(why) => refuse(&mut link, why).await.map(|()| None),
     }
@@ -329,33 +331,45 @@ async fn hand_out(house: &Arc<House>, link: Link) -> Result<()> {
     };
     let answer = async {
         let mut expected: Vec<(Digest, Instant)> = Vec::new();
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let get = tokio::select! {
+            let (digest, offset, length) = tokio::select! {
                 get = asked.recv() => get.ok_or_else(closed)?,
-                () = tokio::time::sleep(LOOK), if !expected.is_empty() => {
-                    let (digest, since) = expected.remove(0);
-                    if house.shelf.at_hand(digest).is_none() && since.elapsed() < BEHIND {
-                        expected.push((digest, since));
-                        continue;
+                _ = look.tick(), if !expected.is_empty() => {
+                    let is_due = |(digest, since): &mut (Digest, Instant)| {
+                        house.shelf.at_hand(*digest).is_some() || since.elapsed() > BEHIND
+                    };
+                    for (digest, _) in expected.extract_if(.., is_due) {
+                        give(house, &mut writer, digest, 0, 0).await?;
                     }
-                    (digest, 0, 0)
+                    continue;
                 }
             };
-            let (digest, offset, length) = get;
-            let is_new = expected.iter().all(|(at, _)| *at != digest) && expected.len() < FETCHES_MAX;
-            if length == 0 && fetch(house, digest).await?.is_none() && is_new {
+            if length == 0 && expected.len() < FETCHES_MAX && fetch(house, digest).await?.is_none() {
                 house.shelf.expect(digest);
                 expected.push((digest, Instant::now()));
-                continue;
+            } else {
+                give(house, &mut writer, digest, offset, length).await?;
             }
-            let answer = look_up(house, digest, offset, length).await?;
-            if let Frame::Chunk { bytes, .. } = &answer {
-                house.given.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            }
-            within(SILENCE_SECONDS, write_frame(&mut writer, &answer)).await??;
         }
     };
     tokio::select! { result = read => result, result = answer => result }
+}
+
+/// Sends bytes, or says that they are not here.
+async fn give(
+    house: &Arc<House>,
+    writer: &mut WriteHalf<Link>,
+    digest: Digest,
+    offset: u64,
+    length: u32,
+) -> Result<()> {
+    let answer = look_up(house, digest, offset, length).await?;
+    if let Frame::Chunk { bytes, .. } = &answer {
+        house.given.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+    }
+    within(SILENCE_SECONDS, write_frame(writer, &answer)).await?
 }
 
 /// The bytes of that address, made or read if they are not at hand; none if they are not here.

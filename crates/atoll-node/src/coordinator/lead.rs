@@ -59,7 +59,7 @@ pub(super) fn take_the_lead(
         let recovered = recover(prepared, store)?.map_or_else(|| begin(prepared), Ok)?;
         return Ok(Turn::Lead(Box::new(recovered), Digest::default(), listener));
     };
-    drop(listener); // Sites that find nobody here look elsewhere.
+    drop(listener); // Until this one leads, or gives; sites that find nobody here look elsewhere.
     check(shared, options)?;
     match open(prepared, store, shared, options, is_stopped)? {
         Some(state) => Standby::new(prepared, store, shared, state)?.wait(options, is_stopped),
@@ -228,7 +228,7 @@ struct Standby<'a> {
     snapshot: Instant,
     /// When the last status was written.
     status: Option<Instant>,
-    /// What this one gives to sites that join, once it has come to what is current.
+    /// What this one gives to sites that join.
     donor: Option<Donor>,
     /// When that was tried last.
     opened: Option<Instant>,
@@ -320,7 +320,7 @@ impl<'a> Standby<'a> {
 
     /// Leads, unless its address is taken, somebody was faster, or the leader lives after all.
     fn take_over(&mut self, options: &Options) -> Result<Look> {
-        self.donor = None;
+        (self.donor, self.opened) = (None, None);
         // Before the claim: whoever cannot be reached must push nobody aside.
         let listener = match bind(&options.listen) {
             Ok(listener) => listener,
@@ -457,7 +457,8 @@ impl<'a> Standby<'a> {
         let Prepared { dir, config, model, .. } = self.prepared;
         let Recovered { journal, book, global, payloads } = &mut self.state;
         if self.snapshot.elapsed().as_secs_f64() > config.coordinator.snapshot_seconds {
-            snapshot::save(dir, model, &lock(global), book, journal.chain, journal.offset)?;
+            let global = lock(global).clone(); // It may be asked for meanwhile.
+            snapshot::save(dir, model, &global, book, journal.chain, journal.offset)?;
             let unneeded = snapshot::retire(dir, &config.coordinator, payloads, book);
             unneeded.iter().for_each(|digest| self.store.remove(*digest));
             self.snapshot = Instant::now();

@@ -16,6 +16,9 @@ use crate::acts;
 impl Heart {
     /// Lets a site in or tells it why not.
     pub(super) fn answer(&mut self, knock: Knock) -> Result<()> {
+        if knock.hello.purpose == Purpose::Fetch {
+            return Ok(()); // Whoever leads gives weights over data connections; this one is hung up on.
+        }
         self.take_up_acts()?;
         self.carry_out()?; // The peer is told nothing that could yet be forgotten.
         let answer = self.consider(&knock)?;
@@ -116,4 +119,10 @@ impl Heart {
 /// Keys that were on the list.
 pub(super) fn off_the_list(book: &Book) -> BTreeSet<Digest> {
     book.revoked.keys().chain(book.replaced.keys()).copied().collect()
+}
+
+/// By which keys coordinators are known to whoever meets the one with the key `own`.
+pub(super) fn keys(own: Digest, book: &Book) -> Vec<Digest> {
+    let next = book.successor.filter(|next| *next != own);
+    [own].into_iter().chain(next).collect()
 }

@@ -35,7 +35,7 @@ impl Suspicion {
     pub(super) fn raise(&self) {
         if !self.0.swap(true, Ordering::Relaxed) {
             tracing::warn!(
-                "weights of which a coordinator that stands by gave a part were damaged; none is asked for any from now on"
+                "weights of which a coordinator that stands by gave a part were damaged; those that stand by are asked for nothing more"
             );
         }
     }
@@ -60,22 +60,34 @@ impl Donor {
     pub(super) async fn ask(self, stream: Stream) {
         while !self.suspicion.is_raised() {
             stream.pile.until(|| (stream.weights_to_come() >= WORTH_ASKING).then_some(())).await;
-            let mut links = tokio::task::JoinSet::new();
-            for _ in 0..self.streams.max(1) {
-                links.spawn(self.clone().connect(stream.clone()));
-            }
-            while let Some(end) = links.join_next().await {
-                if let Ok(Err(error)) = end {
-                    tracing::debug!("nothing more from {}: {error:#}", self.address);
-                }
+            if let Err(error) = self.visit(&stream).await {
+                tracing::debug!("nothing more from {}: {error:#}", self.address);
             }
             tokio::time::sleep(TRY_AGAIN).await;
         }
     }
 
-    async fn connect(self, stream: Stream) -> Result<()> {
-        let Some(link) = self.way.visit(&self.address, Purpose::Fetch).await? else { return Ok(()) };
-        let mut account = Account::new(stream);
+    /// Over all connections, once there is one.
+    async fn visit(&self, stream: &Stream) -> Result<()> {
+        let Some(first) = self.way.visit(&self.address, Purpose::Fetch).await? else { return Ok(()) };
+        let mut links = tokio::task::JoinSet::new();
+        links.spawn(self.clone().take(stream.clone(), first));
+        for _ in 1..self.streams {
+            let (donor, stream) = (self.clone(), stream.clone());
+            links.spawn(async move {
+                let link = donor.way.visit(&donor.address, Purpose::Fetch).await?;
+                if let Some(link) = link { donor.take(stream, link).await } else { Ok(()) }
+            });
+        }
+        let mut result = Ok(());
+        while let Some(end) = links.join_next().await {
+            result = end?;
+        }
+        result
+    }
+
+    async fn take(self, stream: Stream, link: Link) -> Result<()> {
+        let mut account = Account::new(stream, self.suspicion);
         let result = account.keep(link).await;
         if account.given > 0 {
             tracing::info!("{} stood by and gave {:.1} MB of weights", self.address, account.given as f64 / 1e6);
@@ -87,6 +99,7 @@ impl Donor {
 /// What a connection to a donor has and owes. What it owes when it ends goes back on the pile.
 struct Account {
     stream: Stream,
+    suspicion: Suspicion,
     window: Arc<Window>,
     owed: Vec<Piece>,
     /// Weights that the donor was asked whether it has, those of which it has not said it, and those that it has.
@@ -97,10 +110,10 @@ struct Account {
 }
 
 impl Account {
-    fn new(stream: Stream) -> Self {
+    fn new(stream: Stream, suspicion: Suspicion) -> Self {
         let window = Arc::new(Window::new(OWED.0, OWED.1));
         let (asked, unsaid, has) = Default::default();
-        Self { stream, window, owed: Vec::new(), asked, unsaid, has, given: 0 }
+        Self { stream, suspicion, window, owed: Vec::new(), asked, unsaid, has, given: 0 }
     }
 
     /// Asks and takes until the donor fails, or hangs up because it was asked nothing for long.
@@ -128,7 +141,7 @@ impl Account {
                         write_frame(&mut writer, &Frame::Get { digest, offset: 0, length: 0 }).await?;
                     }
                     (room, piece) = async { (window.room().await, pile.take(|digest| self.has.contains(digest)).await) } => {
-                        window.ask(room?, Instant::now());
+                        window.ask(room, Instant::now());
                         self.owed.push(piece);
                         write_frame(&mut writer, &piece.get()).await?;
                     }
@@ -141,7 +154,8 @@ impl Account {
 
     fn take(&mut self, frame: Frame) -> Result<()> {
         match frame {
-            Frame::Chunk { digest, bytes, .. } if bytes.is_empty() && self.unsaid.remove(&digest) => {
+            Frame::Chunk { digest, bytes, .. } if bytes.is_empty() => {
+                self.unsaid.remove(&digest);
                 self.has.insert(digest);
                 Ok(())
             }
@@ -153,11 +167,16 @@ impl Account {
                 self.owed.remove(index);
                 self.window.answered(Instant::now());
                 self.given += bytes.len() as u64;
-                self.stream.arrive_from_donor(digest, offset, &bytes)
+                self.stream.arrive_from_donor(digest, offset, &bytes)?;
+                if self.suspicion.is_raised() {
+                    bail!("what it gave was damaged");
+                }
+                Ok(())
             }
-            // It never had it, or has it no more.
+            // It never had it, or has it no more. It took its time to say so, and may be asked again.
             Frame::Missing(digest) => {
                 self.unsaid.remove(&digest);
+                self.asked.remove(&digest);
                 self.has.remove(&digest);
                 let (back, owed) = std::mem::take(&mut self.owed).into_iter().partition(|piece| piece.digest == digest);
                 self.owed = owed;
@@ -169,7 +188,7 @@ impl Account {
     }
 
     fn give_back(&self, pieces: Vec<Piece>) {
-        pieces.iter().for_each(|_| self.window.answered(Instant::now()));
+        pieces.iter().for_each(|_| self.window.given_up());
         self.stream.pile.add(pieces);
     }
 }

@@ -12,7 +12,7 @@ use atoll_core::hash::Digest;
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Standing, Status};
 use atoll_core::wire::{CHUNK, Frame, Purpose, Welcome};
-use tokio::sync::mpsc;
+use tokio::sync::{SemaphorePermit, mpsc};
 
 use super::arriving::{Arriving, Partial, Weights};
 use super::desk::Done;
@@ -67,7 +67,7 @@ pub(super) struct Route {
 const FORGETTING: f64 = 0.1;
 /// Gets that may be unanswered per data connection: with eight of them 16 MiB, the product of 1 Gbit/s and 130 ms.
 const GETS_AHEAD: usize = 64;
-/// Gets that may be unanswered before it is known how fast they are answered.
+/// Gets that may be unanswered before it is known how soon they are answered.
 const GETS_AT_FIRST: usize = 8;
 /// A status is repeated after this many seconds, so that a long step does not look like silence.
 const REPEAT_SECONDS: u64 = 1;
@@ -348,7 +348,7 @@ async fn talk(
     }
 }
 
-/// How many gets the leader may owe over so many connections: if others give, too, no more than it gives in a moment.
+/// How many gets the leader may owe over so many connections: if others may give, too, few at first.
 fn window(connections: usize, others_give: bool) -> Window {
     let most = GETS_AHEAD * connections;
     Window::new(if others_give { GETS_AT_FIRST.min(most) } else { most }, most)
@@ -405,9 +405,8 @@ impl Stream {
         let write = async {
             loop {
                 // Wait for room first, so that a stalled stream leaves the work to the others.
-                let room = self.window.room().await?;
-                let Some(work) = self.next().await else { return anyhow::Ok(()) };
-                if matches!(work, Work::Get(_)) {
+                let Some((work, room)) = self.next().await else { return anyhow::Ok(()) };
+                if let Some(room) = room {
                     self.window.ask(room, Instant::now());
                 }
                 write_frame(&mut writer, &work.frame()).await?;
@@ -422,13 +421,17 @@ impl Stream {
         tokio::select! { result = write => result, result = read => result }
     }
 
-    /// The next thing to do over a connection to the leader.
-    async fn next(&self) -> Option<Work> {
-        tokio::select! {
+    /// The next thing to do over a connection to the leader; with room, if it is a get.
+    async fn next(&self) -> Option<(Work, Option<SemaphorePermit<'_>>)> {
+        let queued = async { self.queue.lock().await.recv().await };
+        let piled = async { (self.window.room().await, self.pile.take(|_| true).await) };
+        let work = tokio::select! {
             biased;
-            work = async { self.queue.lock().await.recv().await } => work,
-            piece = self.pile.take(|_| true) => Some(Work::Get(piece)),
-        }
+            work = queued => work?,
+            (room, piece) = piled => return Some((Work::Get(piece), Some(room))),
+        };
+        let room = if matches!(work, Work::Get(_)) { Some(self.window.room().await) } else { None };
+        Some((work, room))
     }
 
     fn take(&self, frame: Frame) -> Result<()> {

@@ -11,6 +11,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use atoll_core::wire::{Frame, Hello, Purpose};
+use atoll_node::link::{Dialer, Link, read_frame, write_frame};
 use atoll_node::report::Report;
 use tempfile::TempDir;
 
@@ -217,3 +219,18 @@ pub fn signal(process: &Process, name: &str) {
 }
 
 const SMALL: &str = "preset = \"nano\"\nhidden_size = 32\nintermediate_size = 64\nnum_hidden_layers = 1\nnum_attention_heads = 2\nnum_key_value_heads = 1\nhead_dim = 16";
+
+/// Greets whoever is at that address: the connection, and what was answered, if anything was.
+pub async fn greet(
+    dialer: &Dialer,
+    address: &str,
+    secret: Option<[u8; 32]>,
+    purpose: Purpose,
+) -> (Link, Option<Frame>) {
+    let mut link = dialer.dial(address).await.unwrap();
+    let (engine, device) = ("none".to_string(), "none".to_string());
+    let hello = Hello { purpose, secret, successor: None, layout: None, engine, device };
+    write_frame(&mut link, &Frame::hello(hello)).await.unwrap();
+    let answer = read_frame(&mut link).await.unwrap_or(None);
+    (link, answer)
+}

@@ -95,6 +95,11 @@ impl Coordinator {
                 }
                 key.into_iter().for_each(|key| self.revoke(&site, key, by.clone(), orders));
             }
+            Act::Succeed(key) => {
+                if self.book.successor != Some(key) {
+                    self.record(Entry::Succession { key }, orders);
+                }
+            }
         }
     }
 
