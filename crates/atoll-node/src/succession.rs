@@ -47,7 +47,6 @@ pub fn finish(dir: &RunDir) -> Result<Digest> {
 /// The key that the journal has told of last.
 fn told(dir: &RunDir) -> Result<Option<Digest>> {
     let entries = if dir.journal().exists() { read_entries(&dir.journal(), 0, Chain::default())? } else { Vec::new() };
-    let keys =
-        entries.into_iter().filter_map(|entry| if let Entry::Succession { key } = entry { Some(key) } else { None });
-    Ok(keys.last())
+    let key = |entry| if let Entry::Succession { key } = entry { Some(key) } else { None };
+    Ok(entries.into_iter().rev().find_map(key))
 }
