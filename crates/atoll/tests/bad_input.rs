@@ -106,7 +106,7 @@ fn tickets() {
     let forged = Ticket { secret: Digest::of(b"guess"), ..Ticket::from_text(&ticket).unwrap() };
     join(&forged.to_text(), "forger", &["not one of this run's"]);
     let foreign = Ticket { coordinator: Digest::of(b"other"), ..Ticket::from_text(&lab.ticket("rome")).unwrap() };
-    join(&foreign.to_text(), "rome", &["another key than the ticket names"]);
+    join(&foreign.to_text(), "rome", &["another key than this site knows"]);
     join(&lab.ticket("oslo"), "twin", &["oslo belongs to a site with another key"]);
     drop(site);
 }
