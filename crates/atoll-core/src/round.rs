@@ -331,6 +331,8 @@ pub struct Standing {
     /// For a site that holds nothing yet: of each fragment the payload of its last contribution in the model, made by
     /// whichever of its processes.
     pub delivered: Vec<Option<Digest>>,
+    /// Fingerprint of the key that coordinators will have, or have by now, if there ever was to be another.
+    pub successor: Option<Digest>,
 }
 
 /// What a run is doing.

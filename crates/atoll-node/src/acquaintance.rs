@@ -1,11 +1,12 @@
 //! By which keys a site knows the coordinators of its run: the one that its ticket names, until a coordinator with that key says
 //! that there will be another. What it said outlives the process, in the site's folder.
 
-use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::{fs, io};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use atoll_core::hash::Digest;
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +24,7 @@ pub(crate) struct Acquaintance {
 struct Known {
     /// The key that the ticket names: another ticket is another beginning.
     ticket: Digest,
-    /// The keys that count.
+    /// The keys that count: the one that was proven last, and the next one if there is to be another.
     keys: Vec<Digest>,
 }
 
@@ -31,10 +32,18 @@ impl Acquaintance {
     /// What `folder` remembers for a ticket that names this key.
     ///
     /// # Errors
-    /// If it cannot be read.
+    /// If it cannot be read: an earlier key must not be trusted because a later one was forgotten.
     pub(crate) fn open(folder: &Path, ticket: Digest) -> Result<Self> {
         let path = folder.join("coordinator.keys");
-        let remembered = fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Known>(&text).ok());
+        let remembered = match fs::read(&path) {
+            Ok(text) => Some(serde_json::from_slice::<Known>(&text).map_err(io::Error::from)),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => Some(Err(error)),
+        };
+        let remembered = remembered.transpose().with_context(|| {
+            let path = path.display();
+            format!("{path} does not say by which keys the coordinators are known\nhint: if it is damaged, remove it and ask the operator for a new ticket")
+        })?;
         let known = remembered.filter(|known| known.ticket == ticket && !known.keys.is_empty());
         let known = known.unwrap_or_else(|| Known { ticket, keys: vec![ticket] });
         Ok(Self { path, known: Arc::new(Mutex::new(known)) })
@@ -45,19 +54,19 @@ impl Acquaintance {
         lock(&self.known).keys.clone()
     }
 
-    /// Takes over what a coordinator said who has proven one of them; whether that is news.
-    ///
-    /// # Errors
-    /// If it cannot be written down; then it is not taken over.
-    pub(crate) fn learn(&self, keys: &[Digest]) -> Result<bool> {
+    /// Takes over what a coordinator said that has proven one of them; whether that is news. If it cannot be written down it
+    /// holds for as long as this process lives.
+    pub(crate) fn learn(&self, keys: Vec<Digest>) -> bool {
         let mut known = lock(&self.known);
         if keys.is_empty() || known.keys == keys {
-            return Ok(false);
+            return false;
         }
-        let next = Known { ticket: known.ticket, keys: keys.to_vec() };
-        write_atomically(&self.path, &serde_json::to_vec(&next)?)?;
-        *known = next;
-        Ok(true)
+        known.keys = keys;
+        let written = serde_json::to_vec(&*known).map_err(anyhow::Error::from);
+        if let Err(error) = written.and_then(|text| write_atomically(&self.path, &text)) {
+            tracing::warn!("the next process of this site will not know the coordinators' keys: {error:#}");
+        }
+        true
     }
 }
 
@@ -71,11 +80,21 @@ mod tests {
         let [a, b, c] = ["a", "b", "c"].map(|name| Digest::of(name.as_bytes()));
         let first = Acquaintance::open(folder.path(), a).unwrap();
         assert_eq!(first.keys(), [a]);
-        assert!(first.learn(&[a, b]).unwrap() && !first.learn(&[a, b]).unwrap() && !first.learn(&[]).unwrap());
-        assert!(first.learn(&[b]).unwrap());
+        assert!(first.learn(vec![a, b]) && !first.learn(vec![a, b]) && !first.learn(vec![]));
+        assert!(first.learn(vec![b]));
         assert_eq!(Acquaintance::open(folder.path(), a).unwrap().keys(), [b]);
         assert_eq!(Acquaintance::open(folder.path(), c).unwrap().keys(), [c], "a newer ticket");
         fs::write(folder.path().join("coordinator.keys"), "nonsense").unwrap();
-        assert_eq!(Acquaintance::open(folder.path(), a).unwrap().keys(), [a]);
+        let error = format!("{:#}", Acquaintance::open(folder.path(), a).err().unwrap());
+        assert!(error.contains("hint:"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_written_down_holds_all_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| Digest::of(name.as_bytes()));
+        let known = Acquaintance::open(&folder.path().join("gone"), a).unwrap();
+        assert!(known.learn(vec![a, b]));
+        assert_eq!(known.keys(), [a, b]);
     }
 }

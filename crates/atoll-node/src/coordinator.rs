@@ -574,13 +574,7 @@ impl Heart {
                 self.note(serde_json::json!({"event": "revoked", "site": site, "by": by}));
             }
             Entry::Succession { key } => {
-                tracing::info!(
-                    "the coordinators' next key is {}; all sites are told as they connect again",
-                    key.short()
-                );
-                let sites: Vec<SiteId> = self.controls.keys().cloned().collect();
-                self.controls.clear();
-                sites.into_iter().for_each(|site| self.handle(Event::Gone(site)));
+                tracing::info!("the coordinators' next key is {}; sites are told", key.short());
                 self.note(serde_json::json!({"event": "succession", "key": key}));
             }
             Entry::Returned { site, why } => {

@@ -1,6 +1,6 @@
 //! Connections: TLS 1.3 over TCP, both sides authenticated by raw ed25519 public keys (RFC 7250), with
 //! frames inside. The coordinator lets any key finish the handshake, because a new site's key is
-//! unknown until its ticket is seen; a site accepts only the key that its ticket names.
+//! unknown until its ticket is seen; a site accepts only the key that its ticket names, or those that it has been told of since.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::hash::Digest;
 use atoll_core::wire::{BODY_MAX, CHUNK, Frame, HEADER};
+use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature_with_raw_key};
 use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
@@ -138,11 +139,12 @@ impl Dialer {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let resolver = rustls::client::AlwaysResolvesClientRawPublicKeys::new(identity.certified.clone());
         let keys = Keys::new(Mutex::new(vec![coordinator]));
-        let config = ClientConfig::builder_with_provider(provider.clone())
+        let mut config = ClientConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(KeyCheck::new(&provider, Some(keys.clone()))))
             .with_client_cert_resolver(Arc::new(resolver));
+        config.resumption = Resumption::disabled(); // Every handshake proves a key that is trusted then.
         Ok(Self { connector: TlsConnector::from(Arc::new(config)), keys, traffic: Arc::default() })
     }
 

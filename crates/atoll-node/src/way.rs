@@ -135,7 +135,7 @@ impl Way {
         for (index, address) in self.doors.to_try(purpose) {
             match self.knock(address, purpose).await {
                 Ok(Answer::Opened(link, welcome)) if self.doors.opened(index, welcome.epoch) => {
-                    self.learn(&welcome.keys)?;
+                    self.learn(welcome.keys.clone());
                     return Ok((*link, *welcome));
                 }
                 Ok(Answer::Opened(..)) => {
@@ -152,12 +152,20 @@ impl Way {
     }
 
     /// Knows coordinators by these keys from now on.
-    fn learn(&self, keys: &[Digest]) -> Result<()> {
-        if self.acquaintance.learn(keys)? {
-            tracing::info!("the coordinators' keys are {} from now on", words(keys));
-            self.dialer.trust(keys.to_vec());
+    fn learn(&self, keys: Vec<Digest>) {
+        if self.acquaintance.learn(keys.clone()) {
+            let words: Vec<String> = keys.iter().map(|key| key.short().to_string()).collect();
+            tracing::info!("the coordinators are known by {} from now on", words.join(" and "));
+            self.dialer.trust(keys);
         }
-        Ok(())
+    }
+
+    /// The coordinator that is connected says that there is, or will be, this key.
+    pub(crate) fn expect(&self, next: Digest) {
+        let known = self.acquaintance.keys();
+        if !known.contains(&next) {
+            self.learn(known.into_iter().take(1).chain([next]).collect());
+        }
     }
 
     /// Connects to whoever is at that address, leading or not; none if this site is not let in there.
@@ -188,10 +196,6 @@ impl Way {
             Err(error) => Err(error),
         }
     }
-}
-
-fn words(keys: &[Digest]) -> String {
-    keys.iter().map(Digest::short).collect::<Vec<_>>().join(" and ")
 }
 
 /// Gets that may be unanswered over one connection.

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
+use atoll_node::report::Report;
 use atoll_node::run::{RunConfig, RunDir};
 use atoll_node::succession;
 
@@ -25,9 +26,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         println!("the coordinator in {} has the key {} now", dir.0.display(), key.short());
         return Ok(());
     }
+    if Report::load(&dir.status()).is_ok_and(|report| report.state == "standby") {
+        bail!(
+            "the coordinator in {} stands by\nhint: make the next key where the one is that leads, and copy it",
+            dir.0.display()
+        );
+    }
     let (key, asked) = succession::announce(&dir)?;
     match is_taken_up(&dir, &asked)? {
-        true => println!("the next key is {}: sites are told of it as they connect again, now and later", key.short()),
+        true => println!("the next key is {}: sites are told of it, now or when they connect", key.short()),
         false => println!("no coordinator is running; sites are told of the next key, {}, once one leads", key.short()),
     }
     println!(

@@ -104,7 +104,8 @@ fn a_damaged_snapshot_is_passed_over() {
     let mut coordinator = lab.coordinate();
     let _a = lab.join("a", &lab.ticket("a"), &[]);
     let dir = RunDir(lab.run());
-    lab.wait_for("snapshots", |_| snapshot::list(&dir).len() >= 3);
+    let report = lab.wait_for("snapshots", |_| snapshot::list(&dir).len() >= 3);
+    lab.wait_for("commits behind them", |later| later.commits >= report.commits + 8);
     stop(&lab, &mut coordinator);
 
     let (_, second) = &snapshot::list(&dir)[1];

@@ -280,6 +280,7 @@ fn a_standing() -> Standing {
         leases: vec![(1, Ranges::span(0, 100))],
         evaluate: Some(1),
         delivered: vec![None, Some(digest)],
+        successor: None,
     }
 }
 

@@ -781,6 +781,7 @@ impl Coordinator {
             } else {
                 Vec::new()
             },
+            successor: self.book.successor,
         }
     }
 }

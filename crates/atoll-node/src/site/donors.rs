@@ -140,7 +140,7 @@ impl Account {
                         self.unsaid.insert(digest);
                         write_frame(&mut writer, &Frame::Get { digest, offset: 0, length: 0 }).await?;
                     }
-                    (room, piece) = async { (window.room().await, pile.take(|digest| self.has.contains(digest)).await) } => {
+                    (room, piece) = pile.take(&window, |digest| self.has.contains(digest)) => {
                         window.ask(room, Instant::now());
                         self.owed.push(piece);
                         write_frame(&mut writer, &piece.get()).await?;
@@ -167,11 +167,10 @@ impl Account {
                 self.owed.remove(index);
                 self.window.answered(Instant::now());
                 self.given += bytes.len() as u64;
-                self.stream.arrive_from_donor(digest, offset, &bytes)?;
                 if self.suspicion.is_raised() {
-                    bail!("what it gave was damaged");
+                    bail!("what a donor gave was damaged");
                 }
-                Ok(())
+                self.stream.arrive_from_donor(digest, offset, &bytes)
             }
             // It never had it, or has it no more. It took its time to say so, and may be asked again.
             Frame::Missing(digest) => {

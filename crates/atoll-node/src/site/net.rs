@@ -291,6 +291,7 @@ async fn talk(
                 Some(Frame::Standing(standing)) => {
                     meter.answered(standing.heard);
                     told::note(&standing);
+                    standing.successor.into_iter().for_each(|next| route.way.expect(next));
                     inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the trainer has stopped"))?;
                 }
                 _ => bail!("the coordinator hung up"),
@@ -424,7 +425,7 @@ impl Stream {
     /// The next thing to do over a connection to the leader; with room, if it is a get.
     async fn next(&self) -> Option<(Work, Option<SemaphorePermit<'_>>)> {
         let queued = async { self.queue.lock().await.recv().await };
-        let piled = async { (self.window.room().await, self.pile.take(|_| true).await) };
+        let piled = self.pile.take(&self.window, |_| true);
         let work = tokio::select! {
             biased;
             work = queued => work?,

@@ -6,8 +6,9 @@ use std::sync::Mutex;
 
 use atoll_core::hash::Digest;
 use atoll_core::wire::Frame;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, SemaphorePermit};
 
+use super::window::Window;
 use crate::coordinator::lock;
 
 /// What is to be fetched, in the order of asking.
@@ -64,9 +65,24 @@ impl Pile {
         lock(&self.parts).retain(|part| is_wanted(&part.digest));
     }
 
-    /// Waits for a piece of weights that `fits`. Nothing is taken if the wait is given up.
-    pub(super) async fn take(&self, fits: impl Fn(&Digest) -> bool) -> Piece {
-        self.until(|| self.find(&fits)).await
+    /// Waits for a piece of weights that `fits`, and for room to ask for it, which nobody holds before there is one. Nothing is taken
+    /// if the wait is given up.
+    pub(super) async fn take<'a>(
+        &self,
+        window: &'a Window,
+        fits: impl Fn(&Digest) -> bool,
+    ) -> (SemaphorePermit<'a>, Piece) {
+        loop {
+            self.until(|| self.has(&fits).then_some(())).await;
+            let room = window.room().await;
+            if let Some(piece) = self.find(&fits) {
+                return (room, piece);
+            }
+        }
+    }
+
+    fn has(&self, fits: impl Fn(&Digest) -> bool) -> bool {
+        lock(&self.parts).iter().any(|part| fits(&part.digest))
     }
 
     /// Waits until more has come and `look` has found something.
@@ -98,16 +114,27 @@ mod tests {
 
     #[tokio::test]
     async fn each_takes_what_fits_in_the_order_of_asking() {
-        let (pile, of) = (Pile::default(), |name: &str| Digest::of(name.as_bytes()));
+        let (pile, window, of) = (Pile::default(), Window::new(9, 9), |name: &str| Digest::of(name.as_bytes()));
         let piece = |name, offset| Piece { digest: of(name), offset, length: 1 };
+        let take = async |name: &str| pile.take(&window, |digest| *digest == of(name)).await.1;
         pile.add([piece("a", 0), piece("a", 1), piece("b", 0)]);
-        assert_eq!(pile.take(|digest| *digest == of("b")).await, piece("b", 0));
+        assert_eq!(take("b").await, piece("b", 0));
         assert_eq!(pile.digests(), [of("a")]);
-        let other = pile.take(|digest| *digest == of("c"));
         let give = async {
-            assert_eq!(pile.take(|_| true).await, piece("a", 0));
+            assert_eq!(take("a").await, piece("a", 0));
             pile.add([piece("c", 7)]);
         };
-        assert_eq!(tokio::join!(other, give).0, piece("c", 7));
+        assert_eq!(tokio::join!(take("c"), give).0, piece("c", 7));
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_pieces_holds_no_room() {
+        let (pile, window) = (Pile::default(), Window::new(1, 1));
+        let waits = pile.take(&window, |_| true);
+        tokio::select! {
+            biased;
+            _ = waits => panic!("there is nothing"),
+            _room = window.room() => {}
+        }
     }
 }

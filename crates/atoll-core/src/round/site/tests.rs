@@ -42,6 +42,7 @@ fn standing(number: u64, version: u64, bytes: u64) -> Standing {
         leases: Vec::new(),
         evaluate: None,
         delivered: vec![Some(Digest::of(b"last"))],
+        successor: None,
     }
 }
 
