@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
-use atoll_node::report::Report;
+use anyhow::Result;
 use atoll_node::run::{RunConfig, RunDir};
 use atoll_node::succession;
 
 use crate::revoke::is_taken_up;
+use crate::ticket::must_not_stand_by;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -26,12 +26,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         println!("the coordinator in {} has the key {} now", dir.0.display(), key.short());
         return Ok(());
     }
-    if Report::load(&dir.status()).is_ok_and(|report| report.state == "standby") {
-        bail!(
-            "the coordinator in {} stands by\nhint: make the next key where the one is that leads, and copy it",
-            dir.0.display()
-        );
-    }
+    must_not_stand_by(&dir, "make the next key where the one is that leads, and copy it")?;
     let (key, asked) = succession::announce(&dir)?;
     match is_taken_up(&dir, &asked)? {
         true => println!("the next key is {}: sites are told of it, now or when they connect", key.short()),

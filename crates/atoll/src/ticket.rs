@@ -73,18 +73,21 @@ impl Lifetime {
     }
 }
 
+/// Sees that what is asked for in `dir` is not left for the day on which its coordinator leads.
+pub(crate) fn must_not_stand_by(dir: &RunDir, hint: &str) -> Result<()> {
+    if Report::load(&dir.status()).is_ok_and(|report| report.state == "standby") {
+        bail!("the coordinator in {} stands by\nhint: {hint}", dir.0.display());
+    }
+    Ok(())
+}
+
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let dir = RunDir(arguments.dir.clone());
     let config = RunConfig::load(&dir.config())?;
     let key = Identity::load(&dir.key())?;
     let addresses = addresses(arguments, &config, &dir)?;
     let invitation = arguments.terms.invite(arguments.site.clone());
-    if Report::load(&dir.status()).is_ok_and(|report| report.state == "standby") {
-        bail!(
-            "the coordinator in {} stands by\nhint: make tickets where the one is that leads, or with `atoll remote`",
-            dir.0.display()
-        );
-    }
+    must_not_stand_by(&dir, "make tickets where the one is that leads, or with `atoll remote`")?;
     let ticket = Ticket::issue(&dir, &config.name, invitation, addresses, key.fingerprint)?;
     println!("{}", ticket.to_text());
     Ok(())

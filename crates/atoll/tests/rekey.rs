@@ -7,7 +7,7 @@ mod common;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use common::{Lab, Process, atoll, signal, text, wait};
+use common::{Lab, atoll, text, wait};
 
 /// By how many keys a site knows coordinators.
 fn keys(lab: &Lab, site: &str) -> usize {
@@ -22,11 +22,6 @@ fn wait_for_keys(lab: &Lab, site: &str, count: usize) {
         assert!(began.elapsed() < Duration::from_secs(60), "{site} knows {} keys: {}", keys(lab, site), lab.log(site));
         std::thread::sleep(Duration::from_millis(50));
     }
-}
-
-fn stop(lab: &Lab, coordinator: &mut Process) {
-    signal(coordinator, "TERM");
-    assert!(wait(coordinator).success(), "{}", lab.log("coordinator"));
 }
 
 fn refused(arguments: &[&str]) -> String {
@@ -50,7 +45,7 @@ fn sites_that_were_told_go_over_to_the_next_key_and_leave_the_earlier_one() {
     assert!(announced.status.success(), "{}", text(&announced.stderr));
     assert!(text(&announced.stdout).contains("the next key is"), "{}", text(&announced.stdout));
     wait_for_keys(&lab, "a", 2);
-    stop(&lab, &mut coordinator);
+    lab.stop(&mut coordinator);
     let earlier = fs::read(&key).unwrap();
     let finished = atoll(&["rekey", &run, "--finish"]);
     assert!(finished.status.success(), "{}", text(&finished.stderr));
@@ -66,7 +61,7 @@ fn sites_that_were_told_go_over_to_the_next_key_and_leave_the_earlier_one() {
     assert!(!wait(&mut b).success() && lab.log("b").contains("another key than this site knows"), "{}", lab.log("b"));
 
     // Somebody who has got hold of the earlier key.
-    stop(&lab, &mut coordinator);
+    lab.stop(&mut coordinator);
     fs::write(&key, earlier).unwrap();
     let _impostor = lab.coordinate();
     assert!(!wait(&mut a).success() && lab.log("a").contains("another key than this site knows"), "{}", lab.log("a"));

@@ -130,7 +130,6 @@ fn a_site_replaces_its_key() {
     let _a = lab.join("a", &invited, &["--share", "0.3"]);
     let report = lab.wait_for("the run to go on", |report| report.commits > before + 4);
     assert_eq!(report.sites.len(), 1, "it is the same site");
-    signal(&coordinator, "TERM");
-    assert!(wait(&mut coordinator).success(), "{}", lab.log("coordinator"));
+    lab.stop(&mut coordinator);
     lab.replay();
 }

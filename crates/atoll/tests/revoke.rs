@@ -11,7 +11,7 @@ use std::time::Duration;
 use atoll_core::journal::{Book, Chain, Entry};
 use atoll_core::site::SiteId;
 use atoll_node::journal::read_entries;
-use common::{Lab, atoll, signal, text, wait};
+use common::{Lab, atoll, text, wait};
 
 const LONG: u64 = 100_000_000;
 
@@ -82,8 +82,7 @@ fn a_revoked_site_is_out_at_once_and_the_run_goes_on() {
     let (data, dir) = (lab.path("text"), lab.path("new-b"));
     let _new = lab.spawn("b", &["join", &ticket, "--data", &data, "--dir", &dir, "--threads", "1"]);
     lab.wait_for("the new key to train", |report| report.sites[1].state == "training");
-    signal(&coordinator, "TERM");
-    assert!(wait(&mut coordinator).success(), "{}", lab.log("coordinator"));
+    lab.stop(&mut coordinator);
     lab.replay();
 }
 
@@ -94,8 +93,7 @@ fn a_stopped_run_revokes_when_it_starts() {
     let ticket = lab.ticket("a");
     let mut a = lab.join("a", &ticket, &[]);
     lab.wait_for("a commit", |report| report.commits > 0);
-    signal(&coordinator, "TERM");
-    assert!(wait(&mut coordinator).success());
+    lab.stop(&mut coordinator);
     assert!(revoke(&lab, "a").contains("no coordinator is running"));
     let _coordinator = lab.coordinate();
     assert!(!wait(&mut a).success() && lab.log("a").contains("was revoked"), "{}", lab.log("a"));

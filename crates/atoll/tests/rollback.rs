@@ -10,14 +10,9 @@ use atoll_core::journal::{Book, Chain, Entry};
 use atoll_node::journal::read_entries;
 use atoll_node::run::RunDir;
 use atoll_node::snapshot;
-use common::{Lab, Process, atoll, signal, text, wait};
+use common::{Lab, atoll, text};
 
 const LONG: u64 = 100_000_000;
-
-fn stop(lab: &Lab, coordinator: &mut Process) {
-    signal(coordinator, "TERM");
-    assert!(wait(coordinator).success(), "{}", lab.log("coordinator"));
-}
 
 fn roll_back(lab: &Lab, to: u64) -> std::process::Output {
     atoll(&["rollback", &lab.path("run"), "--to", &to.to_string()])
@@ -49,7 +44,7 @@ fn a_run_goes_back_and_then_on_and_every_token_is_counted_once() {
     let living = roll_back(&lab, 9);
     assert!(!living.status.success() && text(&living.stderr).contains("in use"), "{}", text(&living.stderr));
     lab.wait_for("more commits", |report| report.commits >= seen.commits + 4);
-    stop(&lab, &mut coordinator);
+    lab.stop(&mut coordinator);
     drop(b);
     let before = entries(&lab.run()).0;
 
@@ -82,7 +77,7 @@ fn a_run_goes_back_and_then_on_and_every_token_is_counted_once() {
         report.state == "training" && report.commits >= 9 + 8 && report.sites[0].state == "training"
     });
     assert_eq!(report.sites[0].digest_mismatches, 0, "{}", lab.log("a"));
-    stop(&lab, &mut coordinator);
+    lab.stop(&mut coordinator);
     let (book, _) = entries(&lab.run());
     assert!(book.commits() >= 17);
     let replayed = lab.replay();
@@ -106,7 +101,7 @@ fn a_damaged_snapshot_is_passed_over() {
     let dir = RunDir(lab.run());
     let report = lab.wait_for("snapshots", |_| snapshot::list(&dir).len() >= 3);
     lab.wait_for("commits behind them", |later| later.commits >= report.commits + 8);
-    stop(&lab, &mut coordinator);
+    lab.stop(&mut coordinator);
 
     let (_, second) = &snapshot::list(&dir)[1];
     let to = snapshot::place(second).unwrap().book.commits() + 1;
@@ -132,7 +127,7 @@ fn what_is_not_kept_cannot_be_reached() {
     let mut coordinator = lab.coordinate();
     let _a = lab.join("a", &lab.ticket("a"), &[]);
     lab.wait_for("commits", |report| report.commits >= 8);
-    stop(&lab, &mut coordinator);
+    lab.stop(&mut coordinator);
     let refused = roll_back(&lab, 0);
     let error = text(&refused.stderr);
     assert!(!refused.status.success() && error.contains("commit 0 of") && error.contains("keep = \"all\""), "{error}");

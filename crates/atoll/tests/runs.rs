@@ -104,8 +104,7 @@ fn what_is_stopped_goes_on() {
     let before = lab.wait_for("some commits", |report| report.commits >= 8);
     signal(&site, "INT");
     assert!(wait(&mut site).success(), "{}", lab.log("a"));
-    signal(&coordinator, "TERM");
-    assert!(wait(&mut coordinator).success(), "{}", lab.log("coordinator"));
+    lab.stop(&mut coordinator);
     let stopped = lab.status().unwrap();
     assert_eq!(stopped.state, "stopped");
     assert!(stopped.tokens >= before.tokens);

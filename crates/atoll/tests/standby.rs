@@ -282,8 +282,7 @@ fn a_run_that_was_rolled_back_does_not_go_on_over_what_came_later() {
     let mut leader = pair.lab.coordinate();
     let _site = pair.join("a");
     pair.lab.wait_for("commits", |report| report.commits > 8);
-    signal(&leader, "TERM");
-    assert!(wait(&mut leader).success());
+    pair.lab.stop(&mut leader);
     let back = atoll(&["rollback", &pair.lab.path("run"), "--to", "4"]);
     assert!(back.status.success() && text(&back.stdout).contains("--new-store"), "{}", text(&back.stderr));
     let refused = atoll(&["coordinate", &pair.lab.path("run"), "--listen", &pair.lab.listen()]);

@@ -127,6 +127,12 @@ impl Lab {
         process
     }
 
+    /// Stops the coordinator in good order.
+    pub fn stop(&self, coordinator: &mut Process) {
+        signal(coordinator, "TERM");
+        assert!(wait(coordinator).success(), "{}", self.log("coordinator"));
+    }
+
     pub fn ticket(&self, site: &str) -> String {
         self.ticket_at(site, &self.listen())
     }
