@@ -43,7 +43,7 @@ struct Arguments {
     /// default corpus.
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
-    /// The rows of `parity` to run, each some knobs joined by +, such as even+h4, or of `exchange`, such as 100mbit or
+    /// The rows of `parity` to run, each some knobs joined by +, such as even+h=4, or of `exchange`, such as 100mbit or
     /// join; without it, the whole table.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     rows: Vec<String>,

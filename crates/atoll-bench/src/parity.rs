@@ -7,7 +7,7 @@
 //! baseline = one engine, whose steps take the rows of all sites at once
 //! ```
 //!
-//! [`rows`] lists what is compared; `--rows even+h4` turns two knobs at once.
+//! [`rows`] lists what is compared; `--rows even+h=4` turns two knobs at once.
 
 mod lockstep;
 mod parallel;

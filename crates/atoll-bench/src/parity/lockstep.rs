@@ -1,18 +1,34 @@
-//! Local steps without a network: engines that train side by side and average all their weights after every so many
-//! steps, which is a whole outer step, or a row's own with Nesterov's momentum. What separates this from data parallelism is local training itself; what separates Atoll from this is Atoll.
+//! Local steps without a network: engines that train side by side and synchronize everything at once after every so many
+//! steps, with the product's codecs, merge and outer step. What separates this from data parallelism is local training
+//! itself, and the codec of the row; what separates Atoll from this is that a network takes time.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use atoll_core::codec::{Codec, Payload};
 use atoll_core::data::Ranges;
-use atoll_core::engine::{Engine, weights, write_weights};
-use atoll_core::manifest::Manifest;
-use atoll_core::outer::OuterRule;
+use atoll_core::delta::Local;
+use atoll_core::engine::Engine;
+use atoll_core::hash::Digest;
+use atoll_core::manifest::{FragmentId, Manifest};
+use atoll_core::outer::{Global, Recipe, Weighted};
+use atoll_core::round::Setting;
+use atoll_core::team::Alone;
 use atoll_cpu::{CpuEngine, Precision};
 use atoll_sim::Leases;
 
 use super::rows::{Row, SITES};
-use super::{Run, Setting, held_out_nats, options};
+use super::{Run, Setting as Wished, held_out_nats, options};
 
-pub(super) fn run(row: &Row, setting: &Setting, seed: u64, steps_per_round: u64) -> Result<Run> {
+/// All weights are one fragment.
+const ALL: FragmentId = FragmentId(0);
+
+/// An engine, what it may train on, and its copy of the global model.
+struct Site {
+    engine: CpuEngine,
+    leases: Leases,
+    local: Local,
+}
+
+pub(super) fn run(row: &Row, setting: &Wished, seed: u64, steps_per_round: u64) -> Result<Run> {
     let (text, training) = (&setting.text, &row.training);
     let samples_per_step = (training.rows * training.accumulate) as u64;
     let tokens_per_step = samples_per_step * text.context as u64 * SITES as u64;
@@ -20,65 +36,64 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64, steps_per_round: u64)
     let manifest = Manifest::balanced(text.model.tensors(), 1);
     let first = manifest.gather(&text.model.initial_weights(seed));
     let mut sites = Vec::new();
-    for site in 0..SITES as u64 {
+    for site in 0..SITES {
         let leases = Leases::new();
         let share = steps * samples_per_step;
-        leases.grant(&Ranges::span(site * share, (site + 1) * share));
-        let part = text.part(row.share, site as usize);
-        let feed = text.feed(part, leases.clone(), seed, training.packing);
+        leases.grant(&Ranges::span(site as u64 * share, (site as u64 + 1) * share));
+        let feed = text.feed(text.part(row.share, site), leases.clone(), seed, training.packing);
         let options = options(text, training, training.rows, Precision::best());
         let engine = CpuEngine::new(options, manifest.clone(), first.clone(), Box::new(feed))?;
-        sites.push((engine, leases));
+        let mut local = Local::new(&manifest, row.sync.follow, row.sync.feedback);
+        local.install(ALL, &first[0])?;
+        sites.push(Site { engine, leases, local });
     }
-    let (learning_rate, momentum) = outer(row);
-    let mut buffer: Vec<Vec<f32>> = first.iter().map(|weights| vec![0.0; weights.len()]).collect();
-    let mut theta = first;
+    let mut global = Global::new(manifest.clone(), first);
     for step in 1..=steps {
-        for (engine, leases) in &mut sites {
+        for Site { engine, leases, .. } in &mut sites {
             leases.set_progress((step - 1) as f32 / steps as f32);
             engine.train(1)?;
         }
         if step % steps_per_round == 0 || step == steps {
-            let mean = mean(&mut sites)?;
-            for ((theta, buffer), mean) in theta.iter_mut().zip(&mut buffer).zip(mean) {
-                for ((theta, buffer), mean) in theta.iter_mut().zip(buffer).zip(mean) {
-                    let delta = *theta - mean;
-                    *buffer = momentum * *buffer + delta;
-                    *theta -= learning_rate * (delta + momentum * *buffer);
-                }
-            }
-            for (engine, _) in &mut sites {
-                write_weights(engine, &theta)?;
-            }
+            synchronize(row, &mut global, &mut sites, step == steps)?;
         }
     }
     Ok(Run {
-        nats: held_out_nats(text, training, &manifest, theta)?,
+        nats: held_out_nats(text, training, &manifest, global.theta)?,
         tokens: (steps * tokens_per_step) as f64,
         ..Run::default()
     })
 }
 
-/// Learning rate and momentum of the outer step; "auto" is a whole step without momentum here.
-fn outer(row: &Row) -> (f32, f32) {
-    match row.sync.outer {
-        OuterRule::Nesterov { learning_rate, momentum } => (learning_rate, momentum),
-        OuterRule::Memoryless { learning_rate } => (learning_rate, 0.0),
-        OuterRule::Auto { .. } => (1.0, 0.0),
+/// One round of all sites; the last one of all says everything.
+fn synchronize(row: &Row, global: &mut Global, sites: &mut [Site], is_last: bool) -> Result<()> {
+    let codec = |wished| match wished {
+        Setting::Is(Codec::Sparse(_) | Codec::E3m0) if is_last => Ok(Codec::Bf16),
+        Setting::Is(codec) => Ok(codec),
+        Setting::Auto => Err(anyhow::anyhow!("the row '{}' has no link to choose a codec for", row.name)),
+    };
+    let mut payloads = Vec::new();
+    for Site { engine, local, .. } in &mut *sites {
+        let mut weights = vec![0.0; local.theta(ALL).len()];
+        engine.read(ALL, &mut weights)?;
+        payloads.push(local.contribute(ALL, weights, codec(row.sync.up)?, &Alone)?.bytes);
     }
+    let contributions = payloads.iter().map(|bytes| weighted(bytes, global.theta[0].len()));
+    let contributions = contributions.collect::<Result<Vec<_>>>()?;
+    let guard = row.sync.guard();
+    let recipe =
+        Recipe { merge: row.sync.merge, rule: row.sync.outer, codec: codec(row.sync.down)?, share: 1.0, guard };
+    let commit = global.step(ALL, &contributions, &recipe, &Alone)?;
+    for Site { engine, local, .. } in sites {
+        local.delivered(ALL);
+        let (digest, change) = local.commit(ALL, commit.payload.clone(), &Alone)?;
+        anyhow::ensure!(digest == commit.digest, "a site holds another model than the coordinator");
+        change.apply(engine, ALL)?;
+    }
+    Ok(())
 }
 
-/// The mean of all engines' weights.
-fn mean(sites: &mut [(CpuEngine, Leases)]) -> Result<Vec<Vec<f32>>> {
-    let mut mean: Vec<Vec<f32>> = Vec::new();
-    let share = 1.0 / sites.len() as f32;
-    for (engine, _) in sites.iter_mut() {
-        let own = weights(engine)?;
-        mean.resize_with(own.len(), Vec::new);
-        for (mean, own) in mean.iter_mut().zip(own) {
-            mean.resize(own.len(), 0.0);
-            mean.iter_mut().zip(own).for_each(|(mean, own)| *mean += share * own);
-        }
-    }
-    Ok(mean)
+/// A contribution that counts as much as every other one.
+fn weighted(bytes: &[u8], count: usize) -> Result<Weighted<'_>> {
+    let payload = Payload::parse(bytes, count).context("a payload of our own")?;
+    Ok(Weighted { weight: 1.0, steps: 1, trust: 0.0, quality: 0.0, name: Digest::of(bytes), stale: false, payload })
 }

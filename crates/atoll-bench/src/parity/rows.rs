@@ -1,6 +1,6 @@
 //! What is compared: a row is the defaults with some knobs turned.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 use atoll_core::codec::Codec;
 use atoll_core::delta::{Feedback, Follow};
 use atoll_core::outer::{Averaging, OuterRule};
@@ -32,7 +32,7 @@ pub(super) struct Row {
 pub(super) enum Way {
     /// One engine with the rows of so many sites in each step.
     Parallel(usize),
-    /// Engines that average all their weights after every so many steps: local steps without a network, in f32.
+    /// Engines that synchronize all fragments after every so many steps: local steps without a network.
     Lockstep(u64),
     /// Sites and a coordinator.
     Sites,
@@ -82,52 +82,53 @@ fn usual() -> Row {
 const PARALLEL: &str = "parallel";
 /// A departure from the defaults.
 type Knob = (&'static str, fn(&mut Row));
+/// A departure by a number, written `knob=0.7`.
+type Dial = (&'static str, fn(&mut Row, f32));
 
-const NESTEROV: OuterRule = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.9 };
-
-/// All knobs: the ways, the training (which a baseline shares), and the rest, which is Atoll's own.
+/// Who trains.
 const WAYS: &[Knob] = &[
     (DEFAULT, |_| {}),
     (PARALLEL, |r| r.way = Way::Parallel(SITES)),
     ("one-alone", |r| r.way = Way::Parallel(1)),
-    ("lockstep-1", |r| r.way = Way::Lockstep(1)),
-    ("lockstep-2", |r| r.way = Way::Lockstep(2)),
-    ("lockstep-4", |r| r.way = Way::Lockstep(4)),
-    ("lockstep-8", |r| r.way = Way::Lockstep(8)),
-    ("lockstep-32", |r| r.way = Way::Lockstep(32)),
 ];
-const TRAINING: &[Knob] = &[
-    ("muon", |r| r.training.muon = Some(Muon { learning_rate: 3e-3, ..Muon::default() })),
-    ("lr-half", |r| r.training.optimizer.learning_rate *= 0.5),
-    ("lr-double", |r| r.training.optimizer.learning_rate *= 2.0),
-    ("embedding-8", |r| r.training.optimizer.embedding_rate = 8.0),
-    ("embedding-128", |r| r.training.optimizer.embedding_rate = 128.0),
-    ("floor-0", |r| r.training.optimizer.embedding_floor = 0.0),
-    ("floor-0.1", |r| r.training.optimizer.embedding_floor = 0.1),
-    ("beta2-99", |r| r.training.optimizer.beta2 = 0.99),
-    ("beta2-999", |r| r.training.optimizer.beta2 = 0.999),
-    ("rows-2", |r| r.training.rows = 2),
-    ("rows-4", |r| r.training.rows = 4),
-    ("rows-16", |r| r.training.rows = 16),
-    ("rows-32", |r| r.training.rows = 32),
+/// Sites side by side that average every so many steps, plainly and in f32 unless knobs behind it say otherwise.
+const LOCKSTEP: &str = "lockstep";
+
+/// How everybody trains, baseline and sites.
+const TRAINING: &[Dial] = &[
+    ("rate", |r, by| scale_rates(&mut r.training, by)),
+    ("embedding", |r, rate| r.training.optimizer.embedding_rate = rate),
+    ("floor", |r, share| r.training.optimizer.embedding_floor = share),
+    ("beta2", |r, beta| r.training.optimizer.beta2 = beta),
+    ("rows", |r, rows| r.training.rows = rows as usize),
+    ("muon", |r, rate| r.training.muon = Some(Muon { learning_rate: rate, ..Muon::default() })),
 ];
+/// How sites alone train.
+const SITES_OWN: &[Dial] = &[
+    ("inner-rate", |r, by| scale_rates(&mut r.training, by)),
+    ("inner-embedding", |r, rate| r.training.optimizer.embedding_rate = rate),
+    ("inner-beta1", |r, beta| r.training.optimizer.beta1 = beta),
+    ("inner-beta2", |r, beta| r.training.optimizer.beta2 = beta),
+    ("inner-clip", |r, norm| r.training.optimizer.clip_norm = norm),
+    ("inner-final", |r, share| r.training.optimizer.final_share = share),
+    ("h", |r, steps| r.sync.steps = Setting::Is(steps as u32)),
+    ("step", |r, rate| r.sync.outer = OuterRule::Nesterov { learning_rate: rate, momentum: momentum(r) }),
+    ("momentum", |r, mu| r.sync.outer = OuterRule::Nesterov { learning_rate: step(r), momentum: mu }),
+    ("auto-momentum", |r, momentum| r.sync.outer = OuterRule::Auto { momentum }),
+];
+/// What else is Atoll's own.
 const OURS: &[Knob] = &[
     ("memoryless", |r| r.sync.outer = OuterRule::Memoryless { learning_rate: 1.0 }),
-    ("momentum-0.6", |r| r.sync.outer = OuterRule::Auto { momentum: 0.6 }),
-    ("nesterov", |r| r.sync.outer = NESTEROV),
+    ("nesterov", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.9 }),
     ("buffer", |r| r.sync.feedback = Feedback::Buffer),
     ("plain", |r| r.sync.merge = Averaging::Plain),
+    ("radial", |r| r.sync.merge = Averaging::Radial),
     ("carry", |r| r.sync.follow = Follow::Carry),
     ("overwrite", |r| r.sync.follow = Follow::Overwrite),
-    ("h1", |r| r.sync.steps = Setting::Is(1)),
-    ("h2", |r| r.sync.steps = Setting::Is(2)),
-    ("h4", |r| r.sync.steps = Setting::Is(4)),
-    ("h8", |r| r.sync.steps = Setting::Is(8)),
-    ("h16", |r| r.sync.steps = Setting::Is(16)),
-    ("h64", |r| r.sync.steps = Setting::Is(64)),
     ("f32", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::F32), Setting::Is(Codec::F32))),
     ("bf16", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::Bf16), Setting::Is(Codec::Bf16))),
     ("e3m0", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::E3m0), Setting::Is(Codec::E3m0))),
+    ("sparse", |r| (r.sync.up, r.sync.down) = (Sync::default().up, Sync::default().down)),
     ("auto-codec", |r| (r.sync.up, r.sync.down) = (Setting::Auto, Setting::Auto)),
     ("up-f32", |r| r.sync.up = Setting::Is(Codec::F32)),
     ("down-f32", |r| r.sync.down = Setting::Is(Codec::F32)),
@@ -135,33 +136,49 @@ const OURS: &[Knob] = &[
     ("own-text", |r| r.share = Share::Own),
     ("ignore", |r| r.sync.absent = Absent::Ignore),
     ("whole", |r| r.sync.fragments = 1),
-    ("inner-0.7", |r| r.training.optimizer.learning_rate *= 0.7),
-    ("inner-half", |r| r.training.optimizer.learning_rate *= 0.5),
-    ("inner-double", |r| r.training.optimizer.learning_rate *= 2.0),
-    ("inner-1.4", |r| r.training.optimizer.learning_rate *= 1.4),
-    ("inner-beta2-99", |r| r.training.optimizer.beta2 = 0.99),
-    ("nesterov-0.5", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.5 }),
-    ("step-2", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 2.0, momentum: 0.0 }),
-    ("step-1.5", |r| r.sync.outer = OuterRule::Nesterov { learning_rate: 1.5, momentum: 0.0 }),
 ];
+
+/// Multiplies the learning rates of both inner optimizers.
+fn scale_rates(training: &mut Training, by: f32) {
+    training.optimizer.learning_rate *= by;
+    if let Some(muon) = &mut training.muon {
+        muon.learning_rate *= by;
+    }
+}
+
+/// η of a row whose outer rule says one.
+fn step(row: &Row) -> f32 {
+    match row.sync.outer {
+        OuterRule::Nesterov { learning_rate, .. } | OuterRule::Memoryless { learning_rate } => learning_rate,
+        OuterRule::Auto { .. } => 1.0,
+    }
+}
+
+/// μ of a row whose outer rule says one.
+fn momentum(row: &Row) -> f32 {
+    match row.sync.outer {
+        OuterRule::Nesterov { momentum, .. } => momentum,
+        OuterRule::Memoryless { .. } | OuterRule::Auto { .. } => 0.0,
+    }
+}
 
 /// The rows of a whole table.
 const TABLE: &[&str] = &[
     PARALLEL,
-    "parallel+muon",
+    "parallel+muon=0.003",
     DEFAULT,
     // One knob of the defaults at a time: does it pay?
     "memoryless",
-    "momentum-0.6",
+    "auto-momentum=0.6",
     "nesterov",
     "buffer",
     "plain",
     "carry",
     "overwrite",
-    "h4",
-    "h8",
-    "h16",
-    "h64",
+    "h=4",
+    "h=8",
+    "h=16",
+    "h=64",
     "f32",
     "bf16",
     "e3m0",
@@ -170,8 +187,8 @@ const TABLE: &[&str] = &[
     "even",
     "even+plain",
     "even+nesterov",
-    "nesterov+h64",
-    "muon",
+    "nesterov+h=64",
+    "muon=0.003",
     "own-text",
     "own-text+ignore",
     "one-alone",
@@ -197,17 +214,42 @@ pub(super) fn rows(names: &[String]) -> Result<Vec<Row>> {
 fn row(name: &str) -> Result<Row> {
     let mut row = Row { name: name.to_string(), ..usual() };
     for word in name.split('+') {
-        let knobs = || [WAYS, TRAINING, OURS].into_iter().flatten();
-        let Some((_, turn)) = knobs().find(|(knob, _)| *knob == word) else {
-            let known: Vec<&str> = knobs().map(|(knob, _)| *knob).collect();
-            bail!("there is no knob '{word}' for the row '{name}'\nhint: join some of these by +: {}", known.join(" "));
-        };
-        turn(&mut row);
-        if TRAINING.iter().any(|(knob, _)| *knob == word) {
+        turn(&mut row, word).with_context(|| format!("the row '{name}'"))?;
+        let dial = word.split('=').next().unwrap_or(word);
+        if TRAINING.iter().any(|(knob, _)| *knob == dial) {
             row.against = format!("{}+{word}", row.against);
         }
     }
     Ok(row)
+}
+
+/// Turns the knob that `word` names, or the dial with its number.
+fn turn(row: &mut Row, word: &str) -> Result<()> {
+    let Some((dial, number)) = word.split_once('=') else {
+        let knob = [WAYS, OURS].into_iter().flatten().find(|(knob, _)| *knob == word);
+        let (_, turn) = knob.with_context(|| unknown(word))?;
+        turn(row);
+        return Ok(());
+    };
+    let number: f32 = number.parse().with_context(|| format!("'{number}' of {dial} is no number"))?;
+    if dial == LOCKSTEP {
+        row.way = Way::Lockstep((number as u64).max(1));
+        row.sync.merge = Averaging::Plain;
+        row.sync.outer = OuterRule::Memoryless { learning_rate: 1.0 };
+        (row.sync.up, row.sync.down) = (Setting::Is(Codec::F32), Setting::Is(Codec::F32));
+        return Ok(());
+    }
+    let found = [TRAINING, SITES_OWN].into_iter().flatten().find(|(knob, _)| *knob == dial);
+    let (_, turn) = found.with_context(|| unknown(word))?;
+    turn(row, number);
+    Ok(())
+}
+
+fn unknown(word: &str) -> String {
+    let knobs: Vec<&str> = [WAYS, OURS].into_iter().flatten().map(|(knob, _)| *knob).collect();
+    let dials = [TRAINING, SITES_OWN].into_iter().flatten().map(|(dial, _)| *dial);
+    let dials: Vec<String> = [LOCKSTEP].into_iter().chain(dials).map(|dial| format!("{dial}=N")).collect();
+    format!("there is no knob '{word}'\nhint: join some of these by +: {} {}", knobs.join(" "), dials.join(" "))
 }
 
 #[cfg(test)]
@@ -227,9 +269,12 @@ mod tests {
 
     #[test]
     fn knobs_add_up() {
-        let rows = rows(&["muon+even+h4".to_string()]).unwrap();
-        assert_eq!(rows.iter().map(|row| row.name.as_str()).collect::<Vec<_>>(), ["parallel+muon", "muon+even+h4"]);
+        let rows = rows(&["muon=0.003+even+h=4".to_string()]).unwrap();
+        assert_eq!(rows.iter().map(|row| row.name.as_str()).collect::<Vec<_>>(), ["parallel+muon=0.003", "muon=0.003+even+h=4"]);
         assert_eq!((rows[1].sync.steps, rows[1].speeds), (Setting::Is(4), [1.0; SITES]));
-        assert!(row("even+odd").unwrap_err().to_string().contains("'odd'"));
+        assert_eq!(row("lockstep=8+sparse").unwrap().sync.up, Sync::default().up);
+        for wrong in ["even+odd", "h", "h=few", "even=1"] {
+            assert!(format!("{:#}", row(wrong).unwrap_err()).contains(wrong), "{wrong}");
+        }
     }
 }
