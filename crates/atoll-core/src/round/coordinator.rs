@@ -2,6 +2,7 @@
 //! until a quorum and a grace window have passed, then it is merged and becomes a commit. A
 //! contribution that comes too late is simply early for the next round.
 
+mod census;
 mod members;
 mod pace;
 mod receipts;
@@ -11,12 +12,13 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::codec::Payload;
 use crate::hash::Digest;
-use crate::journal::{Accepted, Act, Book, Commit, Entry, Evaluated, Member, Trial};
+use crate::journal::{Accepted, Act, Book, Commit, Entry, Evaluated, Trial};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe, guard};
 use crate::plan::{self, Codecs, Link, Load, Rung};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
+use census::Census;
 pub use members::Refusal;
 use pace::Lead;
 
@@ -193,6 +195,9 @@ pub struct Coordinator {
     /// Codecs to choose from.
     ladder: Vec<Rung>,
     lead: Lead,
+    census: Census,
+    /// When it was last looked who has been away for long.
+    swept: Option<Time>,
 }
 
 /// What is known about a site only while the coordinator lives.
@@ -247,6 +252,8 @@ const NOTICES: u64 = 8;
 const ROUNDS_AWAY: f64 = 20.0;
 /// … but not before this many seconds.
 pub(super) const SECONDS_AWAY: f64 = 30.0;
+/// Reports are followed by a look at who has been away only after this many seconds: each has a look at every site.
+const SWEEP_SECONDS: f64 = 0.5;
 /// A site is silent after this many of its own reporting intervals.
 const INTERVALS_SILENT: f64 = 6.0;
 /// A site is stalled after this many of its own step times without a step.
@@ -277,6 +284,8 @@ impl Coordinator {
             evaluation: Evaluation::default(),
             pace: Pace::default(),
             lead: Lead::NONE,
+            census: Census::default(),
+            swept: None,
         };
         machine.look_who_leads();
         machine
@@ -295,6 +304,7 @@ impl Coordinator {
     /// Takes in what happened and says what to do.
     pub fn handle(&mut self, now: Time, event: Event) -> Vec<Order> {
         let mut orders = Vec::new();
+        let is_report = matches!(event, Event::Heard(..));
         match event {
             Event::Heard(site, status) => self.hear(now, &site, *status, &mut orders),
             Event::Gone(site) => {
@@ -302,7 +312,7 @@ impl Coordinator {
                     (view.connected, view.pushed) = (false, Vec::new());
                 }
                 self.evaluation.asked.take_if(|(asked, _)| *asked == site);
-                self.look_who_leads();
+                self.look_who_is_there();
             }
             Event::Arrived(site, payload, seen) => self.arrive(&site, payload, seen, &mut orders),
             Event::Useless(site, payload, why) => self.arrive_useless(&site, payload, why, &mut orders),
@@ -313,7 +323,7 @@ impl Coordinator {
             Event::Unmergeable(fragment, payload, why) => self.give_up_merge(fragment, payload, &why, &mut orders),
             Event::Tick => {}
         }
-        self.advance(now, &mut orders);
+        self.advance(now, is_report, &mut orders);
         orders
     }
 
@@ -339,11 +349,11 @@ impl Coordinator {
         if here.is_empty() {
             return Waiting::Contributions;
         }
-        let awaited = self.awaited(now);
-        let needed = self.quorum(awaited.len());
+        let needed = self.quorum(self.count_awaited(now));
         if here.len() < needed {
             return Waiting::Quorum { here: here.len(), needed };
         }
+        let awaited = self.awaited(now);
         let end = round.quorum_since.unwrap_or(now).after(self.grace(&awaited));
         let missing = awaited.into_iter().filter(|site| here.binary_search(&site).is_err());
         let expected = missing.filter_map(|site| Some((self.expected(&site, index)?, site)));
@@ -370,6 +380,9 @@ impl Coordinator {
     }
 
     fn record(&mut self, entry: Entry, orders: &mut Vec<Order>) -> bool {
+        if !matches!(entry, Entry::Leased { .. }) {
+            self.census.forget();
+        }
         match self.book.apply(&entry) {
             Ok(()) => orders.push(Order::Record(entry)),
             Err(error) => {
@@ -420,23 +433,26 @@ impl Coordinator {
         self.record(Entry::Joined { site: site.clone(), session, dataset, samples }, orders);
         self.evaluation.asked.take_if(|(asked, _)| asked == site);
         self.views.remove(site);
-        self.look_who_leads();
+        self.look_who_is_there();
     }
 
     fn view(&mut self, now: Time, site: &SiteId, status: Status) {
-        let Some(view) = self.views.get_mut(site) else {
+        let Some(view) = self.views.get(site) else {
             let pushed = Vec::new();
             let view = View { status, connected: true, heard: now, interval: 0.0, progressed: now, pushed };
             self.views.insert(site.clone(), view);
-            self.look_who_leads();
+            self.look_who_is_there();
             return;
         };
+        let footing = view.connected.then(|| self.footing(view));
+        let was_awaited = self.is_awaited(now, site, view);
+        let Some(view) = self.views.get_mut(site) else { return };
         view.interval = plan::smooth(view.interval, now.seconds_since(view.heard), 0.2);
         if status.vitals.steps > view.status.vitals.steps {
             view.progressed = now;
         }
         (view.heard, view.connected, view.status) = (now, true, status);
-        self.look_who_leads();
+        self.look_again(now, site, was_awaited, footing);
     }
 
     /// Whether a contribution of `site` is in an outer step that is being computed.
@@ -467,7 +483,7 @@ impl Coordinator {
         self.drop_pending(site, orders);
         self.record(Entry::Returned { site: site.clone(), why: why.to_string() }, orders);
         self.views.remove(site);
-        self.look_who_leads();
+        self.look_who_is_there();
     }
 
     fn note_evaluation(&mut self, now: Time, site: &SiteId, status: &Status, orders: &mut Vec<Order>) {
@@ -486,7 +502,7 @@ impl Coordinator {
     // ---- rounds ----
 
     /// Does whatever time or the latest event has made possible.
-    fn advance(&mut self, now: Time, orders: &mut Vec<Order>) {
+    fn advance(&mut self, now: Time, is_report: bool, orders: &mut Vec<Order>) {
         if self.views.values().any(|view| view.is_live(now) && view.status.vitals.steps > 0) {
             self.seconds += self.advanced.map_or(0.0, |before| now.seconds_since(before));
         }
@@ -496,8 +512,12 @@ impl Coordinator {
         }
         self.reset_empty_rounds();
         self.return_leases_of_the_revoked(orders);
-        self.return_leases_of_the_lost(now, orders);
-        let awaited = self.views.iter().filter(|(site, view)| self.is_awaited(now, site, view)).count();
+        if !is_report || self.swept.is_none_or(|swept| now.seconds_since(swept) >= SWEEP_SECONDS) {
+            self.swept = Some(now);
+            self.return_leases_of_the_lost(now, orders);
+        }
+        self.keep_count(now);
+        let awaited = self.count_awaited(now);
         for index in 0..self.rounds.len() {
             self.advance_round(now, index, awaited, orders);
         }
@@ -637,30 +657,13 @@ impl Coordinator {
         wished.clamp(1, live.max(1))
     }
 
-    /// Sites that take part.
-    fn live(&self, now: Time) -> Vec<SiteId> {
-        self.views.iter().filter(|(_, view)| view.is_live(now)).map(|(site, _)| site.clone()).collect()
-    }
-
-    /// Sites that a round waits for.
-    fn awaited(&self, now: Time) -> Vec<SiteId> {
-        let awaited = self.views.iter().filter(|(site, view)| self.is_awaited(now, site, view));
-        awaited.map(|(site, _)| site.clone()).collect()
-    }
-
-    /// Whether rounds wait for a site: it takes part, and the latest that came from it was not refused. Whoever sends
-    /// nothing but nonsense would hold up everybody; the next good contribution counts all the same.
-    fn is_awaited(&self, now: Time, site: &SiteId, view: &View) -> bool {
-        view.is_live(now) && !self.book.sites.get(site).is_some_and(Member::is_refused)
-    }
-
     fn return_leases_of_the_lost(&mut self, now: Time, orders: &mut Vec<Order>) {
         let started = *self.started.get_or_insert(now);
         let is_patience_over = |site: &SiteId, view: &View| {
             let patience = (ROUNDS_AWAY * self.round_seconds(site).unwrap_or(0.0)).max(SECONDS_AWAY);
             now.seconds_since(view.heard) > patience
         };
-        // Asked of every site whenever anything happens, so the cheap question comes first.
+        // Asked of every site, and often, so the cheap question comes first.
         let away =
             |site: &SiteId, view: &View| view.status.leaving || (!view.is_live(now) && is_patience_over(site, view));
         let seen = self.views.iter().filter(|(site, view)| away(site, view)).map(|(site, _)| site);
@@ -799,17 +802,27 @@ impl View {
 
     /// Connected, heard of lately, and taking steps: nobody waits for a site that is not.
     fn is_live(&self, now: Time) -> bool {
-        let step = self.status.vitals.step_seconds;
+        self.live_until().is_some_and(|until| now <= until)
+    }
+
+    /// How long it counts as living if nothing more is heard of it; none if it does not.
+    fn live_until(&self) -> Option<Time> {
+        let Status { vitals, fragments, drained, .. } = &self.status;
         // Whoever has not finished a first step cannot be waited for.
-        let stalled = step == 0.0 || now.seconds_since(self.progressed) > (STEPS_STALLED * step).max(5.0);
-        let whole = self.status.fragments.iter().all(Option::is_some);
-        let drained = self.status.drained && self.status.vitals.steps > 0;
-        self.is_heard(now) && whole && (!stalled || drained)
+        let stalled =
+            (vitals.step_seconds > 0.0).then(|| self.progressed.after((STEPS_STALLED * vitals.step_seconds).max(5.0)));
+        let moves = if *drained && vitals.steps > 0 { Some(self.heard_until()) } else { stalled };
+        let is_whole = fragments.iter().all(Option::is_some);
+        moves.filter(|_| self.connected && is_whole).map(|moves| moves.min(self.heard_until()))
     }
 
     /// Connected and heard of lately.
     fn is_heard(&self, now: Time) -> bool {
-        self.connected && now.seconds_since(self.heard) <= (INTERVALS_SILENT * self.interval).max(3.0)
+        self.connected && now <= self.heard_until()
+    }
+
+    fn heard_until(&self) -> Time {
+        self.heard.after((INTERVALS_SILENT * self.interval).max(3.0))
     }
 }
 

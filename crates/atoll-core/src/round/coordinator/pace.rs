@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use super::census::Footing;
 use super::{Coordinator, Forecast, View};
 use crate::codec::Codec;
 use crate::plan::{self, Codecs, Load, Rung};
@@ -25,11 +26,23 @@ pub(super) struct Lead {
     step_seconds: f64,
     /// The rung of the ladder that every link carries.
     rung: usize,
+    /// Seconds between two contributions of a fragment that every link needs.
+    needed: f64,
 }
 
 impl Lead {
     /// Before any site is known.
-    pub(super) const NONE: Self = Self { steps: 0, step_seconds: 0.0, rung: 0 };
+    pub(super) const NONE: Self = Self { steps: 0, step_seconds: 0.0, rung: 0, needed: 0.0 };
+
+    /// Whether the lead is the same after a connected site stood there `before` and stands here now: it has not
+    /// overtaken the others in anything, and where it was the one that leads, it still is.
+    pub(super) fn outlasts(&self, before: Footing, after: Footing) -> bool {
+        let is_kept = |lead: f64, before: f64, after: f64| after >= lead && (before > lead || after == lead);
+        self.step_seconds > 0.0
+            && is_kept(self.step_seconds, before.step_seconds, after.step_seconds)
+            && is_kept(-(self.rung as f64), -(before.rung as f64), -(after.rung as f64))
+            && is_kept(-self.needed, -before.needed, -after.needed)
+    }
 }
 
 /// What there is to choose from for fragments of these lengths, richest first; never nothing.
@@ -82,27 +95,31 @@ impl Coordinator {
         plan::steps_for(self.lead.steps, own, self.lead.step_seconds)
     }
 
-    /// Looks who leads; to be done whenever what is known of a site has changed. Whatever asks for the lead may ask for
-    /// every site, which would make a round's cost grow with the square of the sites.
+    /// Looks who leads, at every site.
     pub(super) fn look_who_leads(&mut self) {
         let steps = self.views.values().map(View::step_seconds).filter(|&seconds| seconds > 0.0);
         self.lead.step_seconds = steps.reduce(f64::min).unwrap_or(0.0);
         // All sites get the same bytes, so the thinnest link decides.
         self.lead.rung = self.connected().map(|view| self.rung_of(view)).max().unwrap_or(self.ladder.len() - 1);
-        self.lead.steps = self.base_steps();
+        self.lead.needed = self.connected().map(|view| self.needed(view)).fold(0.0, f64::max);
+        self.lead.steps = match self.sync.steps {
+            Setting::Auto => plan::steps_to_hide(self.lead.needed, self.lead.step_seconds),
+            Setting::Is(steps) => steps,
+        };
     }
 
-    /// Inner steps between two contributions of a fragment at the fastest site.
-    fn base_steps(&self) -> u32 {
-        let Setting::Auto = self.sync.steps else { return self.steps_wished() };
-        let needed = self.connected().map(|view| {
-            let load = self.load_on(self.rung_of(view));
-            plan::hiding_seconds(&view.status.vitals.link, &load)
-        });
-        plan::steps_to_hide(needed.fold(0.0, f64::max), self.lead.step_seconds)
+    /// Where the site of that view stands.
+    pub(super) fn footing(&self, view: &View) -> Footing {
+        let step_seconds = Some(view.step_seconds()).filter(|&seconds| seconds > 0.0).unwrap_or(f64::INFINITY);
+        Footing { step_seconds, rung: self.rung_of(view), needed: self.needed(view) }
     }
 
-    /// Those where no link calls for more.
+    /// Seconds between two contributions of a fragment that a site's link needs.
+    fn needed(&self, view: &View) -> f64 {
+        plan::hiding_seconds(&view.status.vitals.link, &self.load_on(self.rung_of(view)))
+    }
+
+    /// Inner steps between two contributions where no link calls for more.
     fn steps_wished(&self) -> u32 {
         match self.sync.steps {
             Setting::Is(steps) => steps,

@@ -101,8 +101,8 @@ impl Coordinator {
 
     /// Contributions of `site` that wait for their rounds.
     fn pending(&self, site: &SiteId) -> impl Iterator<Item = &Receipt> {
-        let all = self.rounds.iter().flat_map(|round| &round.pending);
-        all.filter(move |((owner, _), _)| owner == site).map(|(_, receipt)| receipt)
+        let all = (site.clone(), 0)..=(site.clone(), u64::MAX);
+        self.rounds.iter().flat_map(move |round| round.pending.range(all.clone())).map(|(_, receipt)| receipt)
     }
 
     // ---- what is wrong with a receipt ----
