@@ -83,9 +83,13 @@ impl Coordinator {
         } else if was_awaited {
             self.census.until = self.census.until.min(view.live_until());
         }
-        if !before.is_some_and(|before| self.lead.outlasts(before, after)) {
-            self.look_who_leads();
+        let is_known = before.is_some_and(|before| self.lead.outlasts(before, after));
+        if is_known && !cfg!(debug_assertions) {
+            return;
         }
+        let lead = self.lead;
+        self.look_who_leads();
+        debug_assert!(!is_known || self.lead == lead, "{:?} leads unnoticed, not {lead:?}", self.lead);
     }
 }
 

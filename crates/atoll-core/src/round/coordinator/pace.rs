@@ -18,7 +18,7 @@ const STEPS_SLACK: f64 = 1.0;
 const WAY_SLACK: f64 = 2.0;
 
 /// What all others go by: the fastest site, and the thinnest link.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Lead {
     /// Inner steps between two contributions of a fragment.
     pub(super) steps: u32,
