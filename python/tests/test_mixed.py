@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 TOKENS = 1_500_000
-CHANGES = [("evaluate_seconds = 30.0", "evaluate_seconds = 1.0"), ('up = "sparse:96"', 'up = "bf16"'), ('down = "sparse:224"', 'down = "bf16"')]
+CHANGES = [("evaluate_seconds = 30.0", "evaluate_seconds = 1.0"), ('up = "auto"', 'up = "bf16"'), ('down = "auto"', 'down = "bf16"')]
 
 
 def held_out(lab, sites):

@@ -19,6 +19,7 @@ use atoll_core::hash::Digest;
 use atoll_core::journal::{Chain, Commit, Entry, Invitation};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
+use atoll_core::plan;
 use atoll_core::rng::Rng;
 use atoll_core::round::{Goal, Setting, Sync};
 use atoll_core::site::SiteId;
@@ -272,7 +273,9 @@ impl Scenario {
 
     fn config(&self) -> RunConfig {
         // Looking at the held-out loss is compute too, and not what is measured here.
-        let mut sync = Sync { steps: Setting::Is(self.steps), evaluate_seconds: 1e6, ..Sync::default() };
+        let (up, down) = plan::THINNEST;
+        let (steps, up, down) = (Setting::Is(self.steps), Setting::Is(up), Setting::Is(down));
+        let mut sync = Sync { steps, up, down, evaluate_seconds: 1e6, ..Sync::default() };
         sync.fragments = self.fragments.unwrap_or(sync.fragments);
         RunConfig {
             name: self.bench.to_string(),

@@ -21,6 +21,11 @@ impl Link {
     pub fn is_sane(&self) -> bool {
         [self.up, self.down].iter().all(|rate| (0.0..1e15).contains(rate)) && (0.0..1e6).contains(&self.rtt)
     }
+
+    /// Whether it has been measured both ways.
+    fn is_known(&self) -> bool {
+        self.up > 0.0 && self.down > 0.0
+    }
 }
 
 /// Bytes that a site moves while every fragment is synchronized once.
@@ -34,10 +39,15 @@ pub struct Load {
     pub fragments: usize,
 }
 
-/// Inner steps between two contributions where nothing calls for more.
+/// Inner steps between two contributions before it is known what they take.
 pub const STEPS: u32 = 32;
-/// More than so many times [`STEPS`] harms the model more than a thin link does: such a site misses rounds instead.
-const STEPS_FACTOR_MAX: u32 = 16;
+/// Where nothing calls for more, as many as take this many seconds: more rounds are better for the loss, and each costs
+/// every site and the coordinator some of their processors' time …
+const ROUND_SECONDS: f64 = 1.0;
+/// … but not fewer than this, nor more than [`STEPS`].
+const STEPS_MIN: u32 = 4;
+/// More than this harms the model more than a thin link does: such a site misses rounds instead.
+const STEPS_MAX: u32 = 16 * STEPS;
 /// Share of a link that payloads may take on average.
 const LINK_SHARE: f64 = 0.8;
 /// Share of the time between two contributions of a fragment within which the first should be settled.
@@ -82,18 +92,36 @@ pub struct Rung {
 /// Number of the richest rung of the `ladder` whose load hides behind `seconds` of computing on that link; of the last
 /// where none does, or where nothing is known of the link.
 pub fn richest_hidden(ladder: &[Rung], link: &Link, seconds: f64) -> usize {
-    let is_known = link.up > 0.0 && link.down > 0.0;
-    let hides = |rung: &Rung| is_known && hiding_seconds(link, &rung.load) <= seconds;
+    let hides = |rung: &Rung| link.is_known() && hiding_seconds(link, &rung.load) <= seconds;
     ladder.iter().position(hides).unwrap_or(ladder.len().saturating_sub(1))
+}
+
+/// Inner steps of `step_seconds` between two contributions that let sites drift apart the least, of those that hide what
+/// a rung of the `ladder` moves behind computing; those of the last rung if none can, or if nothing is known of the link.
+pub fn best_steps(ladder: &[Rung], link: &Link, step_seconds: f64) -> u32 {
+    let Some((last, others)) = ladder.split_last() else { return STEPS };
+    let needed = |rung: &Rung| hiding_seconds(link, &rung.load);
+    let can = |rung: &&Rung| link.is_known() && needed(rung) <= f64::from(STEPS_MAX) * step_seconds;
+    let steps = |rung: &Rung| steps_to_hide(needed(rung), step_seconds);
+    let drift = |rung: &Rung| f64::from(steps(rung)) * rounds_to_tell(rung.codecs.0);
+    let best = others.iter().filter(can).chain([last]).min_by(|a, b| drift(a).total_cmp(&drift(b)));
+    best.map_or(STEPS, steps)
+}
+
+/// Rounds of a codec in which sites drift as far apart as in one of a codec that tells everything. A sparse one speaks of a
+/// weight when its random walk has come far enough, every 1/density rounds; the mean square of such a walk is a sixth
+/// of the square of its end, that of one that ends at a set time a half.
+fn rounds_to_tell(codec: Codec) -> f64 {
+    (1.0 / (3.0 * codec.density())).max(1.0)
 }
 
 /// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them.
 pub fn steps_to_hide(needed: f64, step_seconds: f64) -> u32 {
-    if step_seconds <= 0.0 || needed <= 0.0 {
+    if step_seconds <= 0.0 {
         return STEPS;
     }
-    let steps = (needed / step_seconds).ceil();
-    if steps >= f64::from(STEPS * STEPS_FACTOR_MAX) { STEPS * STEPS_FACTOR_MAX } else { (steps as u32).max(STEPS) }
+    let steps = |seconds: f64| (seconds / step_seconds).ceil().min(f64::from(STEPS_MAX)) as u32;
+    steps(needed).max(steps(ROUND_SECONDS).clamp(STEPS_MIN, STEPS))
 }
 
 /// Inner steps for a site that takes `step_seconds` each, when the fastest takes `fastest_seconds` and
@@ -133,8 +161,30 @@ mod tests {
         assert_eq!(steps_to_hide(needed, 0.03), 99);
         // A fat link needs no more than is good for the loss; an absurdly thin one is not waited for.
         assert_eq!(steps_to_hide(hiding_seconds(&Link { up: 1e9, down: 1e9, rtt: 0.05 }, &load), 0.03), STEPS);
-        assert_eq!(steps_to_hide(hiding_seconds(&Link { up: 1.0, down: 1.0, rtt: 0.05 }, &load), 0.03), STEPS * 16);
+        assert_eq!(steps_to_hide(hiding_seconds(&Link { up: 1.0, down: 1.0, rtt: 0.05 }, &load), 0.03), STEPS_MAX);
         assert_eq!(steps_to_hide(hiding_seconds(&Link::default(), &load), 0.03), STEPS);
+    }
+
+    #[test]
+    fn rounds_last_a_second_where_nothing_calls_for_more() {
+        let steps = [0.001, 0.03, 0.05, 0.25, 1.0, 60.0].map(|seconds| steps_to_hide(0.0, seconds));
+        assert_eq!(steps, [STEPS, STEPS, 20, STEPS_MIN, STEPS_MIN, STEPS_MIN]);
+        assert_eq!(steps_to_hide(0.0, 0.0), STEPS, "nothing is known yet");
+    }
+
+    /// 30.8 M weights, steps of 0.1 s. E3M0 needs 16 steps at 100 Mbit/s and 159 at 10 Mbit/s, where sparse rounds of 18
+    /// would take 14 times as many to tell everything; at 1 Mbit/s only these hide.
+    #[test]
+    fn rounds_are_as_short_as_is_good_for_the_loss() {
+        let bytes = |codec: Codec| codec.payload_len(30_800_000) as u64;
+        let ladder = LADDER
+            .map(|codecs @ (up, down)| Rung { codecs, load: Load { up: bytes(up), down: bytes(down), fragments: 4 } });
+        let at = |megabits: f64| {
+            let link = Link { up: megabits * 1.25e5, down: megabits * 1.25e5, rtt: 0.05 };
+            best_steps(&ladder, &link, 0.1)
+        };
+        assert_eq!([10_000.0, 100.0, 10.0, 1.0].map(at), [10, 16, 159, 178]);
+        assert_eq!(best_steps(&ladder, &Link::default(), 0.1), 10, "nothing is known yet");
     }
 
     /// 30.8 M weights behind 32 steps of 0.1 s: bf16 would take 4.9 s at 100 Mbit/s, E3M0 takes 1.3.

@@ -30,7 +30,7 @@ use crate::hash::Digest;
 use crate::journal::{Evaluated, Notice, Settled};
 use crate::manifest::FragmentId;
 use crate::outer::{Averaging, Guard, OuterRule, Robust};
-use crate::plan;
+use crate::plan::Link;
 
 /// A setting that follows from what is measured unless the operator chooses: `"auto"` or a value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -101,8 +101,8 @@ pub enum Absent {
 pub struct Sync {
     /// Fragments, P; each is a round of its own.
     pub fragments: usize,
-    /// Inner steps between two contributions of a fragment at the fastest site, H. `auto`: as few as are good for the
-    /// loss, and as many as the thinnest link needs so that synchronization hides behind computing.
+    /// Inner steps between two contributions of a fragment at the fastest site, H. `auto`: what takes a second, and as
+    /// many more as the thinnest link needs so that synchronization hides behind computing.
     pub steps: Setting<u32>,
     /// Sites that must contribute before a round may close; 0 means more than half of the living.
     pub quorum: usize,
@@ -134,8 +134,8 @@ impl Default for Sync {
             fragments: 4,
             steps: Setting::Auto,
             quorum: 0,
-            up: Setting::Is(plan::THINNEST.0),
-            down: Setting::Is(plan::THINNEST.1),
+            up: Setting::Auto,
+            down: Setting::Auto,
             merge: Averaging::default(),
             robust: Robust::default(),
             weight_max: 0.5,
@@ -277,7 +277,7 @@ pub struct Vitals {
     /// Bytes of payloads sent and received in this session.
     pub payload_bytes: (u64, u64),
     /// What its link does.
-    pub link: plan::Link,
+    pub link: Link,
     /// Times that a digest was not the announced one.
     pub digest_mismatches: u64,
 }

@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use atoll_core::codec::Codec;
 use atoll_core::delta::{Feedback, Follow};
 use atoll_core::outer::{Averaging, OuterRule};
+use atoll_core::plan;
 use atoll_core::round::{Absent, Setting, Sync};
 use atoll_core::training::{AdamW, Muon, Training};
 
@@ -86,11 +87,8 @@ type Knob = (&'static str, fn(&mut Row));
 type Dial = (&'static str, fn(&mut Row, f32));
 
 /// Who trains.
-const WAYS: &[Knob] = &[
-    (DEFAULT, |_| {}),
-    (PARALLEL, |r| r.way = Way::Parallel(SITES)),
-    ("one-alone", |r| r.way = Way::Parallel(1)),
-];
+const WAYS: &[Knob] =
+    &[(DEFAULT, |_| {}), (PARALLEL, |r| r.way = Way::Parallel(SITES)), ("one-alone", |r| r.way = Way::Parallel(1))];
 /// Sites side by side that average every so many steps, plainly and in f32 unless knobs behind it say otherwise.
 const LOCKSTEP: &str = "lockstep";
 
@@ -128,15 +126,20 @@ const OURS: &[Knob] = &[
     ("f32", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::F32), Setting::Is(Codec::F32))),
     ("bf16", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::Bf16), Setting::Is(Codec::Bf16))),
     ("e3m0", |r| (r.sync.up, r.sync.down) = (Setting::Is(Codec::E3m0), Setting::Is(Codec::E3m0))),
-    ("sparse", |r| (r.sync.up, r.sync.down) = (Sync::default().up, Sync::default().down)),
-    ("auto-codec", |r| (r.sync.up, r.sync.down) = (Setting::Auto, Setting::Auto)),
-    ("up-f32", |r| r.sync.up = Setting::Is(Codec::F32)),
-    ("down-f32", |r| r.sync.down = Setting::Is(Codec::F32)),
+    ("sparse", |r| (r.sync.up, r.sync.down) = sparse()),
+    ("up-sparse", |r| r.sync.up = sparse().0),
+    ("down-sparse", |r| r.sync.down = sparse().1),
     ("even", |r| r.speeds = [1.0; SITES]),
     ("own-text", |r| r.share = Share::Own),
     ("ignore", |r| r.sync.absent = Absent::Ignore),
     ("whole", |r| r.sync.fragments = 1),
 ];
+
+/// The thinnest codecs, 2 bits for a few of the weights.
+fn sparse() -> (Setting<Codec>, Setting<Codec>) {
+    let (up, down) = plan::THINNEST;
+    (Setting::Is(up), Setting::Is(down))
+}
 
 /// Multiplies the learning rates of both inner optimizers.
 fn scale_rates(training: &mut Training, by: f32) {
@@ -182,8 +185,11 @@ const TABLE: &[&str] = &[
     "f32",
     "bf16",
     "e3m0",
-    "up-f32",
-    "down-f32",
+    "sparse",
+    "sparse+h=4",
+    "sparse+h=32",
+    "up-sparse",
+    "down-sparse",
     "even",
     "even+plain",
     "even+nesterov",
@@ -270,9 +276,12 @@ mod tests {
     #[test]
     fn knobs_add_up() {
         let rows = rows(&["muon=0.003+even+h=4".to_string()]).unwrap();
-        assert_eq!(rows.iter().map(|row| row.name.as_str()).collect::<Vec<_>>(), ["parallel+muon=0.003", "muon=0.003+even+h=4"]);
+        assert_eq!(
+            rows.iter().map(|row| row.name.as_str()).collect::<Vec<_>>(),
+            ["parallel+muon=0.003", "muon=0.003+even+h=4"]
+        );
         assert_eq!((rows[1].sync.steps, rows[1].speeds), (Setting::Is(4), [1.0; SITES]));
-        assert_eq!(row("lockstep=8+sparse").unwrap().sync.up, Sync::default().up);
+        assert_eq!(row("lockstep=8+sparse").unwrap().sync.up, sparse().0);
         for wrong in ["even+odd", "h", "h=few", "even=1"] {
             assert!(format!("{:#}", row(wrong).unwrap_err()).contains(wrong), "{wrong}");
         }

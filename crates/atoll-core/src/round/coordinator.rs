@@ -587,6 +587,7 @@ impl Coordinator {
         let took = round.closed.map_or(0.0, |closed| now.seconds_since(closed));
         (round.first, round.quorum_since) = (None, None);
         self.pace.merge = plan::smooth(self.pace.merge, took, 0.2);
+        self.look_who_leads();
         let round = &mut self.rounds[index];
         let payloads: Vec<Digest> = merge.contributions.iter().map(|accepted| accepted.payload).collect();
         merge.contributions.iter().for_each(|accepted| {

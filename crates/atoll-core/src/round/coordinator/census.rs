@@ -98,8 +98,8 @@ impl Coordinator {
 pub(super) struct Footing {
     /// Seconds per step; infinite as long as it has taken none.
     pub(super) step_seconds: f64,
-    /// The rung of the ladder that its link carries.
+    /// Inner steps between two contributions of a fragment that it wishes for.
+    pub(super) steps: u32,
+    /// The rung of the ladder that its link carries meanwhile.
     pub(super) rung: usize,
-    /// Seconds between two contributions of a fragment that its link needs.
-    pub(super) needed: f64,
 }

@@ -14,6 +14,8 @@ use crate::site::{SiteId, Time};
 const GRACE_SHARE: f64 = 0.5;
 /// Steps by which a site may be later than it said.
 const STEPS_SLACK: f64 = 1.0;
+/// Share of its time in which a coordinator merges.
+const MERGE_SHARE: f64 = 0.5;
 /// Times that its way may take longer than its link promises.
 const WAY_SLACK: f64 = 2.0;
 
@@ -26,13 +28,11 @@ pub(super) struct Lead {
     step_seconds: f64,
     /// The rung of the ladder that every link carries.
     rung: usize,
-    /// Seconds between two contributions of a fragment that every link needs.
-    needed: f64,
 }
 
 impl Lead {
     /// Before any site is known.
-    pub(super) const NONE: Self = Self { steps: 0, step_seconds: 0.0, rung: 0, needed: 0.0 };
+    pub(super) const NONE: Self = Self { steps: plan::STEPS, step_seconds: 0.0, rung: 0 };
 
     /// Whether the lead is the same after a connected site stood there `before` and stands here now: it has not
     /// overtaken the others in anything, and where it was the one that leads, it still is.
@@ -41,7 +41,7 @@ impl Lead {
         self.step_seconds > 0.0
             && is_kept(self.step_seconds, before.step_seconds, after.step_seconds)
             && is_kept(-(self.rung as f64), -(before.rung as f64), -(after.rung as f64))
-            && is_kept(-self.needed, -before.needed, -after.needed)
+            && is_kept(-f64::from(self.steps), -f64::from(before.steps), -f64::from(after.steps))
     }
 }
 
@@ -99,37 +99,39 @@ impl Coordinator {
     pub(super) fn look_who_leads(&mut self) {
         let steps = self.views.values().map(View::step_seconds).filter(|&seconds| seconds > 0.0);
         self.lead.step_seconds = steps.reduce(f64::min).unwrap_or(0.0);
+        self.lead.steps = self.connected().map(|view| self.steps_wished(view)).max().unwrap_or(self.lead.steps);
         // All sites get the same bytes, so the thinnest link decides.
         self.lead.rung = self.connected().map(|view| self.rung_of(view)).max().unwrap_or(self.ladder.len() - 1);
-        self.lead.needed = self.connected().map(|view| self.needed(view)).fold(0.0, f64::max);
-        self.lead.steps = match self.sync.steps {
-            Setting::Auto => plan::steps_to_hide(self.lead.needed, self.lead.step_seconds),
-            Setting::Is(steps) => steps,
-        };
     }
 
     /// Where the site of that view stands.
     pub(super) fn footing(&self, view: &View) -> Footing {
         let step_seconds = Some(view.step_seconds()).filter(|&seconds| seconds > 0.0).unwrap_or(f64::INFINITY);
-        Footing { step_seconds, rung: self.rung_of(view), needed: self.needed(view) }
+        Footing { step_seconds, steps: self.steps_wished(view), rung: self.rung_of(view) }
     }
 
-    /// Seconds between two contributions of a fragment that a site's link needs.
-    fn needed(&self, view: &View) -> f64 {
-        plan::hiding_seconds(&view.status.vitals.link, &self.load_on(self.rung_of(view)))
-    }
-
-    /// Inner steps between two contributions where no link calls for more.
-    fn steps_wished(&self) -> u32 {
+    /// Inner steps between two contributions of a fragment at the fastest site, as this site's link calls for, and the
+    /// coordinator, whose merges are to leave it time for everything else.
+    fn steps_wished(&self, view: &View) -> u32 {
         match self.sync.steps {
             Setting::Is(steps) => steps,
-            Setting::Auto => plan::STEPS,
+            Setting::Auto => {
+                let merging = self.lens.len() as f64 * self.pace.merge / MERGE_SHARE;
+                let seconds = self.lead.step_seconds;
+                let hiding = plan::best_steps(&self.ladder, &view.status.vitals.link, seconds);
+                hiding.max(plan::steps_to_hide(merging, seconds))
+            }
         }
     }
 
     /// The codec in which `site` is to contribute now.
     pub(super) fn up(&self, site: &SiteId) -> Codec {
         self.last_of_all(self.codecs(site).0)
+    }
+
+    /// The codec of the way up of the thinnest link.
+    pub(super) fn thinnest_up(&self) -> Codec {
+        self.ladder[self.lead.rung].codecs.0
     }
 
     /// The codec in which commits are broadcast now.
@@ -156,7 +158,7 @@ impl Coordinator {
 
     /// The richest rung that hides behind a round's computing on a site's link.
     fn rung_of(&self, view: &View) -> usize {
-        let seconds = f64::from(self.steps_wished()) * self.lead.step_seconds;
+        let seconds = f64::from(self.lead.steps) * self.lead.step_seconds;
         plan::richest_hidden(&self.ladder, &view.status.vitals.link, seconds)
     }
 

@@ -6,8 +6,7 @@ use super::Coordinator;
 use crate::data::DatasetId;
 use crate::journal::{Accepted, FragmentBook, USUAL_MAX};
 use crate::outer::{Guard, Usual};
-use crate::plan;
-use crate::round::{Receipt, Setting};
+use crate::round::Receipt;
 use crate::site::SiteId;
 
 /// Commits after which it is known what is usual: while rates warm up, lengths grow much faster than steps.
@@ -50,11 +49,8 @@ impl Coordinator {
     /// How the merge of fragment number `index` protects itself.
     pub(super) fn guard(&self, index: usize) -> Guard {
         let FragmentBook { typical: (norm, steps), taught, .. } = self.book.fragments[index];
-        let codec = match self.sync.up {
-            Setting::Is(codec) => codec,
-            Setting::Auto => plan::THINNEST.0,
-        };
-        let usual = Usual { norm, steps, density: codec.density() };
+        // Of those in use the sparsest: whoever says more at once may be longer.
+        let usual = Usual { norm, steps, density: self.thinnest_up().density() };
         Guard { usual: Some(usual).filter(|usual| usual.norm > 0.0 && taught >= TAUGHT_MIN), ..self.sync.guard() }
     }
 }
