@@ -33,7 +33,7 @@ pub(super) fn run(row: &Row, setting: &Setting, seed: u64, sites: usize) -> Resu
     let theta = weights(&mut engine)?;
     let bytes = ring_bytes(manifest.parameters(), sites);
     let slowest = row.speeds[..sites].iter().map(|&speed| step_seconds(speed, row)).fold(0.0, f64::max);
-    let reduce = bytes / link().up + 2.0 * (sites - 1) as f64 * link().delay;
+    let reduce = bytes / link(row).up + 2.0 * (sites - 1) as f64 * link(row).delay;
     let megabytes = bytes * steps as f64 / 1e6;
     Ok(Run {
         nats: held_out_nats(text, training, &manifest, theta)?,

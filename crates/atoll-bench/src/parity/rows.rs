@@ -25,6 +25,8 @@ pub(super) struct Row {
     pub(super) training: Training,
     /// Inner steps that each site takes while the slowest takes one.
     pub(super) speeds: [f64; SITES],
+    /// What every site's link carries, up and down.
+    pub(super) megabits: f64,
     pub(super) share: Share,
 }
 
@@ -75,6 +77,7 @@ fn usual() -> Row {
         sync: Sync { evaluate_seconds: 1e6, ..Sync::default() },
         training: training(),
         speeds: [1.0, 1.0, 2.0, 4.0],
+        megabits: 50.0,
         share: Share::Same,
     }
 }
@@ -110,6 +113,7 @@ const SITES_OWN: &[Dial] = &[
     ("inner-clip", |r, norm| r.training.optimizer.clip_norm = norm),
     ("inner-final", |r, share| r.training.optimizer.final_share = share),
     ("h", |r, steps| r.sync.steps = Setting::Is(steps as u32)),
+    ("mbit", |r, megabits| r.megabits = f64::from(megabits)),
     ("step", |r, rate| r.sync.outer = OuterRule::Nesterov { learning_rate: rate, momentum: momentum(r) }),
     ("momentum", |r, mu| r.sync.outer = OuterRule::Nesterov { learning_rate: step(r), momentum: mu }),
     ("auto-momentum", |r, momentum| r.sync.outer = OuterRule::Auto { momentum }),

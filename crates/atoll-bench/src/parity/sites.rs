@@ -15,12 +15,11 @@ use super::{Run, Setting, held_out_nats, options};
 
 /// Seconds per inner step of a site of speed 1 in the row with the usual speeds.
 const STEP_SECONDS: f64 = 1.0;
-const MEGABITS: f64 = 50.0;
 const ROUND_TRIP_SECONDS: f64 = 0.05;
 
 /// What joins every site to the coordinator.
-pub(super) fn link() -> Link {
-    Link::of(MEGABITS, ROUND_TRIP_SECONDS)
+pub(super) fn link(row: &Row) -> Link {
+    Link::of(row.megabits, ROUND_TRIP_SECONDS)
 }
 
 /// Seconds per inner step of a site of that `speed`; sites of equal speed are as fast together as the usual
@@ -83,7 +82,7 @@ fn describe(row: &Row, setting: &Setting, seed: u64, goal: u64) -> Description {
             samples: part.samples,
             samples_per_step: (row.training.rows * row.training.accumulate) as u64,
             step_seconds: step_seconds(speed, row),
-            link: link(),
+            link: link(row),
         }
     });
     Description {
