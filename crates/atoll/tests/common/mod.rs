@@ -19,8 +19,10 @@ use tempfile::TempDir;
 /// Nothing here takes this long unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Changes to `run.toml` that make it about 700,000 weights.
-pub const LARGER: [(&str, &str); 5] = [
+/// Changes to `run.toml` that make it about 700,000 weights, and commits light for its many rounds.
+pub const LARGER: [(&str, &str); 7] = [
+    ("up = \"auto\"", "up = \"sparse:96\""),
+    ("down = \"auto\"", "down = \"sparse:224\""),
     ("hidden_size = 32", "hidden_size = 128"),
     ("intermediate_size = 64", "intermediate_size = 256"),
     ("num_hidden_layers = 1", "num_hidden_layers = 4"),
