@@ -81,6 +81,15 @@ pub const THINNEST: Codecs = (Codec::Sparse(96), Codec::Sparse(224));
 /// f32, so nothing richer is worth its bytes, which take longer.
 pub const LADDER: [Codecs; 2] = [(Codec::E3m0, Codec::E3m0), THINNEST];
 
+/// What the last round of a run is written in where others are written in `codec`: it has no later one to deliver what it
+/// leaves out.
+pub fn last_of_all(codec: Codec) -> Codec {
+    match codec {
+        Codec::Sparse(_) | Codec::E3m0 => Codec::Bf16,
+        Codec::F32 | Codec::Bf16 => codec,
+    }
+}
+
 /// Codecs to choose from, and what they move.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rung {

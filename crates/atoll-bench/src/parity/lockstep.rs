@@ -3,13 +3,14 @@
 //! itself, and the codec of the row; what separates Atoll from this is that a network takes time.
 
 use anyhow::{Context, Result};
-use atoll_core::codec::{Codec, Payload};
+use atoll_core::codec::Payload;
 use atoll_core::data::Ranges;
 use atoll_core::delta::Local;
 use atoll_core::engine::Engine;
 use atoll_core::hash::Digest;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::outer::{Global, Recipe, Weighted};
+use atoll_core::plan;
 use atoll_core::round::Setting;
 use atoll_core::team::Alone;
 use atoll_cpu::{CpuEngine, Precision};
@@ -67,7 +68,7 @@ pub(super) fn run(row: &Row, setting: &Wished, seed: u64, steps_per_round: u64) 
 /// One round of all sites; the last one of all says everything.
 fn synchronize(row: &Row, global: &mut Global, sites: &mut [Site], is_last: bool) -> Result<()> {
     let codec = |wished| match wished {
-        Setting::Is(Codec::Sparse(_) | Codec::E3m0) if is_last => Ok(Codec::Bf16),
+        Setting::Is(codec) if is_last => Ok(plan::last_of_all(codec)),
         Setting::Is(codec) => Ok(codec),
         Setting::Auto => Err(anyhow::anyhow!("the row '{}' has no link to choose a codec for", row.name)),
     };

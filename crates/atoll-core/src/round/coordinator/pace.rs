@@ -126,7 +126,7 @@ impl Coordinator {
 
     /// The codec in which `site` is to contribute now.
     pub(super) fn up(&self, site: &SiteId) -> Codec {
-        self.last_of_all(self.codecs(site).0)
+        self.of_this_phase(self.codecs(site).0)
     }
 
     /// The codec of the way up of the thinnest link.
@@ -136,15 +136,12 @@ impl Coordinator {
 
     /// The codec in which commits are broadcast now.
     pub(super) fn down(&self) -> Codec {
-        self.last_of_all(self.ladder[self.lead.rung].codecs.1)
+        self.of_this_phase(self.ladder[self.lead.rung].codecs.1)
     }
 
-    /// The last round of a run has no later one to deliver what it leaves out.
-    fn last_of_all(&self, wished: Codec) -> Codec {
-        match (self.phase, wished) {
-            (Phase::Closing, Codec::Sparse(_) | Codec::E3m0) => Codec::Bf16,
-            _ => wished,
-        }
+    /// The codec of this phase where `wished` is that of the others.
+    fn of_this_phase(&self, wished: Codec) -> Codec {
+        if self.phase == Phase::Closing { plan::last_of_all(wished) } else { wished }
     }
 
     /// The codecs for `site` while the run goes on.
