@@ -95,23 +95,21 @@ const WAYS: &[Knob] =
 /// Sites side by side that average every so many steps, plainly and in f32 unless knobs behind it say otherwise.
 const LOCKSTEP: &str = "lockstep";
 
-/// How everybody trains, baseline and sites.
+/// How everybody trains, baseline and sites, or with [`INNER`] before it the sites alone.
 const TRAINING: &[Dial] = &[
     ("rate", |r, by| scale_rates(&mut r.training, by)),
     ("embedding", |r, rate| r.training.optimizer.embedding_rate = rate),
     ("floor", |r, share| r.training.optimizer.embedding_floor = share),
+    ("beta1", |r, beta| r.training.optimizer.beta1 = beta),
+    ("clip", |r, norm| r.training.optimizer.clip_norm = norm),
+    ("final", |r, share| r.training.optimizer.final_share = share),
     ("beta2", |r, beta| r.training.optimizer.beta2 = beta),
     ("rows", |r, rows| r.training.rows = rows as usize),
     ("muon", |r, rate| r.training.muon = Some(Muon { learning_rate: rate, ..Muon::default() })),
 ];
-/// How sites alone train.
-const SITES_OWN: &[Dial] = &[
-    ("inner-rate", |r, by| scale_rates(&mut r.training, by)),
-    ("inner-embedding", |r, rate| r.training.optimizer.embedding_rate = rate),
-    ("inner-beta1", |r, beta| r.training.optimizer.beta1 = beta),
-    ("inner-beta2", |r, beta| r.training.optimizer.beta2 = beta),
-    ("inner-clip", |r, norm| r.training.optimizer.clip_norm = norm),
-    ("inner-final", |r, share| r.training.optimizer.final_share = share),
+const INNER: &str = "inner-";
+/// How sites synchronize.
+const SYNC: &[Dial] = &[
     ("h", |r, steps| r.sync.steps = Setting::Is(steps as u32)),
     ("mbit", |r, megabits| r.megabits = f64::from(megabits)),
     ("step", |r, rate| r.sync.outer = OuterRule::Nesterov { learning_rate: rate, momentum: momentum(r) }),
@@ -249,7 +247,10 @@ fn turn(row: &mut Row, word: &str) -> Result<()> {
         (row.sync.up, row.sync.down) = (Setting::Is(Codec::F32), Setting::Is(Codec::F32));
         return Ok(());
     }
-    let found = [TRAINING, SITES_OWN].into_iter().flatten().find(|(knob, _)| *knob == dial);
+    let found = match dial.strip_prefix(INNER) {
+        Some(inner) => TRAINING.iter().find(|(knob, _)| *knob == inner),
+        None => [TRAINING, SYNC].into_iter().flatten().find(|(knob, _)| *knob == dial),
+    };
     let (_, turn) = found.with_context(|| unknown(word))?;
     turn(row, number);
     Ok(())
@@ -257,8 +258,10 @@ fn turn(row: &mut Row, word: &str) -> Result<()> {
 
 fn unknown(word: &str) -> String {
     let knobs: Vec<&str> = [WAYS, OURS].into_iter().flatten().map(|(knob, _)| *knob).collect();
-    let dials = [TRAINING, SITES_OWN].into_iter().flatten().map(|(dial, _)| *dial);
-    let dials: Vec<String> = [LOCKSTEP].into_iter().chain(dials).map(|dial| format!("{dial}=N")).collect();
+    let inner = TRAINING.iter().map(|(dial, _)| format!("{INNER}{dial}"));
+    let dials = [TRAINING, SYNC].into_iter().flatten().map(|(dial, _)| dial.to_string());
+    let dials = [LOCKSTEP.to_string()].into_iter().chain(dials).chain(inner);
+    let dials: Vec<String> = dials.map(|dial| format!("{dial}=N")).collect();
     format!("there is no knob '{word}'\nhint: join some of these by +: {} {}", knobs.join(" "), dials.join(" "))
 }
 
@@ -286,6 +289,9 @@ mod tests {
         );
         assert_eq!((rows[1].sync.steps, rows[1].speeds), (Setting::Is(4), [1.0; SITES]));
         assert_eq!(row("lockstep=8+sparse").unwrap().sync.up, sparse().0);
+        let (sites_alone, everybody) = (row("inner-beta2=0.99").unwrap(), row("beta2=0.99").unwrap());
+        assert_eq!(sites_alone.training, everybody.training);
+        assert_eq!((sites_alone.against.as_str(), everybody.against.as_str()), (PARALLEL, "parallel+beta2=0.99"));
         for wrong in ["even+odd", "h", "h=few", "even=1"] {
             assert!(format!("{:#}", row(wrong).unwrap_err()).contains(wrong), "{wrong}");
         }
