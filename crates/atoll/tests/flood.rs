@@ -114,6 +114,7 @@ fn a_member_that_takes_nothing_and_wants_everything_is_bounded() {
     let lab = Lab::new(100_000_000, &[]);
     let coordinator = lab.coordinate();
     let _first = lab.join("a", &lab.ticket("a"), &["--share", "0.3"]);
+    lab.wait_for("commits", |report| report.commits > 4); // Until then its own rounds make it grow.
     let ticket = Ticket::from_text(&lab.ticket("greedy")).unwrap();
     let identity = Identity::load_or_create(&PathBuf::from(lab.path("greedy.key"))).unwrap();
     let dialer = Dialer::new(&identity, ticket.coordinator).unwrap();
@@ -128,7 +129,8 @@ fn a_member_that_takes_nothing_and_wants_everything_is_bounded() {
             }
         };
         assert!(why.contains("has 64 connections already") && links.len() == 63, "{why}: {}", links.len());
-        // A site that asks and asks, and never reads what it is told: it is cut off when too much waits.
+        // A site that asks and asks, and never reads what it is told: most answers stay in the kernel's buffers, the
+        // rest in a queue, which has at most 10 MiB, and half of that once more while it grows.
         let (memory, _) = used(&coordinator);
         let ask = Frame::Get { digest: ticket.coordinator, offset: 0, length: 1 }.encode().repeat(1000);
         let mut sent = 0;
@@ -142,7 +144,7 @@ fn a_member_that_takes_nothing_and_wants_everything_is_bounded() {
         }
         let (greedy, _) = used(&coordinator);
         println!("{sent} questions, {} KiB more", greedy.saturating_sub(memory) >> 10);
-        assert!(greedy < memory + 16 * MIB, "{memory} bytes became {greedy}");
+        assert!(greedy < memory + 32 * MIB, "{memory} bytes became {greedy}");
     });
     let before = lab.status().unwrap().commits;
     lab.wait_for("the run to go on", |report| report.commits > before + 4);

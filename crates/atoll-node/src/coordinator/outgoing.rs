@@ -111,3 +111,26 @@ impl Piece {
         Frame::Put { digest, total: bytes.len() as u64, offset: offset as u64, bytes: bytes[offset..end].to_vec() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_site_that_takes_nothing_may_ask_so_often_and_no_more() {
+        let (outgoings, site) = (Outgoings::default(), "greedy".parse().unwrap());
+        outgoings.open(&site);
+        let outgoing = outgoings.of(&site).unwrap();
+        let digest = Digest::of(b"asked for");
+        let ask = || outgoing.answer(Piece::Answer { digest, offset: 0, length: 1 });
+        for _ in 0..PIECES_MAX {
+            ask().unwrap();
+        }
+        assert!(ask().is_err() && outgoing.say(Frame::Missing(digest)).is_err());
+        // What the run itself has for it still gets there.
+        let bytes = Bytes::from(vec![0; CHUNK + 1]);
+        outgoings.push(&site, digest, &bytes);
+        assert_eq!(lock(&outgoing.pieces).len(), PIECES_MAX + 2);
+        assert!(size_of::<Piece>() <= 160, "flood.rs counts on it");
+    }
+}
