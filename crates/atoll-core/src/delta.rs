@@ -7,10 +7,10 @@
 //!              payload = encode(wish), residual ← wish − decode(payload)
 //!              reference ← θ + residual                 reference ← θ
 //! refused      θ ← θ + (Θ − reference)                  reference ← Θ, and the residual is the one before
-//! commit       Θ ← Θ + decode(payload)
-//!   carry      θ ← θ + (Θ − reference)                  reference ← Θ
-//!              of a sparse payload: only where it speaks
-//!   overwrite  θ ← Θ                                    reference ← Θ
+//! commit       Θ ← Θ + decode(payload), and then, of a sparse payload only where it speaks,
+//!   carry      θ ← θ + (Θ − reference),                 reference ← Θ
+//!   overwrite  reference ← Θ, and everywhere
+//!              θ ← reference − residual                 θ ← reference
 //! install      θ ← Θ − residual                         θ ← Θ
 //! ```
 //!
@@ -112,6 +112,11 @@ pub enum Change {
 }
 
 impl Change {
+    /// Whether it leaves nothing of the steps since the last contribution.
+    pub fn overwrites(&self) -> bool {
+        matches!(self, Change::Write(_))
+    }
+
     /// Has `engine` do it; returns the memory.
     ///
     /// # Errors
@@ -136,6 +141,9 @@ pub struct DeltaError {
 
 /// The cosine is measured on the first of so many parts of a fragment.
 const AGREEMENT_SAMPLE: usize = 8;
+/// Steps whose smoothed cosine to the commits is no more than this undo what the others do. Less is noise: what a commit
+/// has of it every site takes back.
+const OPPOSED: f64 = -0.5;
 /// Weight of the newest cosine in the smoothed one.
 const AGREEMENT_SHARE: f64 = 0.2;
 
@@ -191,13 +199,7 @@ impl Local {
         copies.theta.copy_from_slice(weights);
         copies.reference = None;
         copies.last = Vec::new();
-        let mut own = weights.to_vec();
-        if self.feedback == Feedback::Weights
-            && let Some(residual) = copies.residual()
-        {
-            own.iter_mut().zip(residual).for_each(|(own, rest)| *own -= rest);
-        }
-        Ok((Digest::of_weights(weights), Change::Write(own)))
+        Ok((Digest::of_weights(weights), Change::Write(copies.start(self.feedback))))
     }
 
     /// Makes a payload of what was learnt since the last contribution. `weights` are the engine's as they are now.
@@ -254,16 +256,9 @@ impl Local {
             copies.reference = Some(copies.theta.clone()); // Nothing was contributed since the last commit.
         }
         sound.add_to(&mut copies.theta, team);
-        let is_partial = sound.codec().is_sparse() && self.feedback == Feedback::Weights;
-        let change = match copies.carries(self.follow) {
-            true if is_partial => copies.carry_where_told(&sound),
-            true => copies.carry(),
-            false => copies.overwrite(),
-        };
+        let carried = if sound.codec().is_sparse() { copies.carry_where_told(&sound) } else { copies.carry() };
+        let change = if copies.carries(self.follow) { carried } else { Change::Write(copies.start(self.feedback)) };
         copies.last = payload;
-        if matches!(change, Change::Write(_)) && self.feedback == Feedback::Weights {
-            (copies.owed, copies.undecided) = (None, None); // It was in the weights that are given up.
-        }
         Ok((Digest::of_weights_by(&copies.theta, team), change))
     }
 
@@ -322,7 +317,7 @@ impl Copies {
         match follow {
             Follow::Carry => true,
             Follow::Overwrite => false,
-            Follow::Auto => self.agreement >= 0.0,
+            Follow::Auto => self.agreement > OPPOSED,
         }
     }
 
@@ -340,10 +335,15 @@ impl Copies {
         Change::Add(change)
     }
 
-    /// Makes Θ the reference and the engine's weights.
-    fn overwrite(&mut self) -> Change {
-        self.reference = None;
-        Change::Write(self.theta.clone())
+    /// Weights with no step since the last contribution.
+    fn start(&self, feedback: Feedback) -> Vec<f32> {
+        let mut weights = self.reference.as_ref().unwrap_or(&self.theta).clone();
+        if feedback == Feedback::Weights
+            && let Some(residual) = self.residual()
+        {
+            weights.iter_mut().zip(residual).for_each(|(weight, rest)| *weight -= rest);
+        }
+        weights
     }
 
     /// Makes Θ the reference; what the engine must do for that.

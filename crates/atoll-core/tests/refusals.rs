@@ -225,14 +225,19 @@ impl Island {
                 let payload = desk.fetch(notice.delta).unwrap();
                 let (digest, change) = self.local.commit(notice.fragment, payload, &Alone).unwrap();
                 self.change(notice.fragment, change);
-                return Some(SiteEvent::Applied { fragment: notice.fragment, version: notice.version, digest });
+                return Some(SiteEvent::Applied {
+                    fragment: notice.fragment,
+                    version: notice.version,
+                    digest,
+                    overwritten: false,
+                });
             }
             SiteOrder::Install(fragment, version, digest) => {
                 let bytes = desk.fetch(digest).unwrap();
                 let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
                 let (digest, change) = self.local.install(fragment, &weights.collect::<Vec<_>>()).unwrap();
                 self.change(fragment, change);
-                return Some(SiteEvent::Applied { fragment, version, digest });
+                return Some(SiteEvent::Applied { fragment, version, digest, overwritten: true });
             }
             SiteOrder::Evaluate(request) => {
                 let evaluated = Evaluated { commits: 0, nats: 1.0, tokens: 1, bytes: 1 };

@@ -1,8 +1,17 @@
-//! The site's shell. One thread, the trainer, owns the machine and the engine and never waits for anybody: between
-//! two inner steps it copies weights out, adds changes, and carries out what the machine orders. Encoding and
-//! decoding go on at the [`desk`], connections on other threads ([`net`]).
+//! The site's shell.
+//!
+//! ```text
+//! connections ([`net`]) ──▶ clerk: the machine ──tasks──▶ trainer: the engine
+//!            ▲               │  ▲      ▲                    │
+//!            └──what to send─┘  │      └──at every pause────┘
+//!              desk: encodes and decodes
+//! ```
+//!
+//! The [`trainer`] never waits for anybody but the [`clerk`], which only ever waits for something to happen, so that a
+//! contribution is on its way and a commit is decoded while the next inner step goes on.
 
 mod arriving;
+mod clerk;
 mod desk;
 mod donors;
 mod meter;
@@ -10,9 +19,9 @@ mod net;
 mod pile;
 mod residuals;
 pub mod told;
+mod trainer;
 mod window;
 
-use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -22,13 +31,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::codec::Codec;
-use atoll_core::delta::{self, Local};
-use atoll_core::engine::{Batch, Engine, EngineError, Feed, Progress};
+use atoll_core::delta::Local;
+use atoll_core::engine::{Batch, Engine, Feed};
 use atoll_core::hash::Digest;
-use atoll_core::journal::Evaluated;
-use atoll_core::manifest::{FragmentId, Manifest};
-use atoll_core::round::{Measured, Site, SiteEvent, SiteOrder, SiteSettings, Stop};
-use atoll_core::site::Time;
+use atoll_core::manifest::Manifest;
+use atoll_core::round::{Site, SiteSettings, Stop};
 use atoll_core::team::{Alone, Team};
 use atoll_core::training::{Packing, Training};
 
@@ -39,11 +46,13 @@ use crate::identity::{Identity, Ticket};
 use crate::run::{RunConfig, Terms, write_atomically};
 use crate::way::Way;
 use arriving::Arriving;
-use desk::{Desk, Done, Job};
+use clerk::Clerk;
+use desk::Desk;
 use donors::Suspicion;
 use meter::Meter;
-use net::{Command, Incoming, Route};
+use net::Route;
 use residuals::Residuals;
+use trainer::{Share, Trainer};
 
 /// What the operator of a site decides.
 #[derive(Debug, Clone)]
@@ -85,10 +94,6 @@ pub type Notice<'a> = &'a mut dyn FnMut(&str);
 
 /// Rows of held-out text that a look at the global model reads.
 const HELD_OUT_ROWS: u64 = 32;
-/// A site that trains at a share of its threads makes up for at most this much lost time.
-const LAG_SECONDS: f64 = 2.0;
-/// The trainer looks up at least this often when it has nothing to train on.
-const IDLE_SECONDS: f64 = 0.1;
 
 /// Joins a run and trains until it is finished or `stop` turns true.
 ///
@@ -147,36 +152,19 @@ pub fn join(
     let (commands, receiver) = tokio::sync::mpsc::unbounded_channel();
     let (sender, inbox) = mpsc::channel();
     let desk = Desk::open(local, residuals, team(options.threads), sender.clone())?;
-    let network = runtime.spawn(net::keep_connected(route, receiver, sender));
-    let trainer = Trainer {
-        machine,
-        desk,
-        meter,
-        held_out: held_out(&dataset, &tokenizer, training, rows)?,
-        engine,
-        leases,
-        commands,
-        inbox,
-        stop: stop.clone(),
-        cpu_share: options.share * options.threads.max(1) as f64,
-        full_speed: options.share >= 1.0,
-        paced_until: Instant::now(),
-        start: Instant::now(),
-        payloads: BTreeMap::new(),
-        fetched: BTreeMap::new(),
-        pushed: Pushed::default(),
-        spare: Vec::new(),
-        events: VecDeque::new(),
-        steps_ordered: 0,
-        exposed: Duration::ZERO,
-        newest_commit: None,
-        ended: None,
-    };
-    let result = trainer.run();
+    let network = runtime.spawn(net::keep_connected(route, receiver, sender.clone()));
+    let held_out = held_out(&dataset, &tokenizer, training, rows)?;
+    let (tasks, queue) = mpsc::channel();
+    let share = Share::new(options.share, options.threads);
+    let trainer = Trainer::new(engine, leases.clone(), held_out, share, stop.clone());
+    let clerk = Clerk::new(machine, desk, meter, leases, (tasks, commands), inbox, stop.clone());
+    let clerk = std::thread::Builder::new().name("clerk".to_string()).spawn(move || clerk.run())?;
+    trainer.work(queue, &sender);
+    let result = clerk.join().unwrap_or_else(|_| Err(anyhow!("the thread that follows the run has panicked")));
     if matches!(result, Ok(Stop::Finished)) {
         arriving.clear();
     }
-    // The network ends when the trainer has hung up and its last status is sent; a dead link may not.
+    // The network ends when the clerk has hung up and its last status is sent; a dead link may not.
     let goodbye = async { tokio::time::timeout(Duration::from_secs(1), network).await };
     if runtime.block_on(goodbye).is_err() {
         tracing::debug!("the last status could not be sent");
@@ -325,329 +313,4 @@ pub fn held_out_windows(
     }
     held_out.batches.iter_mut().for_each(|batch| batch.pack(packing, dataset.end_of_text()));
     Ok(held_out)
-}
-
-struct Trainer {
-    machine: Site,
-    engine: Box<dyn Engine>,
-    desk: Desk,
-    meter: Meter,
-    held_out: HeldOut,
-    leases: Leases,
-    commands: tokio::sync::mpsc::UnboundedSender<Command>,
-    inbox: mpsc::Receiver<Incoming>,
-    stop: Arc<AtomicBool>,
-    /// Processor seconds per second that training may take.
-    cpu_share: f64,
-    full_speed: bool,
-    /// Up to when the steps so far would have lasted at the site's share.
-    paced_until: Instant,
-    start: Instant,
-    /// Encoded contributions that are not settled.
-    payloads: BTreeMap<Digest, Arc<Vec<u8>>>,
-    /// Fetched bytes that the desk has not taken yet.
-    fetched: BTreeMap<Digest, Vec<u8>>,
-    /// Commits that came before they were asked for.
-    pushed: Pushed,
-    /// Memory for the next reading of weights.
-    spare: Vec<f32>,
-    /// Events that the machine has not seen yet.
-    events: VecDeque<SiteEvent>,
-    steps_ordered: u32,
-    /// Time between steps in which the engine could have trained.
-    exposed: Duration,
-    /// Fragment and version of the newest commit that the engine has taken in.
-    newest_commit: Option<(FragmentId, u64)>,
-    ended: Option<Stop>,
-}
-
-/// Payloads of commits that came unasked, oldest first.
-#[derive(Default)]
-struct Pushed(VecDeque<(Digest, Vec<u8>)>);
-
-impl Pushed {
-    /// More than a coordinator sends ahead; what it drops is asked for.
-    const MOST: usize = 1 << 10;
-
-    fn put(&mut self, digest: Digest, bytes: Vec<u8>) {
-        self.0.push_back((digest, bytes));
-        if self.0.len() > Self::MOST {
-            self.0.pop_front();
-        }
-    }
-
-    fn take(&mut self, digest: Digest) -> Option<Vec<u8>> {
-        let index = self.0.iter().position(|(at, _)| *at == digest)?;
-        self.0.remove(index).map(|(_, bytes)| bytes)
-    }
-}
-
-impl Trainer {
-    /// Trains to the end, and keeps what the codec of the way up has not delivered.
-    fn run(mut self) -> Result<Stop> {
-        let result = self.train_on();
-        let kept = self.desk.close(matches!(result, Ok(Stop::Finished)));
-        result.and_then(|stop| kept.map(|()| stop))
-    }
-
-    fn train_on(&mut self) -> Result<Stop> {
-        let mut leaving = false;
-        loop {
-            if self.stop.load(Ordering::Relaxed) && !std::mem::replace(&mut leaving, true) {
-                self.events.push_back(SiteEvent::Leave);
-            }
-            self.receive()?;
-            let began = Instant::now();
-            self.attend()?;
-            if self.steps_ordered > 0 {
-                self.exposed += began.elapsed();
-            }
-            match self.ended {
-                Some(Stop::Superseded) => bail!(
-                    "another process has joined as this site\nhint: one ticket and one folder belong to one process; stop one of the two"
-                ),
-                Some(stop) => return Ok(stop),
-                None => {}
-            }
-            let steps = std::mem::take(&mut self.steps_ordered);
-            if steps > 0 {
-                self.train(steps)?;
-            }
-        }
-    }
-
-    fn now(&self) -> Time {
-        Time(self.start.elapsed().as_micros() as u64)
-    }
-
-    /// Takes in what has arrived; waits for something only if there is nothing to train.
-    fn receive(&mut self) -> Result<()> {
-        while let Ok(incoming) = self.inbox.try_recv() {
-            self.note(incoming)?;
-        }
-        if self.steps_ordered == 0 && self.events.is_empty() {
-            match self.inbox.recv_timeout(Duration::from_secs_f64(IDLE_SECONDS)) {
-                Ok(incoming) => self.note(incoming)?,
-                Err(mpsc::RecvTimeoutError::Timeout) => self.events.push_back(SiteEvent::Tick),
-                Err(mpsc::RecvTimeoutError::Disconnected) => bail!("the site's network thread has stopped"),
-            }
-        }
-        Ok(())
-    }
-
-    fn note(&mut self, incoming: Incoming) -> Result<()> {
-        match incoming {
-            Incoming::Connected => self.events.push_back(SiteEvent::Connected),
-            Incoming::Disconnected => self.events.push_back(SiteEvent::Disconnected),
-            Incoming::Standing(standing) => self.events.push_back(SiteEvent::Standing(standing)),
-            Incoming::Uploaded(digest, done) => self.events.push_back(SiteEvent::Uploaded(digest, done)),
-            Incoming::Fetched(digest, bytes) => self.fetched(digest, bytes),
-            Incoming::Pushed(digest, bytes) if self.machine.awaits(digest) => self.fetched(digest, Some(bytes)),
-            Incoming::Pushed(digest, bytes) => self.pushed.put(digest, bytes),
-            Incoming::Worked(done) => return self.worked(done),
-            Incoming::Refused(why) => return Err(anyhow!(why)),
-        }
-        Ok(())
-    }
-
-    fn fetched(&mut self, digest: Digest, bytes: Option<Vec<u8>>) {
-        let done = bytes.is_some();
-        if let Some(bytes) = bytes {
-            self.fetched.insert(digest, bytes);
-        }
-        self.events.push_back(SiteEvent::Fetched(digest, done));
-    }
-
-    /// Takes over what the desk has done.
-    fn worked(&mut self, done: Done) -> Result<()> {
-        let event = match done {
-            Done::Contributed(fragment, Ok(payload)) => {
-                let (digest, bytes) = (payload.digest, payload.bytes.len() as u64);
-                self.payloads.insert(digest, Arc::new(payload.bytes));
-                self.spare = payload.spare.unwrap_or_default();
-                let (norm, agreement) = (payload.norm, payload.agreement);
-                SiteEvent::Contributed { fragment, payload: digest, bytes, norm, agreement }
-            }
-            Done::Contributed(_, Err(error)) => {
-                return Err(self.give_up(error.into(), "the engine's weights cannot be contributed"));
-            }
-            Done::Rebased(fragment, change) => {
-                self.change(fragment, change)?;
-                SiteEvent::Rebased(fragment)
-            }
-            Done::Applied(fragment, version, digest, change) => {
-                if let Some(change) = change {
-                    self.change(fragment, change)?;
-                    if version > 0 {
-                        self.newest_commit = Some((fragment, version));
-                    }
-                }
-                SiteEvent::Applied { fragment, version, digest }
-            }
-        };
-        self.events.push_back(event);
-        Ok(())
-    }
-
-    fn change(&mut self, fragment: FragmentId, change: delta::Change) -> Result<()> {
-        let began = Instant::now();
-        self.spare = change.apply(self.engine.as_mut(), fragment)?;
-        self.exposed += began.elapsed();
-        Ok(())
-    }
-
-    /// Shows the machine all events and does what it orders.
-    fn attend(&mut self) -> Result<()> {
-        while let Some(event) = self.events.pop_front() {
-            let now = self.now();
-            for order in self.machine.handle(now, event) {
-                self.obey(order)?;
-            }
-        }
-        let machine = &self.machine;
-        self.fetched.retain(|digest, _| machine.awaits(*digest));
-        Ok(())
-    }
-
-    fn obey(&mut self, order: SiteOrder) -> Result<()> {
-        match order {
-            SiteOrder::Train(steps) => self.steps_ordered = steps,
-            SiteOrder::Grant(ranges) => self.leases.grant(&ranges),
-            SiteOrder::Progress(progress) => self.leases.set_progress(progress),
-            SiteOrder::DropLeases => {
-                self.leases.clear();
-                self.leases.take_trained();
-            }
-            SiteOrder::Recall(delivered) => self.desk.put(Job::Recall(delivered))?,
-            SiteOrder::Delivered(fragment) => self.desk.put(Job::Delivered(fragment))?,
-            SiteOrder::Contribute(fragment, codec) => {
-                let weights = self.read(fragment)?;
-                self.desk.put(Job::Contribute(fragment, weights, codec))?;
-            }
-            SiteOrder::Rebase(fragment, why) => {
-                tracing::warn!(
-                    "a contribution to {fragment} was refused: {why}; its samples go back, training goes on"
-                );
-                self.desk.put(Job::Rebase(fragment))?;
-            }
-            SiteOrder::Commit(notice) => {
-                let payload = self.fetched.remove(&notice.delta).unwrap_or_default();
-                self.desk.put(Job::Commit(notice, payload))?;
-            }
-            SiteOrder::Install(fragment, version, digest) => {
-                let bytes = self.fetched.remove(&digest).unwrap_or_default();
-                self.desk.put(Job::Install(fragment, version, bytes))?;
-            }
-            SiteOrder::Evaluate(request) => self.evaluate(request)?,
-            SiteOrder::Upload(digest) => {
-                if let Some(bytes) = self.payloads.get(&digest) {
-                    self.command(Command::Upload(digest, bytes.clone()));
-                }
-            }
-            SiteOrder::Fetch { digest, bytes, pushed, weights } => match self.pushed.take(digest) {
-                Some(bytes) => self.fetched(digest, Some(bytes)),
-                None if pushed => {} // It is on its way.
-                None => self.command(Command::Fetch(digest, bytes, weights)),
-            },
-            SiteOrder::Forget(digest) => {
-                self.payloads.remove(&digest);
-            }
-            SiteOrder::Report(status) => self.command(Command::Report(status)),
-            SiteOrder::Stop(stop) => self.ended = Some(stop),
-        }
-        Ok(())
-    }
-
-    /// A network that has stopped is noticed where its answers are missed.
-    fn command(&self, command: Command) {
-        let _ = self.commands.send(command);
-    }
-
-    /// A copy of a fragment's weights as they are now, in memory that was used before.
-    fn read(&mut self, fragment: FragmentId) -> Result<Vec<f32>> {
-        let len = self.engine.manifest().fragment_len(fragment).unwrap_or(0);
-        let mut weights = delta::of_length(std::mem::take(&mut self.spare), len);
-        self.engine.read(fragment, &mut weights)?;
-        Ok(weights)
-    }
-
-    fn evaluate(&mut self, request: u64) -> Result<()> {
-        let commits = self.commits();
-        let evaluation = delta::evaluate(self.desk.lend()?, self.engine.as_mut(), &self.held_out.batches)?;
-        let evaluated =
-            Evaluated { commits, nats: evaluation.nats, tokens: evaluation.tokens, bytes: self.held_out.bytes };
-        self.events.push_back(SiteEvent::Evaluated(request, evaluated));
-        Ok(())
-    }
-
-    fn train(&mut self, steps: u32) -> Result<()> {
-        let (began, cpu) = (Instant::now(), cpu_time::ProcessTime::now());
-        let progress = match self.engine.train(steps) {
-            Ok(progress) => progress,
-            Err(EngineError::Starved { .. }) => Progress::default(),
-            Err(error) => return Err(self.give_up(error.into(), "training stopped")),
-        };
-        self.pace(began, cpu.elapsed())?;
-        let event = SiteEvent::Stepped {
-            progress,
-            trained: self.leases.take_trained(),
-            seconds: began.elapsed().as_secs_f64(),
-        };
-        let (link, payload_bytes, moved) = self.meter.read();
-        self.events.push_front(SiteEvent::Measured(Measured {
-            exposed_seconds: self.exposed.as_secs_f64(),
-            hidden_seconds: (self.desk.busy() + moved).as_secs_f64(),
-            payload_bytes,
-            link,
-        }));
-        self.events.push_front(event);
-        Ok(())
-    }
-
-    /// Stretches a step so that the site uses no more than its share of the device. What counts is the
-    /// processor time that the step took, not the wall time: a neighbour must not slow us down twice.
-    fn pace(&mut self, began: Instant, cpu: Duration) -> Result<()> {
-        if self.full_speed {
-            return Ok(());
-        }
-        // A step that a neighbour held up is made up for by the next ones, within limits.
-        let earliest = began.checked_sub(Duration::from_secs_f64(LAG_SECONDS)).unwrap_or(began);
-        let end = self.paced_until.max(earliest) + cpu.div_f64(self.cpu_share);
-        self.paced_until = end;
-        while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-            if self.stop.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            match self.inbox.recv_timeout(left.min(Duration::from_secs_f64(IDLE_SECONDS))) {
-                Ok(incoming) => self.note(incoming)?,
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
-                Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
-            }
-        }
-        Ok(())
-    }
-
-    /// Commits in the site's copy of the model.
-    fn commits(&self) -> u64 {
-        self.machine.held().flatten().map(|(version, _)| version).sum()
-    }
-
-    /// Tells the coordinator that this site is leaving, so that its leases go back at once; returns the
-    /// `error` that made it leave with what the operator needs to go back to.
-    fn give_up(&mut self, error: anyhow::Error, what: &str) -> anyhow::Error {
-        let now = self.now();
-        for order in self.machine.handle(now, SiteEvent::Leave) {
-            if let SiteOrder::Report(status) = order {
-                self.command(Command::Report(status));
-            }
-        }
-        let good = match self.newest_commit {
-            Some((fragment, version)) => {
-                let commits = self.commits();
-                format!("the last good commit is version {version} of {fragment}, with {commits} commits in the model")
-            }
-            None => "there is no commit yet".to_string(),
-        };
-        error.context(format!("{what}; {good}; the run goes on without this site"))
-    }
 }

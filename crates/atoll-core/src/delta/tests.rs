@@ -46,6 +46,7 @@ fn turns() -> impl Strategy<Value = Vec<Turn>> {
 /// A site with one fragment, and what somebody knows who has watched it from the beginning.
 struct Story {
     local: Local,
+    follow: Follow,
     feedback: Feedback,
     codec: Codec,
     /// θ.
@@ -66,10 +67,11 @@ struct Story {
 }
 
 impl Story {
-    fn new(feedback: Feedback, codec: Codec, seed: u64) -> Self {
+    fn new(follow: Follow, feedback: Feedback, codec: Codec, seed: u64) -> Self {
         let zeros = || vec![0.0; COUNT];
         let mut story = Self {
-            local: local(feedback),
+            local: local(follow, feedback),
+            follow,
             feedback,
             codec,
             weights: zeros(),
@@ -106,8 +108,12 @@ impl Story {
     }
 
     fn follow(&mut self) {
-        let delta = Codec::F32.encode(&self.some()).unwrap();
+        let codec = if self.chance.chance(0.5) { Codec::F32 } else { Codec::Sparse(1024) };
+        let delta = codec.encode(&self.some()).unwrap();
         let (_, change) = self.local.commit(FRAGMENT, delta, &Alone).unwrap();
+        if change.overwrites() {
+            self.steps = vec![0.0; COUNT];
+        }
         self.change(change);
     }
 
@@ -186,7 +192,7 @@ impl Story {
 
     /// Another process takes the place of this one.
     fn start(&mut self) {
-        self.local = local(self.feedback);
+        self.local = local(self.follow, self.feedback);
         if let Some(residual) = residual::recall(&self.file, LAYOUT, COUNT, self.delivered) {
             self.local.recall(FRAGMENT, residual);
         }
@@ -219,20 +225,21 @@ impl Story {
     }
 }
 
-fn local(feedback: Feedback) -> Local {
+fn local(follow: Follow, feedback: Feedback) -> Local {
     let manifest = Manifest::balanced(vec![Tensor::new("a", &[COUNT], TensorKind::Vector)], 1);
-    Local::new(&manifest, Follow::Carry, feedback)
+    Local::new(&manifest, follow, feedback)
 }
 
 proptest! {
     #[test]
     fn all_that_was_learnt_is_delivered_or_owed_over_restarts(
         turns in turns(),
+        follow in prop_oneof![Just(Follow::Carry), Just(Follow::Overwrite)],
         feedback in prop_oneof![Just(Feedback::Weights), Just(Feedback::Buffer)],
         codec in prop::sample::select(vec!["sparse:300", "sparse:2000", "e3m0"]),
         seed: u64,
     ) {
-        let mut story = Story::new(feedback, codec.parse().unwrap(), seed);
+        let mut story = Story::new(follow, feedback, codec.parse().unwrap(), seed);
         for turn in turns {
             story.turn(turn);
             story.check()?;
@@ -243,7 +250,7 @@ proptest! {
 #[test]
 fn what_a_stopped_process_owed_is_in_the_first_contribution_of_the_next() {
     for feedback in [Feedback::Weights, Feedback::Buffer] {
-        let mut story = Story::new(feedback, Codec::Sparse(300), 1);
+        let mut story = Story::new(Follow::Carry, feedback, Codec::Sparse(300), 1);
         [Turn::Step, Turn::Contribute, Turn::Merge(false), Turn::Stop(false)]
             .into_iter()
             .for_each(|turn| story.turn(turn));
@@ -259,7 +266,7 @@ fn what_a_stopped_process_owed_is_in_the_first_contribution_of_the_next() {
 
 #[test]
 fn what_is_handed_in_stays_in_the_weights_until_a_commit_tells_of_it() {
-    let mut local = local(Feedback::Weights);
+    let mut local = local(Follow::Carry, Feedback::Weights);
     local.install(FRAGMENT, &[0.0; COUNT]).unwrap();
     let mut chance = Rng::new(5);
     let mut weights: Vec<f32> = (0..COUNT).map(|_| chance.normal() as f32).collect();
@@ -284,4 +291,24 @@ fn what_is_handed_in_stays_in_the_weights_until_a_commit_tells_of_it() {
     let Change::Add(change) = change else { panic!("it carries") };
     add(&mut weights, &change);
     assert!(weights.iter().zip(local.theta(FRAGMENT)).all(|(own, theta)| (own - theta).abs() < 1e-6));
+}
+
+#[test]
+fn who_gives_up_steps_gives_up_nothing_that_was_handed_in() {
+    for feedback in [Feedback::Weights, Feedback::Buffer] {
+        let mut local = local(Follow::Overwrite, feedback);
+        local.install(FRAGMENT, &[0.0; COUNT]).unwrap();
+        let mut chance = Rng::new(5);
+        let handed_in: Vec<f32> = (0..COUNT).map(|_| chance.normal() as f32).collect();
+        local.contribute(FRAGMENT, handed_in.clone(), Codec::F32, &Alone).unwrap();
+        let told = Codec::Sparse(1024).encode(&handed_in).unwrap();
+        let (_, change) = local.commit(FRAGMENT, told.clone(), &Alone).unwrap();
+        let Change::Write(weights) = change else { panic!("it overwrites") };
+        let told = codec::decode(&told, COUNT).unwrap();
+        for ((weight, told), own) in weights.iter().zip(&told).zip(&handed_in) {
+            assert_eq!(*weight, if *told == 0.0 { *own } else { *told });
+        }
+        let again = local.contribute(FRAGMENT, weights, Codec::F32, &Alone).unwrap();
+        assert!(again.norm < 1e-6, "{feedback:?}: {} is handed in twice", again.norm);
+    }
 }

@@ -230,7 +230,8 @@ pub(super) fn standing(bytes: &[u8]) {
     });
     let progress = Progress { steps: 1, tokens: 8, loss: 1.0 };
     let stepped = SiteEvent::Stepped { progress, trained: Ranges::span(0, 2), seconds: 0.1 };
-    let applied = |index: u16| SiteEvent::Applied { fragment: FragmentId(index), version: 1, digest };
+    let applied =
+        |index: u16| SiteEvent::Applied { fragment: FragmentId(index), version: 1, digest, overwritten: true };
     let contributed = |index: u16| SiteEvent::Contributed {
         fragment: FragmentId(index),
         payload: digest,

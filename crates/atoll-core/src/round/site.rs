@@ -60,6 +60,8 @@ pub enum SiteEvent {
         version: u64,
         /// The digest it has.
         digest: Digest,
+        /// Whether the steps since the last contribution are gone.
+        overwritten: bool,
     },
     /// A refused contribution's work is given up.
     Rebased(FragmentId),
@@ -207,6 +209,8 @@ pub struct Site {
     lost: Option<Digest>,
     /// What earlier processes have not delivered is taken up.
     recalled: bool,
+    /// The end of the session, heard of during a step.
+    postponed: Option<Box<Standing>>,
 }
 
 #[derive(Debug, Default)]
@@ -327,6 +331,7 @@ impl Site {
             news: true,
             lost: None,
             recalled: false,
+            postponed: None,
         }
     }
 
@@ -358,15 +363,36 @@ impl Site {
 
     /// Takes in what happened and says what to do.
     pub fn handle(&mut self, now: Time, event: SiteEvent) -> Vec<SiteOrder> {
+        self.handle_all(now, [event])
+    }
+
+    /// Takes in all that happened until this moment and says what to do: when a step ends, what was worked out during it
+    /// is in place before anybody says what comes next.
+    pub fn handle_all(&mut self, now: Time, events: impl IntoIterator<Item = SiteEvent>) -> Vec<SiteOrder> {
         let mut orders = Vec::new();
+        for event in events {
+            self.take_in(now, event, &mut orders);
+        }
+        self.advance(now, &mut orders);
+        orders
+    }
+
+    fn take_in(&mut self, now: Time, event: SiteEvent, orders: &mut Vec<SiteOrder>) {
         match event {
             SiteEvent::Connected => self.connect(),
             SiteEvent::Disconnected => self.disconnect(),
-            SiteEvent::Standing(standing) => self.hear(&standing, &mut orders),
-            SiteEvent::Stepped { progress, trained, seconds } => self.step(now, progress, &trained, seconds),
+            // What a step uses cannot be taken back while it is under way.
+            SiteEvent::Standing(standing) if self.busy && !standing.open => self.postponed = Some(standing),
+            SiteEvent::Standing(standing) => self.hear(&standing, orders),
+            SiteEvent::Stepped { progress, trained, seconds } => {
+                self.step(now, progress, &trained, seconds);
+                if let Some(standing) = self.postponed.take() {
+                    self.hear(&standing, orders);
+                }
+            }
             SiteEvent::Contributed { fragment, payload, bytes, norm, agreement } => {
                 self.vitals.agreement = agreement;
-                self.contributed(fragment, payload, bytes, norm, &mut orders);
+                self.contributed(fragment, payload, bytes, norm, orders);
             }
             SiteEvent::Rebased(fragment) => {
                 let rebasing = &mut self.fragments[fragment.index()].rebasing;
@@ -374,8 +400,10 @@ impl Site {
             }
             SiteEvent::Measured(measured) => self.measured(&measured),
             SiteEvent::Uploaded(payload, done) => self.uploaded(payload, done),
-            SiteEvent::Fetched(digest, done) => self.fetched(digest, done, &mut orders),
-            SiteEvent::Applied { fragment, version, digest } => self.applied(now, fragment, version, digest),
+            SiteEvent::Fetched(digest, done) => self.fetched(digest, done, orders),
+            SiteEvent::Applied { fragment, version, digest, overwritten } => {
+                self.applied(now, fragment, (version, digest), overwritten);
+            }
             SiteEvent::Evaluated(request, evaluated) => {
                 self.evaluation = Some((request, evaluated));
                 self.news = true;
@@ -383,8 +411,6 @@ impl Site {
             SiteEvent::Leave => (self.leaving, self.news) = (true, true),
             SiteEvent::Tick => {}
         }
-        self.advance(now, &mut orders);
-        orders
     }
 
     fn connect(&mut self) {
@@ -394,7 +420,7 @@ impl Site {
     }
 
     fn disconnect(&mut self) {
-        self.connected = false;
+        (self.connected, self.postponed) = (false, None);
         let travelling = self.fragments.iter_mut().filter(|fragment| !fragment.applying);
         travelling.for_each(|fragment| fragment.moving = None);
         for outstanding in self.outstanding.values_mut().filter(|o| o.upload == Upload::Moving) {
@@ -636,7 +662,7 @@ impl Site {
         }
     }
 
-    fn applied(&mut self, now: Time, id: FragmentId, version: u64, digest: Digest) {
+    fn applied(&mut self, now: Time, id: FragmentId, (version, digest): (u64, Digest), overwritten: bool) {
         let stagger = self.stagger(id);
         let now_at = (self.vitals.steps, self.vitals.tokens);
         let fragment = &mut self.fragments[id.index()];
@@ -655,8 +681,10 @@ impl Site {
             fragment.held = None;
             return;
         }
-        if matches!(step, Move::Install(..)) {
+        if overwritten {
             fragment.since = now_at;
+        }
+        if matches!(step, Move::Install(..)) {
             fragment.due = now_at.0 + stagger;
         }
         fragment.held = Some((version, digest));
@@ -665,20 +693,21 @@ impl Site {
             && let Some((sent, steps)) = fragment.sent.take()
         {
             self.vitals.round_seconds = plan::smooth(self.vitals.round_seconds, now.seconds_since(sent), 0.2);
-            self.align(id.index(), now_at.0 - steps);
+            self.align(id.index(), now_at.0 - steps, overwritten);
         }
     }
 
-    /// Sets when the fragment is due next, `turn` steps after its last contribution. A commit reaches all sites at about
-    /// the same time, so whoever counts from it is in step with the others, and nobody misses a round for having
-    /// begun at another moment.
-    fn align(&mut self, index: usize, turn: u64) {
+    /// Sets when the fragment is due next, `turn` steps after its last contribution, of which an `overwritten` one has
+    /// nothing left. A commit reaches all sites at about the same time, so whoever counts from it is in step with the
+    /// others, and nobody misses a round for having begun at another moment.
+    fn align(&mut self, index: usize, turn: u64, overwritten: bool) {
         let (round, steps) = (u64::from(self.steps_per_round), self.vitals.steps);
         let spacing = round / self.fragments.len() as u64;
         let before = index.checked_sub(1).map(|before| self.fragments[before].due);
         let fragment = &mut self.fragments[index];
         fragment.turn = plan::smooth(fragment.turn, turn.min(round) as f64, TURN_SHARE);
-        fragment.due = steps + round.saturating_sub(fragment.turn.round() as u64);
+        let done = if overwritten { 0 } else { fragment.turn.round() as u64 };
+        fragment.due = steps + round.saturating_sub(done);
         // Fragments that have come to be due together part again, a step a round.
         if let Some(before) = before.filter(|_| spacing > 1) {
             let behind = (fragment.due + round - before % round) % round;
@@ -706,9 +735,6 @@ impl Site {
             self.report_now(orders);
             self.stopped = true;
             orders.push(SiteOrder::Stop(if self.leaving { Stop::Left } else { Stop::Finished }));
-            return;
-        }
-        if self.busy {
             return;
         }
         for index in 0..self.fragments.len() {
@@ -750,7 +776,7 @@ impl Site {
         let fragment = &self.fragments[index];
         let steps = self.vitals.steps - fragment.since.0;
         let time = self.vitals.steps >= fragment.due || self.phase == Phase::Closing;
-        let still = fragment.taken.is_none() && !fragment.applying && fragment.rebasing == 0;
+        let still = !self.busy && fragment.taken.is_none() && !fragment.applying && fragment.rebasing == 0;
         steps > 0 && self.is_settled(index) && time && still
     }
 
@@ -772,7 +798,8 @@ impl Site {
     }
 
     fn may_train(&self) -> bool {
-        self.phase == Phase::Training && self.is_whole() && self.unspent >= self.settings.samples_per_step
+        let has_samples = self.unspent >= self.settings.samples_per_step;
+        !self.busy && self.phase == Phase::Training && self.is_whole() && has_samples
     }
 
     fn is_whole(&self) -> bool {
@@ -782,7 +809,10 @@ impl Site {
     fn is_drained(&self) -> bool {
         let untouched = |fragment: &Fragment| fragment.since.0 == self.vitals.steps;
         let encoding = self.fragments.iter().any(|fragment| fragment.taken.is_some());
-        self.outstanding.is_empty() && !encoding && (self.vitals.steps == 0 || self.fragments.iter().all(untouched))
+        !self.busy
+            && self.outstanding.is_empty()
+            && !encoding
+            && (self.vitals.steps == 0 || self.fragments.iter().all(untouched))
     }
 
     fn report_now(&mut self, orders: &mut Vec<SiteOrder>) {

@@ -1,5 +1,5 @@
 //! The desk: a thread that encodes contributions and takes in commits while the engine trains. It owns the site's
-//! copies of the model; the trainer only reads the engine's weights and applies changes, between two steps.
+//! copies of the model; the trainer only copies the engine's weights out and adds changes, between two steps.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -45,7 +45,7 @@ pub(super) enum Done {
     Applied(FragmentId, u64, Digest, Option<Change>),
 }
 
-/// The trainer's end.
+/// The clerk's end.
 pub(super) struct Desk {
     jobs: mpsc::Sender<Job>,
     busy: Arc<AtomicU64>,

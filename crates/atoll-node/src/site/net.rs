@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use atoll_core::data::Ranges;
+use atoll_core::engine::EngineError;
 use atoll_core::hash::Digest;
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Standing, Status};
@@ -20,6 +21,7 @@ use super::donors::{Donor, Suspicion};
 use super::meter::Meter;
 use super::pile::{Piece, Pile};
 use super::told;
+use super::trainer::Pause;
 use super::window::Window;
 use crate::coordinator::lock;
 use crate::link::{Link, read_frame, write_frame};
@@ -34,8 +36,10 @@ pub(super) enum Incoming {
     Fetched(Digest, Option<Vec<u8>>),
     /// The payload of a commit, which nobody asked for.
     Pushed(Digest, Vec<u8>),
-    /// From the desk, over the same channel, so that the trainer waits for both.
+    /// From the desk, over the same channel, so that the clerk waits for all.
     Worked(Done),
+    /// From the trainer.
+    Paused(Result<Pause, EngineError>),
     /// The coordinator does not want this site; no retry will help.
     Refused(String),
 }
@@ -108,7 +112,7 @@ impl Route {
     }
 }
 
-/// Keeps a connection alive until the site is refused or the trainer has hung up.
+/// Keeps a connection alive until the site is refused or the clerk has hung up.
 pub(super) async fn keep_connected(
     route: Route,
     mut commands: mpsc::UnboundedReceiver<Command>,
@@ -177,7 +181,7 @@ type Fetches = Arc<Mutex<BTreeMap<Digest, Fetch>>>;
 struct Fetch {
     buffer: Vec<u8>,
     here: Ranges,
-    /// Whether the trainer waits for it; else it is being pushed.
+    /// Whether the clerk waits for it; else it is being pushed.
     wanted: bool,
     /// Whose weights they are, with the file that gets them too.
     weights: Option<(FragmentId, Partial)>,
@@ -214,7 +218,7 @@ impl Fetch {
         Ok(())
     }
 
-    /// What the trainer is told when the last bytes have come.
+    /// What the clerk is told when the last bytes have come.
     fn into_news(self, digest: Digest) -> Incoming {
         let Self { buffer, wanted, weights, .. } = self;
         match (wanted, Digest::of(&buffer) == digest) {
@@ -248,7 +252,7 @@ impl Fetch {
 #[error("the coordinator does not answer any more")]
 struct Silence;
 
-/// Runs all connections until one breaks (an error) or the trainer hangs up.
+/// Runs all connections until one breaks (an error) or the clerk hangs up.
 async fn talk(
     control: Link,
     data: Vec<Link>,
@@ -292,7 +296,7 @@ async fn talk(
                     meter.answered(standing.heard);
                     told::note(&standing);
                     standing.successor.into_iter().for_each(|next| route.way.expect(next));
-                    inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the trainer has stopped"))?;
+                    inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the clerk has stopped"))?;
                 }
                 _ => bail!("the coordinator hung up"),
             }
@@ -329,7 +333,7 @@ async fn talk(
                     let weights = weights.map(|(fragment, version)| Weights { fragment, version, digest });
                     want(fetches, digest, usize::try_from(bytes)?, weights, &route.arriving);
                     if let Some(whole) = take_whole(fetches, digest) {
-                        inbox.send(whole.into_news(digest)).map_err(|_| anyhow!("the trainer has stopped"))?;
+                        inbox.send(whole.into_news(digest)).map_err(|_| anyhow!("the clerk has stopped"))?;
                     }
                     let pieces = missing(fetches, digest);
                     if weights.is_some() {
@@ -478,7 +482,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Adds bytes of the leader; tells the trainer when the last have come.
+    /// Adds bytes of the leader; tells the clerk when the last have come.
     fn arrive(&self, digest: Digest, offset: u64, bytes: &[u8]) -> Result<()> {
         self.meter.receiving(digest, bytes.len() as u64);
         self.put(digest, offset, bytes, 0)

@@ -291,19 +291,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_owed_no_more_is_kept_no_more() {
+    fn what_is_owed_outlasts_a_commit_that_overwrites_steps() {
         let dir = tempfile::tempdir().unwrap();
         let mut residuals = Residuals::open(dir.path(), &manifest()).unwrap();
         let mut local = Local::new(&manifest(), Follow::Overwrite, Feedback::Weights);
         residuals.recall(&mut local, &[None]);
         local.install(ID, &[0.0; 8]).unwrap();
-        contribute(&mut residuals, &mut local, SPARSE, WEIGHTS);
+        let first = contribute(&mut residuals, &mut local, SPARSE, WEIGHTS);
         local.delivered(ID);
         residuals.settled(&local, ID);
-        assert!(residuals.path(ID).exists());
+        let left = owed(&local);
         local.commit(ID, Codec::F32.encode(&[1.0; 8]).unwrap(), &Alone).unwrap();
         residuals.close(&local, false);
-        assert!(!residuals.path(ID).exists(), "the commit has overwritten the weights that held it");
+        assert_eq!((owed(&start(dir.path(), first).1), left.len()), (left, 1));
     }
 
     #[test]

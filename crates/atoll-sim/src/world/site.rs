@@ -53,18 +53,15 @@ pub(super) struct Process {
     fetched: Store,
     /// Commits that came unasked.
     pushed: Store,
-    waiting: VecDeque<Input>,
+    /// What the machine has not seen yet.
+    events: VecDeque<SiteEvent>,
+    /// What was worked out beside the training and is not in place yet.
+    done: VecDeque<Work>,
     pub(super) stepping: bool,
     /// Whether it has taken up what earlier ones have left.
     has_recalled: bool,
     /// When all that is being encoded and decoded beside the training is done.
     desk_free: Time,
-}
-
-/// What waits for the end of a step.
-enum Input {
-    Event(SiteEvent),
-    Work(Work),
 }
 
 /// Seconds after which a shell gives up on an answer that ought to be here.
@@ -137,7 +134,8 @@ impl World<'_> {
             payloads: BTreeMap::new(),
             fetched: BTreeMap::new(),
             pushed: BTreeMap::new(),
-            waiting: VecDeque::new(),
+            events: VecDeque::new(),
+            done: VecDeque::new(),
             stepping: false,
             has_recalled: false,
             desk_free: now,
@@ -170,44 +168,34 @@ impl World<'_> {
         site.connection += 1;
         if let Some(process) = site.process.as_mut() {
             process.pushed.clear();
-            process.waiting.push_back(Input::Event(SiteEvent::Disconnected));
+            process.events.push_back(SiteEvent::Disconnected);
         }
         let (name, post) = (site.residence.name.clone(), site.post.take());
         post.map_or(Ok(()), |post| self.tell_coordinator(post, Event::Gone(name)))
     }
 
-    /// A site's events wait while it steps, as its thread would make them.
     pub(super) fn tell_site(&mut self, index: usize, event: SiteEvent) -> Result<(), String> {
         let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
-        process.waiting.push_back(Input::Event(event));
-        if process.stepping { Ok(()) } else { self.work(index) }
+        process.events.push_back(event);
+        self.work(index)
     }
 
-    /// What was worked out beside the training waits for the end of a step, too.
+    /// What was worked out beside the training.
     pub(super) fn tell_work(&mut self, index: usize, work: Work) -> Result<(), String> {
         let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
-        process.waiting.push_back(Input::Work(work));
-        if process.stepping { Ok(()) } else { self.work(index) }
+        process.done.push_back(work);
+        self.work(index)
     }
 
+    /// Shows a site's machine what happened and does what it orders, until there is nothing left.
     pub(super) fn work(&mut self, index: usize) -> Result<(), String> {
         let now = self.now;
-        while let Some(process) = self.sites[index].process.as_mut()
-            && let Some(input) = process.waiting.pop_front()
-        {
-            let event = match input {
-                Input::Event(event) => event,
-                Input::Work(Work { fragment, change, payload, event }) => {
-                    if let (SiteEvent::Contributed { payload: digest, .. }, Some(Bytes(bytes))) = (&event, payload) {
-                        process.payloads.insert(*digest, bytes);
-                    }
-                    let applied = change.map(|change| change.apply(process.engine.as_mut(), fragment));
-                    applied.transpose().map_err(|error| error.to_string())?;
-                    event
-                }
-            };
-            let orders = process.machine.handle(now, event);
-            for order in orders {
+        while let Some(process) = self.sites[index].process.as_mut() {
+            let events = process.take_events().map_err(|error| error.to_string())?;
+            if events.is_empty() {
+                break;
+            }
+            for order in process.machine.handle_all(now, events) {
                 self.obey(index, order)?;
             }
         }
@@ -265,7 +253,7 @@ impl World<'_> {
                 match process.pushed.remove(&digest) {
                     Some(bytes) => {
                         process.fetched.insert(digest, bytes);
-                        process.waiting.push_back(Input::Event(SiteEvent::Fetched(digest, true)));
+                        process.events.push_back(SiteEvent::Fetched(digest, true));
                     }
                     None if pushed => {}
                     None => self.send(index, 0.0, &Happening::Request(index, connection, digest)),
@@ -420,7 +408,7 @@ impl World<'_> {
         let Some(process) = self.sites[index].process.as_mut() else { return Ok(()) };
         process.desk_free = process.desk_free.max(self.now).after(seconds);
         let wait = process.desk_free.seconds_since(self.now);
-        if let SiteEvent::Applied { fragment, version, digest } = work.event {
+        if let SiteEvent::Applied { fragment, version, digest, .. } = work.event {
             self.witness.see_copy(fragment, version, digest).map_err(|broken| format!("site {index}: {broken}"))?;
         }
         self.after(wait, Happening::Worked(index, life, work));
@@ -440,13 +428,31 @@ impl World<'_> {
         let trained = process.leases.take_trained();
         self.witness.see_training(&self.sites[index], &trained);
         if let Some(process) = self.sites[index].process.as_mut() {
-            process.waiting.push_front(Input::Event(SiteEvent::Stepped { progress, trained, seconds }));
+            process.events.push_front(SiteEvent::Stepped { progress, trained, seconds });
         }
         self.work(index)
     }
 }
 
 impl Process {
+    /// What the machine has not seen yet. Changes of weights wait for the end of a step.
+    fn take_events(&mut self) -> Result<Vec<SiteEvent>, EngineError> {
+        let mut events: Vec<SiteEvent> = self.events.drain(..).collect();
+        let (waiting, done): (VecDeque<Work>, VecDeque<Work>) =
+            self.done.drain(..).partition(|work| self.stepping && work.change.is_some());
+        self.done = waiting;
+        for Work { fragment, change, payload, event } in done {
+            if let (SiteEvent::Contributed { payload: digest, .. }, Some(Bytes(bytes))) = (&event, payload) {
+                self.payloads.insert(*digest, bytes);
+            }
+            if let Some(change) = change {
+                change.apply(self.engine.as_mut(), fragment)?;
+            }
+            events.push(event);
+        }
+        Ok(events)
+    }
+
     fn contribute(&mut self, fragment: FragmentId, codec: Codec) -> Result<Work, String> {
         let mut weights = vec![0.0; self.local.theta(fragment).len()];
         self.engine.read(fragment, &mut weights).map_err(|error| error.to_string())?;
@@ -461,12 +467,8 @@ impl Process {
         let bytes = self.fetched.get(&delta).ok_or("a commit was ordered before it came")?;
         let (digest, change) =
             self.local.commit(fragment, bytes.to_vec(), &Alone).map_err(|error| error.to_string())?;
-        Ok(Work {
-            fragment,
-            change: Some(change),
-            payload: None,
-            event: SiteEvent::Applied { fragment, version, digest },
-        })
+        let event = SiteEvent::Applied { fragment, version, digest, overwritten: change.overwrites() };
+        Ok(Work { fragment, change: Some(change), payload: None, event })
     }
 
     fn install(&mut self, fragment: FragmentId, version: u64, digest: Digest) -> Result<Work, String> {
@@ -474,18 +476,14 @@ impl Process {
         let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
         let (digest, change) =
             self.local.install(fragment, &weights.collect::<Vec<_>>()).map_err(|error| error.to_string())?;
-        Ok(Work {
-            fragment,
-            change: Some(change),
-            payload: None,
-            event: SiteEvent::Applied { fragment, version, digest },
-        })
+        let event = SiteEvent::Applied { fragment, version, digest, overwritten: change.overwrites() };
+        Ok(Work { fragment, change: Some(change), payload: None, event })
     }
 
     /// Held-out text is not looked at during a simulated run; the machines only need an answer.
     fn evaluate(&mut self, request: u64) {
         let commits = self.machine.held().flatten().map(|(version, _)| version).sum();
         let evaluated = Evaluated { commits, nats: 1.0, tokens: 1, bytes: 1 };
-        self.waiting.push_back(Input::Event(SiteEvent::Evaluated(request, evaluated)));
+        self.events.push_back(SiteEvent::Evaluated(request, evaluated));
     }
 }

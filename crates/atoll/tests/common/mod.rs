@@ -20,7 +20,8 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Changes to `run.toml` that make it about 700,000 weights, and commits light for its many rounds.
-pub const LARGER: [(&str, &str); 7] = [
+pub const LARGER: [(&str, &str); 8] = [
+    ("steps = 8", "steps = 32"),
     ("up = \"auto\"", "up = \"sparse:96\""),
     ("down = \"auto\"", "down = \"sparse:224\""),
     ("hidden_size = 32", "hidden_size = 128"),

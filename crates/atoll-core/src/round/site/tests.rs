@@ -1,4 +1,4 @@
-//! What a site that starts does with what earlier processes of it have left on disk.
+//! What a site that starts does with what earlier processes of it have left on disk, and what one that trains does during a step.
 
 use super::*;
 
@@ -113,4 +113,71 @@ fn a_site_without_coordinator_can_train_until_it_would_be_given_up() {
     // There may be just half of what it wants: then it has asked for no more.
     assert!(wants_seconds(0.03) / 2.0 >= SECONDS_AWAY);
     assert_eq!(wants_seconds(40.0), 3.0 * 4.0 * 40.0, "three rounds are always in hand");
+}
+
+/// A site in the middle of its first step, with samples for more; every step is a round.
+fn at_work() -> Site {
+    let mut site = site(None);
+    hear(&mut site, Standing { steps: 1, leases: vec![(1, Ranges::span(0, 20))], ..standing(1, 3, 10) });
+    site.handle(Time(2), SiteEvent::Fetched(digest(3), true));
+    let applied = SiteEvent::Applied { fragment: FragmentId(0), version: 3, digest: digest(3), overwritten: true };
+    assert!(site.handle(Time(3), applied).contains(&SiteOrder::Train(1)));
+    site
+}
+
+fn stepped(from: u64) -> SiteEvent {
+    let progress = Progress { steps: 1, tokens: 8, ..Progress::default() };
+    SiteEvent::Stepped { progress, trained: Ranges::span(from, from + 2), seconds: 1.0 }
+}
+
+fn contributes(orders: &[SiteOrder]) -> bool {
+    orders.iter().any(|order| matches!(order, SiteOrder::Contribute(..)))
+}
+
+fn report(orders: &[SiteOrder]) -> Option<&Status> {
+    orders.iter().find_map(|order| if let SiteOrder::Report(status) = order { Some(&**status) } else { None })
+}
+
+#[test]
+fn what_is_encoded_is_sent_during_the_next_step_and_a_commit_that_is_there_when_it_ends_counts() {
+    let mut site = at_work();
+    let orders = site.handle(Time(4), stepped(0));
+    assert!(contributes(&orders) && orders.contains(&SiteOrder::Train(1)));
+    let payload = Digest::of(b"payload");
+    let encoded = SiteEvent::Contributed { fragment: FragmentId(0), payload, bytes: 9, norm: 1.0, agreement: 0.0 };
+    let orders = site.handle(Time(5), encoded);
+    assert!(orders.contains(&SiteOrder::Upload(payload)) && report(&orders).unwrap().outstanding.len() == 1);
+    let settled = vec![(1, Settled::Committed(4))];
+    let orders = hear(&mut site, Standing { steps: 1, settled, ..standing(2, 4, 10) });
+    assert!(orders.contains(&SiteOrder::Delivered(FragmentId(0))));
+    let commit = Digest::of(b"delta");
+    let orders = site.handle(Time(6), SiteEvent::Fetched(commit, true));
+    assert!(orders.iter().any(|order| matches!(order, SiteOrder::Commit(_))), "it is decoded during the step");
+    let applied = SiteEvent::Applied { fragment: FragmentId(0), version: 4, digest: digest(4), overwritten: false };
+    assert!(contributes(&site.handle_all(Time(7), [stepped(2), applied])), "every step is a round");
+}
+
+#[test]
+fn a_session_that_ends_during_a_step_ends_with_it() {
+    let mut site = at_work();
+    let closed = || Standing { open: false, ..standing(2, 3, 10) };
+    assert!(!hear(&mut site, closed()).contains(&SiteOrder::DropLeases), "the step uses them");
+    assert!(site.handle(Time(4), stepped(0)).contains(&SiteOrder::DropLeases));
+    let again = Standing { session: 6, leases: vec![(1, Ranges::span(0, 20))], ..standing(3, 3, 10) };
+    let orders = hear(&mut site, again);
+    assert!(report(&orders).unwrap().unspent == 20 && site.trained.is_empty());
+    // What an earlier connection said of it is said again on the next one.
+    let mut site = at_work();
+    hear(&mut site, closed());
+    site.handle(Time(4), SiteEvent::Disconnected);
+    assert!(!site.handle(Time(5), stepped(0)).contains(&SiteOrder::DropLeases));
+}
+
+#[test]
+fn a_site_in_the_middle_of_a_step_has_work_to_hand_in() {
+    let mut site = at_work();
+    hear(&mut site, Standing { phase: Phase::Closing, ..standing(2, 3, 10) });
+    let orders = site.handle(Time(2_000_000), SiteEvent::Tick);
+    assert!(!report(&orders).expect("a long step is no silence").drained);
+    assert!(contributes(&site.handle(Time(2_000_001), stepped(0))));
 }

@@ -1,0 +1,340 @@
+//! The clerk: the thread that shows the machine what happens and carries out what it orders, whether the engine is in
+//! the middle of a step or not. It never waits for the engine, but for the copies of weights that it asks for between two steps.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, bail};
+use atoll_core::delta::Change;
+use atoll_core::hash::Digest;
+use atoll_core::manifest::FragmentId;
+use atoll_core::round::{Measured, Site, SiteEvent, SiteOrder, Stop};
+use atoll_core::site::Time;
+
+use super::desk::{Desk, Done, Job};
+use super::meter::Meter;
+use super::net::{Command, Incoming};
+use super::trainer::{Look, Pause, Steps, Task};
+use crate::data::Leases;
+
+/// The clerk looks up at least this often when nothing happens.
+const IDLE: Duration = Duration::from_millis(100);
+
+pub(super) struct Clerk {
+    machine: Site,
+    desk: Desk,
+    meter: Meter,
+    leases: Leases,
+    tasks: mpsc::Sender<Task>,
+    commands: tokio::sync::mpsc::UnboundedSender<Command>,
+    inbox: mpsc::Receiver<Incoming>,
+    stop: Arc<AtomicBool>,
+    start: Instant,
+    /// Encoded contributions that are not settled.
+    payloads: BTreeMap<Digest, Arc<Vec<u8>>>,
+    /// Fetched bytes that the desk has not taken yet.
+    fetched: BTreeMap<Digest, Vec<u8>>,
+    /// Commits that came before they were asked for.
+    pushed: Pushed,
+    /// Memory for the next reading of weights.
+    spare: Vec<f32>,
+    /// Events that the machine has not seen yet.
+    events: VecDeque<SiteEvent>,
+    /// Time between steps in which the engine could have trained.
+    exposed: Duration,
+    /// Fragment and version of the newest commit that the engine has taken in.
+    newest_commit: Option<(FragmentId, u64)>,
+    ended: Option<Stop>,
+}
+
+/// Payloads of commits that came unasked, oldest first.
+#[derive(Default)]
+struct Pushed(VecDeque<(Digest, Vec<u8>)>);
+
+impl Pushed {
+    /// More than a coordinator sends ahead; what it drops is asked for.
+    const MOST: usize = 1 << 10;
+
+    fn put(&mut self, digest: Digest, bytes: Vec<u8>) {
+        self.0.push_back((digest, bytes));
+        if self.0.len() > Self::MOST {
+            self.0.pop_front();
+        }
+    }
+
+    fn take(&mut self, digest: Digest) -> Option<Vec<u8>> {
+        let index = self.0.iter().position(|(at, _)| *at == digest)?;
+        self.0.remove(index).map(|(_, bytes)| bytes)
+    }
+}
+
+/// Where the clerk sends to: the trainer and the network.
+pub(super) type Outboxes = (mpsc::Sender<Task>, tokio::sync::mpsc::UnboundedSender<Command>);
+
+impl Clerk {
+    pub(super) fn new(
+        machine: Site,
+        desk: Desk,
+        meter: Meter,
+        leases: Leases,
+        (tasks, commands): Outboxes,
+        inbox: mpsc::Receiver<Incoming>,
+        stop: Arc<AtomicBool>,
+    ) -> Self {
+        Self {
+            machine,
+            desk,
+            meter,
+            leases,
+            tasks,
+            commands,
+            inbox,
+            stop,
+            start: Instant::now(),
+            payloads: BTreeMap::new(),
+            fetched: BTreeMap::new(),
+            pushed: Pushed::default(),
+            spare: Vec::new(),
+            events: VecDeque::new(),
+            exposed: Duration::ZERO,
+            newest_commit: None,
+            ended: None,
+        }
+    }
+
+    /// Follows the run to its end, and keeps what the codec of the way up has not delivered.
+    pub(super) fn run(mut self) -> Result<Stop> {
+        let result = self.follow();
+        let kept = self.desk.close(matches!(result, Ok(Stop::Finished)));
+        result.and_then(|stop| kept.map(|()| stop))
+    }
+
+    fn follow(&mut self) -> Result<Stop> {
+        let mut leaving = false;
+        loop {
+            if self.stop.load(Ordering::Relaxed) && !std::mem::replace(&mut leaving, true) {
+                self.events.push_back(SiteEvent::Leave);
+            }
+            self.receive()?;
+            while !self.events.is_empty() {
+                self.attend()?;
+            }
+            match self.ended {
+                Some(Stop::Superseded) => bail!(
+                    "another process has joined as this site\nhint: one ticket and one folder belong to one process; stop one of the two"
+                ),
+                Some(stop) => return Ok(stop),
+                None => {}
+            }
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time(self.start.elapsed().as_micros() as u64)
+    }
+
+    /// Waits until something happens, and takes in all that has.
+    fn receive(&mut self) -> Result<()> {
+        match self.inbox.recv_timeout(IDLE) {
+            Ok(incoming) => self.note(incoming)?,
+            Err(mpsc::RecvTimeoutError::Timeout) => self.events.push_back(SiteEvent::Tick),
+            Err(mpsc::RecvTimeoutError::Disconnected) => bail!("the site's network thread has stopped"),
+        }
+        while let Ok(incoming) = self.inbox.try_recv() {
+            self.note(incoming)?;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, incoming: Incoming) -> Result<()> {
+        match incoming {
+            Incoming::Connected => self.events.push_back(SiteEvent::Connected),
+            Incoming::Disconnected => self.events.push_back(SiteEvent::Disconnected),
+            Incoming::Standing(standing) => self.events.push_back(SiteEvent::Standing(standing)),
+            Incoming::Uploaded(digest, done) => self.events.push_back(SiteEvent::Uploaded(digest, done)),
+            Incoming::Fetched(digest, bytes) => self.fetched(digest, bytes),
+            Incoming::Pushed(digest, bytes) if self.machine.awaits(digest) => self.fetched(digest, Some(bytes)),
+            Incoming::Pushed(digest, bytes) => self.pushed.put(digest, bytes),
+            Incoming::Worked(done) => return self.worked(done),
+            Incoming::Paused(Ok(pause)) => self.paused(pause),
+            Incoming::Paused(Err(error)) => return Err(self.give_up(error.into(), "training stopped")),
+            Incoming::Refused(why) => return Err(anyhow!(why)),
+        }
+        Ok(())
+    }
+
+    fn fetched(&mut self, digest: Digest, bytes: Option<Vec<u8>>) {
+        let done = bytes.is_some();
+        if let Some(bytes) = bytes {
+            self.fetched.insert(digest, bytes);
+        }
+        self.events.push_back(SiteEvent::Fetched(digest, done));
+    }
+
+    /// Takes over what the desk has done.
+    fn worked(&mut self, done: Done) -> Result<()> {
+        match done {
+            Done::Contributed(fragment, Ok(payload)) => {
+                let (digest, bytes) = (payload.digest, payload.bytes.len() as u64);
+                self.payloads.insert(digest, Arc::new(payload.bytes));
+                self.spare = payload.spare.unwrap_or_default();
+                let (norm, agreement) = (payload.norm, payload.agreement);
+                self.events.push_back(SiteEvent::Contributed { fragment, payload: digest, bytes, norm, agreement });
+                Ok(())
+            }
+            Done::Contributed(_, Err(error)) => {
+                Err(self.give_up(error.into(), "the engine's weights cannot be contributed"))
+            }
+            Done::Rebased(fragment, change) => self.ask(Task::Change(fragment, change, SiteEvent::Rebased(fragment))),
+            Done::Applied(fragment, version, digest, change) => {
+                let overwritten = change.as_ref().is_some_and(Change::overwrites);
+                let event = SiteEvent::Applied { fragment, version, digest, overwritten };
+                match change {
+                    Some(change) => self.ask(Task::Change(fragment, change, event)),
+                    None => {
+                        self.events.push_back(event);
+                        Ok(())
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes over what the trainer has done.
+    fn paused(&mut self, pause: Pause) {
+        let (link, payload_bytes, moved) = self.meter.read();
+        self.exposed += pause.exposed;
+        if !pause.spare.is_empty() {
+            self.spare = pause.spare;
+        }
+        self.events.push_back(SiteEvent::Measured(Measured {
+            exposed_seconds: self.exposed.as_secs_f64(),
+            hidden_seconds: (self.desk.busy() + moved).as_secs_f64(),
+            payload_bytes,
+            link,
+        }));
+        for event in &pause.events {
+            if let SiteEvent::Applied { fragment, version: version @ 1.., .. } = *event {
+                self.newest_commit = Some((fragment, version));
+            }
+        }
+        self.events.extend(pause.events);
+    }
+
+    /// Shows the machine all events at once and does what it orders.
+    fn attend(&mut self) -> Result<()> {
+        let has_stepped = self.events.iter().any(|event| matches!(event, SiteEvent::Stepped { .. }));
+        for order in self.machine.handle_all(self.now(), std::mem::take(&mut self.events)) {
+            self.obey(order, has_stepped)?;
+        }
+        let machine = &self.machine;
+        self.fetched.retain(|digest, _| machine.awaits(*digest));
+        Ok(())
+    }
+
+    fn obey(&mut self, order: SiteOrder, has_stepped: bool) -> Result<()> {
+        match order {
+            SiteOrder::Train(count) => self.ask(Task::Train(Steps { count, at_once: has_stepped }))?,
+            SiteOrder::Grant(ranges) => self.leases.grant(&ranges),
+            SiteOrder::Progress(progress) => self.leases.set_progress(progress),
+            SiteOrder::DropLeases => {
+                self.leases.clear();
+                self.leases.take_trained();
+            }
+            SiteOrder::Recall(delivered) => self.desk.put(Job::Recall(delivered))?,
+            SiteOrder::Delivered(fragment) => self.desk.put(Job::Delivered(fragment))?,
+            SiteOrder::Contribute(fragment, codec) => {
+                let weights = self.read(fragment)?;
+                self.desk.put(Job::Contribute(fragment, weights, codec))?;
+            }
+            SiteOrder::Rebase(fragment, why) => {
+                tracing::warn!(
+                    "a contribution to {fragment} was refused: {why}; its samples go back, training goes on"
+                );
+                self.desk.put(Job::Rebase(fragment))?;
+            }
+            SiteOrder::Commit(notice) => {
+                let payload = self.fetched.remove(&notice.delta).unwrap_or_default();
+                self.desk.put(Job::Commit(notice, payload))?;
+            }
+            SiteOrder::Install(fragment, version, digest) => {
+                let bytes = self.fetched.remove(&digest).unwrap_or_default();
+                self.desk.put(Job::Install(fragment, version, bytes))?;
+            }
+            SiteOrder::Evaluate(request) => {
+                let (commits, thetas) = (self.commits(), self.desk.lend()?);
+                self.ask(Task::Evaluate(Look { request, commits, thetas }))?;
+            }
+            SiteOrder::Upload(digest) => {
+                if let Some(bytes) = self.payloads.get(&digest) {
+                    self.command(Command::Upload(digest, bytes.clone()));
+                }
+            }
+            SiteOrder::Fetch { digest, bytes, pushed, weights } => match self.pushed.take(digest) {
+                Some(bytes) => self.fetched(digest, Some(bytes)),
+                None if pushed => {} // It is on its way.
+                None => self.command(Command::Fetch(digest, bytes, weights)),
+            },
+            SiteOrder::Forget(digest) => {
+                self.payloads.remove(&digest);
+            }
+            SiteOrder::Report(status) => self.command(Command::Report(status)),
+            SiteOrder::Stop(stop) => self.ended = Some(stop),
+        }
+        Ok(())
+    }
+
+    /// A network that has stopped is noticed where its answers are missed.
+    fn command(&self, command: Command) {
+        let _ = self.commands.send(command);
+    }
+
+    fn ask(&mut self, task: Task) -> Result<()> {
+        self.tasks.send(task).map_err(|_| self.nobody_trains())
+    }
+
+    /// A copy of a fragment's weights as they are now, in memory that was used before.
+    fn read(&mut self, fragment: FragmentId) -> Result<Vec<f32>> {
+        let (sender, answer) = mpsc::channel();
+        let memory = std::mem::take(&mut self.spare);
+        self.ask(Task::Read(fragment, memory, sender))?;
+        let weights = answer.recv().map_err(|_| self.nobody_trains())?;
+        weights.map_err(|error| self.give_up(error.into(), "training stopped"))
+    }
+
+    /// Why the trainer is gone: it has said so, among other things that have come in.
+    fn nobody_trains(&mut self) -> anyhow::Error {
+        let why = self.inbox.try_iter().find_map(|incoming| match incoming {
+            Incoming::Paused(Err(error)) => Some(anyhow::Error::from(error)),
+            _ => None,
+        });
+        let why = why.unwrap_or_else(|| anyhow!("the thread that trains is gone"));
+        self.give_up(why, "training stopped")
+    }
+
+    /// Commits in the site's copy of the model.
+    fn commits(&self) -> u64 {
+        self.machine.held().flatten().map(|(version, _)| version).sum()
+    }
+
+    /// Tells the coordinator that this site is leaving, so that its leases go back at once; returns the
+    /// `error` that made it leave with what the operator needs to go back to.
+    fn give_up(&mut self, error: anyhow::Error, what: &str) -> anyhow::Error {
+        let now = self.now();
+        for order in self.machine.handle(now, SiteEvent::Leave) {
+            if let SiteOrder::Report(status) = order {
+                self.command(Command::Report(status));
+            }
+        }
+        let good = match self.newest_commit {
+            Some((fragment, version)) => {
+                let commits = self.commits();
+                format!("the last good commit is version {version} of {fragment}, with {commits} commits in the model")
+            }
+            None => "there is no commit yet".to_string(),
+        };
+        error.context(format!("{what}; {good}; the run goes on without this site"))
+    }
+}
