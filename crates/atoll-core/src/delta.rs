@@ -41,7 +41,7 @@ use residual::Residual;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Follow {
-    /// Carry as long as they point where the commits point, else overwrite.
+    /// Carry unless they go against the commits; then overwrite.
     #[default]
     Auto,
     /// Keep them.
@@ -58,7 +58,7 @@ pub enum Feedback {
     /// from the global model as if only what was sent had been handed in.
     #[default]
     Weights,
-    /// In a buffer beside its weights, which start over from the global model (SparseLoCo, arXiv 2508.15706).
+    /// In a buffer beside its weights, which start over from the global model as far as it has been told (SparseLoCo, arXiv 2508.15706).
     Buffer,
 }
 
@@ -85,6 +85,8 @@ struct Copies {
     last: Vec<u8>,
     /// Smoothed cosine of this site's steps to the last commit, where that one moved Θ.
     agreement: f64,
+    /// Steps were given up, and nothing was contributed since.
+    gave_up: bool,
 }
 
 /// A pseudo-gradient ready for the wire.
@@ -215,6 +217,7 @@ impl Local {
     ) -> Result<Payload, DeltaError> {
         let copies = &mut self.fragments[fragment.index()];
         copies.agree(&weights);
+        copies.gave_up = false;
         let mut wish = of_length(mem::take(&mut self.scratch), weights.len());
         let Copies { theta, reference, owed, .. } = &*copies;
         let from = reference.as_deref().unwrap_or(theta);
@@ -257,7 +260,8 @@ impl Local {
         }
         sound.add_to(&mut copies.theta, team);
         let carried = if sound.codec().is_sparse() { copies.carry_where_told(&sound) } else { copies.carry() };
-        let change = if copies.carries(self.follow) { carried } else { Change::Write(copies.start(self.feedback)) };
+        copies.gave_up = !copies.carries(self.follow);
+        let change = if copies.gave_up { Change::Write(copies.start(self.feedback)) } else { carried };
         copies.last = payload;
         Ok((Digest::of_weights_by(&copies.theta, team), change))
     }
@@ -312,9 +316,11 @@ impl Copies {
         }
     }
 
-    /// Whether the steps since the last contribution are kept.
+    /// Whether the steps since the last contribution are kept. Those of a site that has given some up are: where every
+    /// step sees a commit, it would never contribute otherwise.
     fn carries(&self, follow: Follow) -> bool {
         match follow {
+            _ if self.gave_up => true,
             Follow::Carry => true,
             Follow::Overwrite => false,
             Follow::Auto => self.agreement > OPPOSED,

@@ -7,8 +7,9 @@
 //!              desk: encodes and decodes
 //! ```
 //!
-//! The [`trainer`] never waits for anybody but the [`clerk`], which only ever waits for something to happen, so that a
-//! contribution is on its way and a commit is decoded while the next inner step goes on.
+//! The [`trainer`]'s thread only trains, changes weights, and hears from the [`clerk`]'s machine between two steps which
+//! comes next; a thread of the clerk's own shows the machine everything else as it happens, so that a contribution is
+//! on its way and a commit is decoded while the next inner step goes on.
 
 mod arriving;
 mod clerk;
@@ -26,7 +27,7 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -157,10 +158,13 @@ pub fn join(
     let (tasks, queue) = mpsc::channel();
     let share = Share::new(options.share, options.threads);
     let trainer = Trainer::new(engine, leases.clone(), held_out, share, stop.clone());
-    let clerk = Clerk::new(machine, desk, meter, leases, (tasks, commands), inbox, stop.clone());
-    let clerk = std::thread::Builder::new().name("clerk".to_string()).spawn(move || clerk.run())?;
-    trainer.work(queue, &sender);
-    let result = clerk.join().unwrap_or_else(|_| Err(anyhow!("the thread that follows the run has panicked")));
+    let clerk = Arc::new(Mutex::new(Clerk::new(machine, desk, meter, leases, (tasks, commands))));
+    let (follower, stop) = (clerk.clone(), stop.clone());
+    let following = std::thread::Builder::new().name("clerk".to_string());
+    let following = following.spawn(move || Clerk::run(&follower, &inbox, &stop))?;
+    trainer.work(queue, &clerk, &sender);
+    let result = following.join().unwrap_or_else(|_| Err(anyhow!("the thread that follows the run has panicked")));
+    drop(clerk);
     if matches!(result, Ok(Stop::Finished)) {
         arriving.clear();
     }

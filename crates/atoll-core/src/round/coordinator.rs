@@ -616,8 +616,14 @@ impl Coordinator {
     }
 
     fn note_trial(&mut self, tried: &Tried, orders: &mut Vec<Order>) {
-        let losses: Vec<(f64, u64)> = tried.after.iter().map(|(_, after, steps)| (*after, *steps)).collect();
-        let trials = tried.after.iter().zip(guard::help(tried.before, &losses));
+        let quality = |site: &SiteId| self.book.sites.get(site).map_or(0.0, |member| member.quality);
+        let alone = |(site, nats, steps): &(SiteId, f64, u64)| guard::Alone {
+            nats: *nats,
+            steps: *steps,
+            quality: quality(site),
+        };
+        let all: Vec<guard::Alone> = tried.after.iter().map(alone).collect();
+        let trials = tried.after.iter().zip(guard::help(tried.before, &all));
         let trials =
             trials.map(|((site, after, _), help)| Trial { site: site.clone(), after: guard::as_loss(*after), help });
         let contributions: Vec<Trial> = trials.filter(|trial| self.book.sites.contains_key(&trial.site)).collect();

@@ -211,6 +211,8 @@ pub struct Site {
     recalled: bool,
     /// The end of the session, heard of during a step.
     postponed: Option<Box<Standing>>,
+    /// A look at the held-out loss that is wanted between two steps.
+    look: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -332,6 +334,7 @@ impl Site {
             lost: None,
             recalled: false,
             postponed: None,
+            look: None,
         }
     }
 
@@ -382,7 +385,11 @@ impl Site {
             SiteEvent::Connected => self.connect(),
             SiteEvent::Disconnected => self.disconnect(),
             // What a step uses cannot be taken back while it is under way.
-            SiteEvent::Standing(standing) if self.busy && !standing.open => self.postponed = Some(standing),
+            SiteEvent::Standing(standing)
+                if self.busy && !standing.open && standing.session <= self.settings.session =>
+            {
+                self.postponed = Some(standing);
+            }
             SiteEvent::Standing(standing) => self.hear(&standing, orders),
             SiteEvent::Stepped { progress, trained, seconds } => {
                 self.step(now, progress, &trained, seconds);
@@ -460,8 +467,7 @@ impl Site {
         self.resend(standing, orders);
         self.follow(standing, orders);
         if let Some(request) = standing.evaluate.filter(|&request| request != self.evaluating && self.is_whole()) {
-            self.evaluating = request;
-            orders.push(SiteOrder::Evaluate(request));
+            (self.evaluating, self.look) = (request, Some(request));
         }
     }
 
@@ -484,7 +490,7 @@ impl Site {
         for fragment in &mut self.fragments {
             (fragment.held, fragment.moving, fragment.taken, fragment.needs) = (None, None, None, 0);
         }
-        (self.news, self.evaluation, self.evaluating) = (true, None, 0);
+        (self.news, self.evaluation, self.evaluating, self.look) = (true, None, 0, None);
     }
 
     /// Orders that a contribution's work is given up.
@@ -667,7 +673,11 @@ impl Site {
         let now_at = (self.vitals.steps, self.vitals.tokens);
         let fragment = &mut self.fragments[id.index()];
         fragment.applying = false;
-        let Some(step) = fragment.moving.take_if(|step| step.version() == version) else { return };
+        let Some(step) = fragment.moving.take_if(|step| step.version() == version) else {
+            // Of a session that is over. What has come meanwhile for this one was not taken; it is fetched again.
+            fragment.moving = None;
+            return;
+        };
         self.news = true;
         let announced = match &step {
             Move::Commit(notice) => notice.digest,
@@ -747,6 +757,11 @@ impl Site {
         if self.connected && (self.news || overdue) {
             self.reported = Some(now);
             self.report_now(orders);
+        }
+        if !self.busy
+            && let Some(request) = self.look.take()
+        {
+            orders.push(SiteOrder::Evaluate(request));
         }
         if self.may_train() {
             self.busy = true;

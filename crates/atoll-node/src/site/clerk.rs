@@ -1,13 +1,15 @@
-//! The clerk: the thread that shows the machine what happens and carries out what it orders, whether the engine is in
-//! the middle of a step or not. It never waits for the engine, but for the copies of weights that it asks for between two steps.
+//! The clerk shows the machine what happens and carries out what it orders. What comes in from elsewhere is shown as it comes,
+//! on a thread of the clerk's own, whether the engine is in the middle of a step or not; that a step is done, the trainer
+//! shows on its own thread. The clerk waits for the engine only for copies of weights, which are asked for between two steps.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use atoll_core::delta::Change;
+use atoll_core::engine::EngineError;
 use atoll_core::hash::Digest;
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Measured, Site, SiteEvent, SiteOrder, Stop};
@@ -16,7 +18,8 @@ use atoll_core::site::Time;
 use super::desk::{Desk, Done, Job};
 use super::meter::Meter;
 use super::net::{Command, Incoming};
-use super::trainer::{Look, Pause, Steps, Task};
+use super::trainer::{Look, Pause, Task, Trainer};
+use crate::coordinator::lock;
 use crate::data::Leases;
 
 /// The clerk looks up at least this often when nothing happens.
@@ -29,8 +32,6 @@ pub(super) struct Clerk {
     leases: Leases,
     tasks: mpsc::Sender<Task>,
     commands: tokio::sync::mpsc::UnboundedSender<Command>,
-    inbox: mpsc::Receiver<Incoming>,
-    stop: Arc<AtomicBool>,
     start: Instant,
     /// Encoded contributions that are not settled.
     payloads: BTreeMap<Digest, Arc<Vec<u8>>>,
@@ -46,7 +47,9 @@ pub(super) struct Clerk {
     exposed: Duration,
     /// Fragment and version of the newest commit that the engine has taken in.
     newest_commit: Option<(FragmentId, u64)>,
-    ended: Option<Stop>,
+    /// How it has ended, for its thread; and that it has, for the trainer.
+    ended: Option<Result<Stop>>,
+    is_over: bool,
 }
 
 /// Payloads of commits that came unasked, oldest first.
@@ -70,19 +73,24 @@ impl Pushed {
     }
 }
 
+/// Lets the trainer go when the clerk's thread ends, however it does.
+struct End(mpsc::Sender<Task>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.0.send(Task::End); // The trainer may have stopped before.
+    }
+}
+
+fn gone() -> anyhow::Error {
+    anyhow!("the thread that trains has stopped")
+}
+
 /// Where the clerk sends to: the trainer and the network.
 pub(super) type Outboxes = (mpsc::Sender<Task>, tokio::sync::mpsc::UnboundedSender<Command>);
 
 impl Clerk {
-    pub(super) fn new(
-        machine: Site,
-        desk: Desk,
-        meter: Meter,
-        leases: Leases,
-        (tasks, commands): Outboxes,
-        inbox: mpsc::Receiver<Incoming>,
-        stop: Arc<AtomicBool>,
-    ) -> Self {
+    pub(super) fn new(machine: Site, desk: Desk, meter: Meter, leases: Leases, (tasks, commands): Outboxes) -> Self {
         Self {
             machine,
             desk,
@@ -90,8 +98,6 @@ impl Clerk {
             leases,
             tasks,
             commands,
-            inbox,
-            stop,
             start: Instant::now(),
             payloads: BTreeMap::new(),
             fetched: BTreeMap::new(),
@@ -101,51 +107,73 @@ impl Clerk {
             exposed: Duration::ZERO,
             newest_commit: None,
             ended: None,
+            is_over: false,
         }
     }
 
     /// Follows the run to its end, and keeps what the codec of the way up has not delivered.
-    pub(super) fn run(mut self) -> Result<Stop> {
-        let result = self.follow();
-        let kept = self.desk.close(matches!(result, Ok(Stop::Finished)));
-        result.and_then(|stop| kept.map(|()| stop))
-    }
-
-    fn follow(&mut self) -> Result<Stop> {
+    ///
+    /// # Errors
+    /// Why the site cannot go on.
+    pub(super) fn run(clerk: &Mutex<Self>, inbox: &mpsc::Receiver<Incoming>, stop: &AtomicBool) -> Result<Stop> {
+        let _end = End(lock(clerk).tasks.clone());
         let mut leaving = false;
         loop {
-            if self.stop.load(Ordering::Relaxed) && !std::mem::replace(&mut leaving, true) {
-                self.events.push_back(SiteEvent::Leave);
+            let incoming = inbox.recv_timeout(IDLE);
+            let mut clerk = lock(clerk);
+            let mut heard = clerk.hear(incoming, inbox);
+            if stop.load(Ordering::Relaxed) && !std::mem::replace(&mut leaving, true) {
+                clerk.events.push_back(SiteEvent::Leave);
             }
-            self.receive()?;
-            while !self.events.is_empty() {
-                self.attend()?;
+            heard = heard.and_then(|()| clerk.attend(None));
+            if let Err(error) = heard {
+                clerk.end(Err(error));
             }
-            match self.ended {
-                Some(Stop::Superseded) => bail!(
-                    "another process has joined as this site\nhint: one ticket and one folder belong to one process; stop one of the two"
-                ),
-                Some(stop) => return Ok(stop),
-                None => {}
+            if let Some(ended) = clerk.ended.take() {
+                let kept = clerk.desk.close(matches!(ended, Ok(Stop::Finished)));
+                // Where the trainer is gone it has said why, among what was not heard yet.
+                let why = inbox.try_iter().find_map(|incoming| match incoming {
+                    Incoming::Paused(Err(error)) => Some(clerk.give_up(error.into(), "training stopped")),
+                    _ => None,
+                });
+                let ended = ended.map_err(|error| why.unwrap_or(error));
+                return ended.and_then(|stop| kept.map(|()| stop));
             }
         }
+    }
+
+    fn end(&mut self, result: Result<Stop>) {
+        (self.ended, self.is_over) = (Some(result), true);
+    }
+
+    /// The trainer has come to the end of a step: says to it what comes next. False if nothing does.
+    pub(super) fn pause(&mut self, pause: Pause, trainer: &mut Trainer) -> bool {
+        if self.is_over {
+            return false;
+        }
+        self.paused(pause);
+        if let Err(error) = self.attend(Some(trainer)) {
+            self.end(Err(error)); // Its thread will see that.
+        }
+        !self.is_over
     }
 
     fn now(&self) -> Time {
         Time(self.start.elapsed().as_micros() as u64)
     }
 
-    /// Waits until something happens, and takes in all that has.
-    fn receive(&mut self) -> Result<()> {
-        match self.inbox.recv_timeout(IDLE) {
+    /// Takes in what has come, and whatever has since.
+    fn hear(
+        &mut self,
+        first: Result<Incoming, mpsc::RecvTimeoutError>,
+        inbox: &mpsc::Receiver<Incoming>,
+    ) -> Result<()> {
+        match first {
             Ok(incoming) => self.note(incoming)?,
             Err(mpsc::RecvTimeoutError::Timeout) => self.events.push_back(SiteEvent::Tick),
             Err(mpsc::RecvTimeoutError::Disconnected) => bail!("the site's network thread has stopped"),
         }
-        while let Ok(incoming) = self.inbox.try_recv() {
-            self.note(incoming)?;
-        }
-        Ok(())
+        inbox.try_iter().try_for_each(|incoming| self.note(incoming))
     }
 
     fn note(&mut self, incoming: Incoming) -> Result<()> {
@@ -223,20 +251,25 @@ impl Clerk {
         self.events.extend(pause.events);
     }
 
-    /// Shows the machine all events at once and does what it orders.
-    fn attend(&mut self) -> Result<()> {
-        let has_stepped = self.events.iter().any(|event| matches!(event, SiteEvent::Stepped { .. }));
-        for order in self.machine.handle_all(self.now(), std::mem::take(&mut self.events)) {
-            self.obey(order, has_stepped)?;
+    /// Shows the machine all events at once and does what it orders, until there is nothing left.
+    fn attend(&mut self, mut trainer: Option<&mut Trainer>) -> Result<()> {
+        while !self.events.is_empty() {
+            for order in self.machine.handle_all(self.now(), std::mem::take(&mut self.events)) {
+                self.obey(order, trainer.as_deref_mut())?;
+            }
         }
         let machine = &self.machine;
         self.fetched.retain(|digest, _| machine.awaits(*digest));
         Ok(())
     }
 
-    fn obey(&mut self, order: SiteOrder, has_stepped: bool) -> Result<()> {
+    /// Carries out an order, with the `trainer` where it has just come to the end of a step.
+    fn obey(&mut self, order: SiteOrder, trainer: Option<&mut Trainer>) -> Result<()> {
         match order {
-            SiteOrder::Train(count) => self.ask(Task::Train(Steps { count, at_once: has_stepped }))?,
+            SiteOrder::Train(steps) => match trainer {
+                Some(trainer) => trainer.order(steps),
+                None => self.ask(Task::Train(steps))?,
+            },
             SiteOrder::Grant(ranges) => self.leases.grant(&ranges),
             SiteOrder::Progress(progress) => self.leases.set_progress(progress),
             SiteOrder::DropLeases => {
@@ -246,7 +279,12 @@ impl Clerk {
             SiteOrder::Recall(delivered) => self.desk.put(Job::Recall(delivered))?,
             SiteOrder::Delivered(fragment) => self.desk.put(Job::Delivered(fragment))?,
             SiteOrder::Contribute(fragment, codec) => {
-                let weights = self.read(fragment)?;
+                let memory = std::mem::take(&mut self.spare);
+                let weights = match trainer {
+                    Some(trainer) => trainer.read(fragment, memory),
+                    None => self.read(fragment, memory)?,
+                };
+                let weights = weights.map_err(|error| self.give_up(error.into(), "training stopped"))?;
                 self.desk.put(Job::Contribute(fragment, weights, codec))?;
             }
             SiteOrder::Rebase(fragment, why) => {
@@ -281,7 +319,10 @@ impl Clerk {
                 self.payloads.remove(&digest);
             }
             SiteOrder::Report(status) => self.command(Command::Report(status)),
-            SiteOrder::Stop(stop) => self.ended = Some(stop),
+            SiteOrder::Stop(Stop::Superseded) => bail!(
+                "another process has joined as this site\nhint: one ticket and one folder belong to one process; stop one of the two"
+            ),
+            SiteOrder::Stop(stop) => self.end(Ok(stop)),
         }
         Ok(())
     }
@@ -291,27 +332,15 @@ impl Clerk {
         let _ = self.commands.send(command);
     }
 
-    fn ask(&mut self, task: Task) -> Result<()> {
-        self.tasks.send(task).map_err(|_| self.nobody_trains())
+    fn ask(&self, task: Task) -> Result<()> {
+        self.tasks.send(task).map_err(|_| gone())
     }
 
-    /// A copy of a fragment's weights as they are now, in memory that was used before.
-    fn read(&mut self, fragment: FragmentId) -> Result<Vec<f32>> {
+    /// A copy of a fragment's weights as they are now, in this memory.
+    fn read(&self, fragment: FragmentId, memory: Vec<f32>) -> Result<Result<Vec<f32>, EngineError>> {
         let (sender, answer) = mpsc::channel();
-        let memory = std::mem::take(&mut self.spare);
         self.ask(Task::Read(fragment, memory, sender))?;
-        let weights = answer.recv().map_err(|_| self.nobody_trains())?;
-        weights.map_err(|error| self.give_up(error.into(), "training stopped"))
-    }
-
-    /// Why the trainer is gone: it has said so, among other things that have come in.
-    fn nobody_trains(&mut self) -> anyhow::Error {
-        let why = self.inbox.try_iter().find_map(|incoming| match incoming {
-            Incoming::Paused(Err(error)) => Some(anyhow::Error::from(error)),
-            _ => None,
-        });
-        let why = why.unwrap_or_else(|| anyhow!("the thread that trains is gone"));
-        self.give_up(why, "training stopped")
+        answer.recv().map_err(|_| gone())
     }
 
     /// Commits in the site's copy of the model.

@@ -73,7 +73,7 @@ const FORGETTING: f64 = 0.1;
 const GETS_AHEAD: usize = 64;
 /// Gets that may be unanswered before it is known how soon they are answered.
 const GETS_AT_FIRST: usize = 8;
-/// A status is repeated after this many seconds, so that a long step does not look like silence.
+/// A status is repeated after this many seconds, so that a busy site does not look like a silent one.
 const REPEAT_SECONDS: u64 = 1;
 /// Between two attempts to connect at most: a coordinator that is back should not be waited for.
 const RETRY_SECONDS_MAX: f64 = 2.0;

@@ -1,8 +1,9 @@
-//! The trainer: the thread that owns the engine. It takes one inner step after another; between two of them it copies
-//! weights out, adds changes and looks at held-out text, as the [`clerk`](super::clerk) asks.
+//! The trainer: the thread that owns the engine. It takes one inner step after another; between two of them it does what
+//! the [`clerk`](super::clerk) asks, and has the clerk's machine say itself what comes next, so that no step waits for a
+//! thread to wake up.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use atoll_core::delta::{self, Change};
@@ -12,28 +13,23 @@ use atoll_core::manifest::FragmentId;
 use atoll_core::round::SiteEvent;
 
 use super::HeldOut;
+use super::clerk::Clerk;
 use super::net::Incoming;
+use crate::coordinator::lock;
 use crate::data::Leases;
 
 /// Something to do with the engine. Tasks are done one after the other.
 pub(super) enum Task {
     /// Take these inner steps.
-    Train(Steps),
+    Train(u32),
     /// Change weights, and then report this.
     Change(FragmentId, Change, SiteEvent),
     /// Copy weights out, into this memory.
     Read(FragmentId, Vec<f32>, mpsc::Sender<Result<Vec<f32>, EngineError>>),
     /// Look at the held-out loss of these weights.
     Evaluate(Look),
-}
-
-/// Inner steps.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Steps {
-    /// How many.
-    pub(super) count: u32,
-    /// Whether they were ordered as soon as it was known that those before were done.
-    pub(super) at_once: bool,
+    /// There is nothing more to do.
+    End,
 }
 
 /// A look at the global model.
@@ -93,8 +89,10 @@ pub(super) struct Trainer {
     held_out: HeldOut,
     share: Share,
     stop: Arc<AtomicBool>,
-    /// Since when the engine could have taken the next step.
+    /// Since when the engine could have taken the next step, or from when on it may.
     ready: Instant,
+    /// Inner steps that were ordered as soon as those before were done.
+    next: Option<u32>,
 }
 
 impl Trainer {
@@ -105,59 +103,102 @@ impl Trainer {
         share: Share,
         stop: Arc<AtomicBool>,
     ) -> Self {
-        Self { engine, leases, held_out, share, stop, ready: Instant::now() }
+        Self { engine, leases, held_out, share, stop, ready: Instant::now(), next: None }
     }
 
-    /// Does tasks until nobody can ask for more, or one fails. What is left then goes with the queue, so that nobody
+    /// Does tasks until there is nothing more to do, or one fails. What is left then goes with the queue, so that nobody
     /// waits for it.
     #[allow(clippy::needless_pass_by_value, reason = "it ends with this")]
-    pub(super) fn work(mut self, tasks: mpsc::Receiver<Task>, clerk: &mpsc::Sender<Incoming>) {
-        while let Ok(task) = tasks.recv() {
-            let done = self.do_until_pause(task, &tasks);
-            if done.as_ref().is_ok_and(|pause| pause.events.is_empty()) {
-                continue;
-            }
-            let has_failed = done.is_err();
-            if clerk.send(Incoming::Paused(done)).is_err() || has_failed {
-                return;
+    pub(super) fn work(mut self, tasks: mpsc::Receiver<Task>, clerk: &Mutex<Clerk>, inbox: &mpsc::Sender<Incoming>) {
+        let _panic = Panic(inbox.clone());
+        loop {
+            let done = match self.next.take() {
+                Some(steps) => self.train(steps, &tasks, clerk),
+                None => match tasks.recv() {
+                    Ok(Task::Train(steps)) => {
+                        self.ready = self.ready.max(Instant::now()); // What was waited for was not synchronizing.
+                        self.train(steps, &tasks, clerk)
+                    }
+                    Ok(Task::End) | Err(_) => return,
+                    Ok(task) => self.interrupt(task, inbox),
+                },
+            };
+            match done {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => {
+                    let _ = inbox.send(Incoming::Paused(Err(error))); // Whoever would hear it has stopped.
+                    return;
+                }
             }
         }
     }
 
-    /// Does a task; after a step also those that have come meanwhile, so that the clerk sees at once all that is new.
-    fn do_until_pause(&mut self, task: Task, tasks: &mpsc::Receiver<Task>) -> Result<Pause, EngineError> {
+    /// A task while nothing is trained. False if nobody wants to know.
+    fn interrupt(&mut self, task: Task, inbox: &mpsc::Sender<Incoming>) -> Result<bool, EngineError> {
         let mut pause = Pause::default();
-        let has_stepped = matches!(task, Task::Train(_));
         self.perform(task, &mut pause)?;
-        while has_stepped && !self.stop.load(Ordering::Relaxed) {
+        Ok(pause.events.is_empty() || inbox.send(Incoming::Paused(Ok(pause))).is_ok())
+    }
+
+    /// A copy of a fragment's weights as they are now, in this memory.
+    pub(super) fn read(&mut self, fragment: FragmentId, memory: Vec<f32>) -> Result<Vec<f32>, EngineError> {
+        let len = self.engine.manifest().fragment_len(fragment).unwrap_or(0);
+        let mut weights = delta::of_length(memory, len);
+        self.engine.read(fragment, &mut weights).map(|()| weights)
+    }
+
+    /// These steps come next.
+    pub(super) fn order(&mut self, steps: u32) {
+        self.next = Some(steps);
+    }
+
+    /// Takes steps as soon as the site's share allows, does what was asked for until they are done, and hears what
+    /// comes next. False if nothing does.
+    fn train(&mut self, steps: u32, tasks: &mpsc::Receiver<Task>, clerk: &Mutex<Clerk>) -> Result<bool, EngineError> {
+        let mut pause = Pause::default();
+        self.do_what_waits(tasks, &mut pause)?;
+        if !self.is_stopped() {
+            pause.exposed = self.ready.elapsed();
+            pause.events.push(self.step(steps)?);
+            while let Ok(task) = tasks.try_recv() {
+                self.perform(task, &mut pause)?;
+            }
+        }
+        Ok(lock(clerk).pause(pause, self))
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Does tasks until the next step may begin.
+    fn do_what_waits(&mut self, tasks: &mpsc::Receiver<Task>, pause: &mut Pause) -> Result<(), EngineError> {
+        loop {
             let left = self.ready.saturating_duration_since(Instant::now());
             match tasks.recv_timeout(left.min(LOOK)) {
-                Ok(task) => self.perform(task, &mut pause)?,
-                Err(mpsc::RecvTimeoutError::Timeout) if !left.is_zero() => {}
-                Err(_) => break,
+                Ok(task) => self.perform(task, pause)?,
+                Err(_) if left.is_zero() || self.is_stopped() => return Ok(()),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
             }
         }
-        Ok(pause)
     }
 
+    /// Does a task other than steps.
     fn perform(&mut self, task: Task, pause: &mut Pause) -> Result<(), EngineError> {
         match task {
-            Task::Train(steps) => {
-                if steps.at_once {
-                    pause.exposed += self.ready.elapsed();
-                }
-                pause.events.push(self.train(steps.count)?);
-            }
+            // The machine gives one order at a time, and none after the last.
+            Task::Train(steps) => self.order(steps),
+            Task::End => self.next = None,
             Task::Change(fragment, change, event) => {
                 pause.spare = change.apply(self.engine.as_mut(), fragment)?;
                 pause.events.push(event);
             }
             Task::Read(fragment, memory, answer) => {
-                let len = self.engine.manifest().fragment_len(fragment).unwrap_or(0);
-                let mut weights = delta::of_length(memory, len);
-                let read = self.engine.read(fragment, &mut weights);
-                let _ = answer.send(read.map(|()| weights)); // Whoever asked may have stopped.
+                let _ = answer.send(self.read(fragment, memory)); // Whoever asked may have stopped.
             }
+            Task::Evaluate(_) if self.is_stopped() => {}
             Task::Evaluate(Look { request, commits, thetas }) => {
                 let seen = delta::evaluate(thetas, self.engine.as_mut(), &self.held_out.batches)?;
                 let bytes = self.held_out.bytes;
@@ -168,7 +209,7 @@ impl Trainer {
         Ok(())
     }
 
-    fn train(&mut self, steps: u32) -> Result<SiteEvent, EngineError> {
+    fn step(&mut self, steps: u32) -> Result<SiteEvent, EngineError> {
         let (began, cpu) = (Instant::now(), cpu_time::ProcessTime::now());
         let progress = match self.engine.train(steps) {
             Err(EngineError::Starved { .. }) => Progress::default(),
@@ -177,5 +218,17 @@ impl Trainer {
         self.ready = self.share.take(began, cpu.elapsed());
         let seconds = self.ready.max(Instant::now()).duration_since(began).as_secs_f64();
         Ok(SiteEvent::Stepped { progress, trained: self.leases.take_trained(), seconds })
+    }
+}
+
+/// Tells the clerk of a trainer that panics.
+struct Panic(mpsc::Sender<Incoming>);
+
+impl Drop for Panic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let error = EngineError::Device("the engine has panicked".to_string());
+            let _ = self.0.send(Incoming::Paused(Err(error))); // Whoever would hear it has stopped.
+        }
     }
 }

@@ -171,24 +171,39 @@ pub fn as_loss(nats: f64) -> f64 {
     if nats.is_nan() { NATS_MAX } else { nats.clamp(0.0, NATS_MAX) }
 }
 
-/// How each of some contributions helps, −1 to 1, given the loss `before`, and the loss after each of them alone with the
-/// inner steps in it: 1 if as much as its peers do in the middle or more, 0 if by as much less as contributions usually
-/// change, −1 if by twice that. Only what raises the loss is below 0. One alone has no peers: 0.
+/// A contribution that was tried alone.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Alone {
+    /// The loss after it, in nats per token.
+    pub nats: f64,
+    /// Inner steps in it.
+    pub steps: u64,
+    /// How its site's earlier ones have helped, −1 to 1; 0 if none was tried.
+    pub quality: f64,
+}
+
+/// How each of some contributions helps, −1 to 1, given the loss `before`: 1 if as much as its peers do in the middle or
+/// more, 0 if by as much less as contributions usually change, −1 if by twice that. Only what raises the loss is below 0.
+/// One alone has no peers: 0. Sites that have done harm are nobody's peers if there are others: where an honest one is
+/// missing they would be the middle.
 ///
 /// Where noise is all that is left to learn from, everybody alone raises the loss, by the square of his steps: that much,
 /// three times, is no harm.
-pub fn help(before: f64, after: &[(f64, u64)]) -> Vec<f64> {
+pub fn help(before: f64, all: &[Alone]) -> Vec<f64> {
     let rises: Vec<(f64, f64)> =
-        after.iter().map(|&(after, steps)| (as_loss(after) - before, steps.max(1) as f64)).collect();
+        all.iter().map(|alone| (as_loss(alone.nats) - before, alone.steps.max(1) as f64)).collect();
     let help = |(index, &(rise, steps)): (usize, &(f64, f64))| {
-        let peers = || rises.iter().enumerate().filter(|(peer, _)| *peer != index).map(|(_, peer)| *peer);
+        let others: Vec<usize> = (0..all.len()).filter(|&peer| peer != index).collect();
+        let sound: Vec<usize> = others.iter().copied().filter(|&peer| all[peer].quality > DOUBTED).collect();
+        let peers = if sound.is_empty() { &others } else { &sound };
+        let peers = || peers.iter().map(|&peer| rises[peer]);
         let explained = |(rise, of): (f64, f64)| if rise > 0.0 { rise * (steps / of).max(1.0).powi(2) } else { rise };
         let middle = upper_median(peers().map(explained).collect());
         let usual = upper_median(peers().map(|(rise, _)| rise.abs()).collect()).max(NOTICEABLE * before.abs());
         let unit = (usual + (TIMES_MAX - 1.0) * middle.max(0.0)).max(f64::MIN_POSITIVE);
         (1.0 + (middle - rise) / unit).clamp(if rise > 0.0 { -1.0 } else { 0.0 }, 1.0)
     };
-    if rises.len() < 2 { vec![0.0; rises.len()] } else { rises.iter().enumerate().map(help).collect() }
+    if all.len() < 2 { vec![0.0; rises.len()] } else { rises.iter().enumerate().map(help).collect() }
 }
 
 impl Guard {
@@ -200,10 +215,10 @@ impl Guard {
         }
         self.clip(all, &mut verdicts);
         if self.robust == Robust::Guard {
-            let angles = angles.filter(|_| all.len() > 2);
+            // Whoever does harm on text has no say in what the others are like.
+            drop_harmful(all, &mut verdicts);
             angles.into_iter().for_each(|angles| agree(angles, &mut verdicts));
             doubt(all, &mut verdicts);
-            drop_harmful(all, &mut verdicts);
         }
         limit(all, self.weight_max, &mut verdicts);
         verdicts
@@ -237,17 +252,19 @@ impl Seen {
     }
 }
 
-/// Finds how each contribution agrees with the others; takes weight from those that stand apart from a close majority.
+/// Finds how each contribution of which something is left agrees with the others, if there are three; takes weight from
+/// those that stand apart from a close majority.
 fn agree(angles: Angles<'_>, verdicts: &mut [Verdict]) {
     let chance = 1.0 / (angles.weights.max(1) as f64).sqrt();
-    let cosines: Vec<f64> = (0..verdicts.len()).map(|index| angles.median_cosine(index, verdicts.len())).collect();
+    let here: Vec<usize> = (0..verdicts.len()).filter(|&index| verdicts[index].weight > 0.0).collect();
+    let cosines: Vec<f64> = here.iter().map(|&index| angles.median_cosine(index, &here, verdicts.len())).collect();
     let consensus = upper_median(cosines.clone());
-    if consensus < CHANCE * chance {
+    if here.len() < 3 || consensus < CHANCE * chance {
         return;
     }
     let strong = consensus >= STRONG.max(2.0 * CHANCE * chance);
-    for (verdict, cosine) in verdicts.iter_mut().zip(cosines) {
-        let share = cosine / consensus;
+    for (index, cosine) in here.into_iter().zip(cosines) {
+        let (verdict, share) = (&mut verdicts[index], cosine / consensus);
         let left = if strong { (share / APART).clamp(0.0, 1.0) } else { 1.0 };
         verdict.agreement = Some(if left < 1.0 { 2.0 * left - 1.0 } else { share.clamp(-1.0, 1.0) });
         verdict.take(left, Reason::Apart);
@@ -255,9 +272,10 @@ fn agree(angles: Angles<'_>, verdicts: &mut [Verdict]) {
 }
 
 impl Angles<'_> {
-    /// Median cosine of contribution number `index` of `count` to its peers.
-    fn median_cosine(&self, index: usize, count: usize) -> f64 {
-        upper_median((0..count).filter(|&peer| peer != index).map(|peer| self.cosine(index, peer, count)).collect())
+    /// Median cosine of contribution number `index` of `count` to the others that are `here`.
+    fn median_cosine(&self, index: usize, here: &[usize], count: usize) -> f64 {
+        let peers = here.iter().filter(|&&peer| peer != index);
+        upper_median(peers.map(|&peer| self.cosine(index, peer, count)).collect())
     }
 
     /// 0 if one of the two has no length.
@@ -280,14 +298,14 @@ fn doubt(all: &[Seen], verdicts: &mut [Verdict]) {
         verdict.take(left_of(learn(seen.trust, verdict.agreement)), Reason::Opposed);
     }
     if verdicts.iter().all(|verdict| verdict.weight == 0.0) {
-        verdicts.iter_mut().for_each(|verdict| verdict.agreement = Some(0.0));
+        let believed = verdicts.iter_mut().filter(|verdict| verdict.reason != Some(Reason::Harmful));
+        believed.for_each(|verdict| verdict.agreement = Some(0.0));
     }
 }
 
 /// Takes weight from sites whose contributions do harm, as long as somebody else is left.
 fn drop_harmful(all: &[Seen], verdicts: &mut [Verdict]) {
-    let is_left = |(seen, verdict): (&Seen, &Verdict)| verdict.weight > 0.0 && left_of(seen.quality) > 0.0;
-    if all.iter().zip(&*verdicts).any(is_left) {
+    if all.iter().any(|seen| left_of(seen.quality) > 0.0) {
         all.iter().zip(verdicts).for_each(|(seen, verdict)| verdict.take(left_of(seen.quality), Reason::Harmful));
     }
 }

@@ -124,7 +124,17 @@ fn of_three_or_more_nobody_weighs_more_than_the_rest() {
 
 /// Help of contributions with as many steps.
 fn help_of(before: f64, after: &[f64]) -> Vec<f64> {
-    help(before, &after.iter().map(|after| (*after, 8)).collect::<Vec<_>>())
+    help(before, &after.iter().map(|&nats| Alone { nats, steps: 8, quality: 0.0 }).collect::<Vec<_>>())
+}
+
+#[test]
+fn who_has_done_harm_is_nobodys_measure() {
+    let alone = |nats: f64, quality: f64| Alone { nats, steps: 8, quality };
+    // Three of the four liars are here, and two of the honest.
+    let all = [alone(1.9, 0.9), alone(1.9, 0.9), alone(2.1, -0.8), alone(2.1, -0.8), alone(2.1, -0.8)];
+    assert_eq!(help(2.0, &all), [1.0, 1.0, -1.0, -1.0, -1.0]);
+    assert_eq!(help(2.0, &all.map(|all| Alone { quality: 0.0, ..all }))[2], 1.0, "they are the middle");
+    assert_eq!(help(2.0, &all[2..]), [1.0; 3], "nobody else is here");
 }
 
 #[test]
@@ -153,8 +163,9 @@ fn nobody_is_blamed_for_what_all_do_nor_for_what_cannot_be_seen() {
 
 #[test]
 fn whoever_takes_more_steps_may_raise_the_loss_by_their_square() {
-    assert!(help(2.0, &[(2.01, 8), (2.09, 24)]).iter().all(|help| *help > 0.99));
-    assert_eq!(help(2.0, &[(2.01, 8), (2.09, 8)])[1], -1.0);
+    let steps = |nats: f64, steps: u64| Alone { nats, steps, quality: 0.0 };
+    assert!(help(2.0, &[steps(2.01, 8), steps(2.09, 24)]).iter().all(|help| *help > 0.99));
+    assert_eq!(help_of(2.0, &[2.01, 2.09])[1], -1.0);
 }
 
 #[test]
