@@ -239,7 +239,7 @@ fn half_of_the_sites_may_be_malicious_where_contributions_are_tried() {
             100.0 * tried.honest,
             100.0 * tried.malicious
         );
-        // Where they collude some runs end on their way back from the first commits, the worst of 16 at 1.3 times the loss.
+        // Where they collude some runs end on their way back from the first commits, the worst of 16 above 1.2 times the loss.
         assert!(tried.loss < 1.15 * clean && untried.loss > 1.5 * clean, "{attack:?}");
     }
 }

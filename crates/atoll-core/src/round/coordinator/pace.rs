@@ -79,12 +79,9 @@ impl Coordinator {
         let (sending, _) = plan::way_seconds(link, &self.load_on(self.rung(site)));
         let way = sending / self.lens.len().max(1) as f64 + link.rtt;
         let seconds = f64::from(steps) * view.step_seconds() + way;
-        // It counts from the beginning of the step in the midst of which it may have reported.
-        let step = (view.step_seconds() * 1e6) as u64;
-        let counted = view.progressed.max(Time(view.heard.0.saturating_sub(step)));
-        // It may be late by the step that it is in, and reports now and then.
+        // It takes what it has just been told between two steps, and reports now and then.
         let slack = STEPS_SLACK * view.step_seconds() + WAY_SLACK * way + view.interval.min(1.0);
-        Some((counted.after(seconds), counted.after(seconds + slack)))
+        Some((view.heard.after(seconds), view.heard.after(seconds + slack)))
     }
 
     /// Seconds that `site` takes for the steps between two contributions of a fragment.
