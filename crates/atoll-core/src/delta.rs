@@ -58,7 +58,8 @@ pub enum Feedback {
     /// from the global model as if only what was sent had been handed in.
     #[default]
     Weights,
-    /// In a buffer beside its weights, which start over from the global model as far as it has been told (SparseLoCo, arXiv 2508.15706).
+    /// In a buffer beside its weights, which start over from the global model as far as it has been told (SparseLoCo,
+    /// arXiv 2508.15706).
     Buffer,
 }
 
@@ -319,12 +320,12 @@ impl Copies {
     /// Whether the steps since the last contribution are kept. Those of a site that has given some up are: where every
     /// step sees a commit, it would never contribute otherwise.
     fn carries(&self, follow: Follow) -> bool {
-        match follow {
-            _ if self.gave_up => true,
-            Follow::Carry => true,
-            Follow::Overwrite => false,
-            Follow::Auto => self.agreement > OPPOSED,
-        }
+        self.gave_up
+            || match follow {
+                Follow::Carry => true,
+                Follow::Overwrite => false,
+                Follow::Auto => self.agreement > OPPOSED,
+            }
     }
 
     /// Makes Θ the reference where `commit`, which it has in it, spoke; what the engine must do for that. Elsewhere what this

@@ -121,12 +121,11 @@ impl Clerk {
         loop {
             let incoming = inbox.recv_timeout(IDLE);
             let mut clerk = lock(clerk);
-            let mut heard = clerk.hear(incoming, inbox);
+            let heard = clerk.hear(incoming, inbox);
             if stop.load(Ordering::Relaxed) && !std::mem::replace(&mut leaving, true) {
                 clerk.events.push_back(SiteEvent::Leave);
             }
-            heard = heard.and_then(|()| clerk.attend(None));
-            if let Err(error) = heard {
+            if let Err(error) = heard.and_then(|()| clerk.attend(None)) {
                 clerk.end(Err(error));
             }
             if let Some(ended) = clerk.ended.take() {

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use atoll_core::codec::{Codec, Payload};
-use atoll_core::delta::Local;
 use atoll_core::delta::residual::{self, Residual};
+use atoll_core::delta::{Change, Local};
 use atoll_core::engine::{Engine, EngineError};
 use atoll_core::hash::Digest;
 use atoll_core::journal::Evaluated;
@@ -434,6 +434,14 @@ impl World<'_> {
     }
 }
 
+impl Work {
+    /// A version that is ready to be put in place.
+    fn applied(fragment: FragmentId, version: u64, digest: Digest, change: Change) -> Self {
+        let event = SiteEvent::Applied { fragment, version, digest, overwritten: change.overwrites() };
+        Self { fragment, change: Some(change), payload: None, event }
+    }
+}
+
 impl Process {
     /// What the machine has not seen yet. Changes of weights wait for the end of a step.
     fn take_events(&mut self) -> Result<Vec<SiteEvent>, EngineError> {
@@ -467,8 +475,7 @@ impl Process {
         let bytes = self.fetched.get(&delta).ok_or("a commit was ordered before it came")?;
         let (digest, change) =
             self.local.commit(fragment, bytes.to_vec(), &Alone).map_err(|error| error.to_string())?;
-        let event = SiteEvent::Applied { fragment, version, digest, overwritten: change.overwrites() };
-        Ok(Work { fragment, change: Some(change), payload: None, event })
+        Ok(Work::applied(fragment, version, digest, change))
     }
 
     fn install(&mut self, fragment: FragmentId, version: u64, digest: Digest) -> Result<Work, String> {
@@ -476,8 +483,7 @@ impl Process {
         let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
         let (digest, change) =
             self.local.install(fragment, &weights.collect::<Vec<_>>()).map_err(|error| error.to_string())?;
-        let event = SiteEvent::Applied { fragment, version, digest, overwritten: change.overwrites() };
-        Ok(Work { fragment, change: Some(change), payload: None, event })
+        Ok(Work::applied(fragment, version, digest, change))
     }
 
     /// Held-out text is not looked at during a simulated run; the machines only need an answer.
