@@ -12,6 +12,8 @@
 //! sparse    body = | keep: u16 | then for each chunk of 4,096 values, of which the `keep` greatest are written,
 //!                  | 4 levels: bf16 | codes, 2 bits each, lowest first | positions: Elias–Fano, see below |
 //!           code = large (bit 0), negative (bit 1)
+//! vq        body = | words: u8 | turn: u8 | then for each chunk of 4,096 values and for each word
+//!                  | gain: bf16 | 124 patterns, one byte each |                   see `vector`
 //! ```
 //!
 //! E3M0 costs 4.125 bits per value; Streaming DiLoCo (arXiv 2501.18512, section 3.3) found it to
@@ -19,7 +21,8 @@
 //! chosen, because rounding to powers of two alone shrinks what it rounds.
 //!
 //! Sparse is for two ends that keep an error feedback (SparseLoCo, arXiv 2508.15706): what one payload leaves out
-//! stays in a residual and is part of the next. With `keep` 96 it costs 0.234 bits per value, with 224 0.461.
+//! stays in a residual and is part of the next. With `keep` 96 it costs 0.234 bits per value, with 224 0.461. So is
+//! vector quantization, which tells more with as many: 0.246 bits per value with one word, 0.492 with two.
 //!
 //! Every byte string decodes or is refused: no panic, no allocation from an unchecked length, and
 //! nothing that is not finite comes out. Blocks are independent, so a [`Team`] may share them.
@@ -29,6 +32,7 @@ mod sparse;
 #[cfg(test)]
 mod tests;
 mod unpacked;
+mod vector;
 
 use std::fmt;
 use std::str::FromStr;
@@ -42,7 +46,7 @@ pub(crate) use sparse::CHUNK;
 use sparse::Shape;
 pub(crate) use unpacked::{Unpacked, add_scaled};
 
-/// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`.
+/// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`, `"vq:1"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Codec {
     /// Exact.
@@ -53,6 +57,8 @@ pub enum Codec {
     E3m0,
     /// So many of 4,096 values, as one of four levels each.
     Sparse(u16),
+    /// So many words about each 4,096 values, rotated: a quarter of a bit per value each.
+    Vq(u8),
 }
 
 /// Why bytes are no payload, or values have none.
@@ -99,7 +105,7 @@ pub enum CodecError {
 
 /// A word that names no codec.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("\"{0}\" is no codec; there are f32, bf16, e3m0, and sparse:1 to sparse:2048")]
+#[error("\"{0}\" is no codec; there are f32, bf16, e3m0, sparse:1 to sparse:2048, and vq:1 to vq:8")]
 pub struct UnknownName(String);
 
 const HEADER: usize = 5;
@@ -110,7 +116,8 @@ const PIECE: usize = 64 * CHUNK;
 
 impl Codec {
     /// One of each kind, for laws that hold for all.
-    pub const ALL: [Codec; 5] = [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(96), Codec::Sparse(224)];
+    pub const ALL: [Codec; 7] =
+        [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(96), Codec::Sparse(224), Codec::Vq(1), Codec::Vq(2)];
 
     /// The number on the wire; never used again for something else.
     fn number(self) -> u8 {
@@ -119,6 +126,16 @@ impl Codec {
             Codec::Bf16 => 2,
             Codec::E3m0 => 3,
             Codec::Sparse(_) => 4,
+            Codec::Vq(_) => 5,
+        }
+    }
+
+    /// Whether its number is one that it can have.
+    fn is_sane(self) -> bool {
+        match self {
+            Codec::F32 | Codec::Bf16 | Codec::E3m0 => true,
+            Codec::Sparse(keep) => (1..=KEEP_MAX).contains(&keep),
+            Codec::Vq(words) => (1..=vector::WORDS_MAX).contains(&words),
         }
     }
 
@@ -132,14 +149,25 @@ impl Codec {
         matches!(self, Codec::Sparse(_))
     }
 
-    /// Share of the weights that a payload speaks of.
+    /// Whether most of what there is to say is left to later payloads.
+    pub fn is_partial(self) -> bool {
+        matches!(self, Codec::Sparse(_) | Codec::Vq(_))
+    }
+
+    /// Share of all directions that a payload speaks of: what is left out is at most 1/√density times as long.
     pub fn density(self) -> f64 {
-        let Self::Sparse(keep) = self else { return 1.0 };
-        f64::from(keep.max(1)) / CHUNK as f64
+        match self {
+            Codec::F32 | Codec::Bf16 | Codec::E3m0 => 1.0,
+            Codec::Sparse(keep) => f64::from(keep.max(1)) / CHUNK as f64,
+            Codec::Vq(words) => 1.0 - vector::LEFT.powi(i32::from(words)),
+        }
     }
 
     fn header_len(self) -> usize {
-        if self.is_sparse() { HEADER + 2 } else { HEADER }
+        match self {
+            Codec::F32 | Codec::Bf16 | Codec::E3m0 => HEADER,
+            Codec::Sparse(_) | Codec::Vq(_) => HEADER + 2,
+        }
     }
 
     /// Bytes of a chunk of `len` weights, which can be written and read without the others.
@@ -149,6 +177,7 @@ impl Codec {
             Codec::Bf16 => 2 * len,
             Codec::E3m0 => len.div_ceil(BLOCK) * BLOCK_BYTES,
             Codec::Sparse(keep) => Shape::new(keep, len).bytes(),
+            Codec::Vq(words) => vector::Shape::new(len).bytes(words),
         }
     }
 
@@ -181,11 +210,12 @@ impl Codec {
     /// # Panics
     /// If there are 2³² values or more; manifests are far smaller.
     pub fn encode_rest(self, wish: &mut [f32], team: &dyn Team) -> Result<Vec<u8>, CodecError> {
-        self.encode_prepared(wish, team, |_, _| {})
+        self.encode_prepared(wish, 0, team, |_, _| {})
     }
 
     /// The same for a wish that `prepare` writes stretch by stretch, each when it is about to be encoded and is then
-    /// still in the processor's cache. It is given a stretch and its first position.
+    /// still in the processor's cache. It is given a stretch and its first position. A codec that looks at weights from
+    /// another side in each `turn` has the same one in two payloads of the same turn.
     ///
     /// # Errors
     /// As [`encode_rest`](Self::encode_rest).
@@ -195,6 +225,7 @@ impl Codec {
     pub fn encode_prepared(
         self,
         wish: &mut [f32],
+        turn: u8,
         team: &dyn Team,
         prepare: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Result<Vec<u8>, CodecError> {
@@ -203,14 +234,16 @@ impl Codec {
         let (header, body) = payload.split_at_mut(self.header_len());
         header[0] = self.number();
         header[1..HEADER].copy_from_slice(&count.to_le_bytes());
-        if let Codec::Sparse(keep) = self {
-            header[HEADER..].copy_from_slice(&keep.to_le_bytes());
+        match self {
+            Codec::Sparse(keep) => header[HEADER..].copy_from_slice(&keep.to_le_bytes()),
+            Codec::Vq(words) => header[HEADER..].copy_from_slice(&[words, turn]),
+            Codec::F32 | Codec::Bf16 | Codec::E3m0 => {}
         }
         let pieces = wish.chunks_mut(PIECE).zip(body.chunks_mut(self.body_len(PIECE)));
         let done = share_out(pieces, team, |index, (wish, body)| {
             simd(
                 #[inline(always)]
-                || self.encode_piece(wish, body, |at, block| prepare(index * PIECE + at, block)),
+                || self.encode_piece(turn, wish, body, |at, block| prepare(index * PIECE + at, block)),
             )
             .map_err(|at| CodecError::NonFinite { index: index * PIECE + at })
         });
@@ -220,7 +253,13 @@ impl Codec {
 
     /// Encodes some chunks and leaves their rest; the position of a value that is not finite is the error.
     #[inline(always)]
-    fn encode_piece(self, wish: &mut [f32], body: &mut [u8], prepare: impl Fn(usize, &mut [f32])) -> Result<(), usize> {
+    fn encode_piece(
+        self,
+        turn: u8,
+        wish: &mut [f32],
+        body: &mut [u8],
+        prepare: impl Fn(usize, &mut [f32]),
+    ) -> Result<(), usize> {
         for (number, (wish, out)) in wish.chunks_mut(CHUNK).zip(body.chunks_mut(self.chunk_bytes(CHUNK))).enumerate() {
             prepare(number * CHUNK, wish);
             if !all_finite(wish) {
@@ -232,8 +271,9 @@ impl Codec {
                 Codec::Bf16 => dense::encode_bf16(wish, out),
                 Codec::E3m0 => dense::encode_e3m0(wish, out),
                 Codec::Sparse(keep) => sparse::encode(Shape::new(keep, wish.len()), wish, out),
+                Codec::Vq(_) => vector::encode(turn, wish, out),
             }
-            self.meet(out, wish, |wish, value| *wish -= value).ok_or(number * CHUNK)?;
+            self.meet(turn, out, wish, |wish, value| *wish -= value).ok_or(number * CHUNK)?;
         }
         Ok(())
     }
@@ -241,7 +281,7 @@ impl Codec {
     /// Shows each value of a chunk to `show` with the weight it belongs to; `None` if the chunk is malformed or not
     /// finite, perhaps after some were shown.
     #[inline(always)]
-    fn meet(self, bytes: &[u8], weights: &mut [f32], show: impl Fn(&mut f32, f32)) -> Option<()> {
+    fn meet(self, turn: u8, bytes: &[u8], weights: &mut [f32], show: impl Fn(&mut f32, f32)) -> Option<()> {
         if let Codec::Sparse(keep) = self {
             return sparse::visit(Shape::new(keep, weights.len()), bytes, |place, value| {
                 show(&mut weights[place], value);
@@ -249,7 +289,7 @@ impl Codec {
         }
         let mut room = [0.0; CHUNK];
         let values = &mut room[..weights.len()];
-        self.unpack(bytes, values);
+        self.unpack(turn, bytes, values);
         for (weight, value) in weights.iter_mut().zip(&*values) {
             show(weight, *value);
         }
@@ -258,13 +298,13 @@ impl Codec {
 
     /// Shows each value of a chunk of `len` weights with its place in it; `None` as in [`meet`](Self::meet).
     #[inline(always)]
-    fn each(self, bytes: &[u8], len: usize, mut show: impl FnMut(usize, f32)) -> Option<()> {
+    fn each(self, turn: u8, bytes: &[u8], len: usize, mut show: impl FnMut(usize, f32)) -> Option<()> {
         if let Codec::Sparse(keep) = self {
             return sparse::visit(Shape::new(keep, len), bytes, show);
         }
         let mut room = [0.0; CHUNK];
         let values = &mut room[..len];
-        self.unpack(bytes, values);
+        self.unpack(turn, bytes, values);
         for (place, value) in values.iter().enumerate() {
             show(place, *value);
         }
@@ -273,11 +313,12 @@ impl Codec {
 
     /// Writes what a chunk says; of a codec that leaves something out, nothing.
     #[inline(always)]
-    fn unpack(self, bytes: &[u8], values: &mut [f32]) {
+    fn unpack(self, turn: u8, bytes: &[u8], values: &mut [f32]) {
         match self {
             Codec::F32 => dense::decode_f32(bytes, values),
             Codec::Bf16 => dense::decode_bf16(bytes, values),
             Codec::E3m0 => dense::decode_e3m0(bytes, values),
+            Codec::Vq(_) => vector::decode(turn, bytes, values),
             Codec::Sparse(_) => {}
         }
     }
@@ -287,6 +328,8 @@ impl Codec {
 #[derive(Debug, Clone, Copy)]
 pub struct Payload<'a> {
     codec: Codec,
+    /// Of vector quantization; else 0.
+    turn: u8,
     count: usize,
     body: &'a [u8],
 }
@@ -307,7 +350,7 @@ impl<'a> Payload<'a> {
         });
         match looks.into_iter().flatten().next() {
             None => Ok(sound),
-            Some(index) if sound.codec.is_sparse() => Err(CodecError::Malformed { index }),
+            Some(index) if sound.codec.is_partial() => Err(CodecError::Malformed { index }),
             Some(index) => Err(CodecError::NonFinite { index }),
         }
     }
@@ -317,7 +360,11 @@ impl<'a> Payload<'a> {
     fn first_unsound(&self, len: usize, body: &[u8]) -> Option<usize> {
         for (number, bytes) in body.chunks(self.codec.chunk_bytes(CHUNK)).enumerate() {
             let first = number * CHUNK;
-            if self.codec.each(bytes, CHUNK.min(len - first), |_, _| {}).is_none() {
+            let is_sound = match self.codec {
+                Codec::Vq(_) => vector::is_sound(CHUNK.min(len - first), bytes),
+                _ => self.codec.each(self.turn, bytes, CHUNK.min(len - first), |_, _| {}).is_some(),
+            };
+            if !is_sound {
                 return Some(first);
             }
         }
@@ -351,11 +398,10 @@ impl<'a> Payload<'a> {
                 [low, high, ..] => Codec::Sparse(u16::from_le_bytes([*low, *high])),
                 _ => return Err(too_short),
             },
+            5 => Codec::Vq(*rest.first().ok_or(too_short)?),
             other => return Err(CodecError::UnknownCodec(other)),
         };
-        if let Codec::Sparse(keep) = codec
-            && !(1..=KEEP_MAX).contains(&keep)
-        {
+        if !codec.is_sane() {
             return Err(CodecError::Malformed { index: 0 });
         }
         let found = count_in(header);
@@ -365,7 +411,13 @@ impl<'a> Payload<'a> {
         if payload.len() != codec.payload_len(count) {
             return Err(CodecError::Length { found: payload.len(), expected: codec.payload_len(count) });
         }
-        Ok(Self { codec, count, body: &payload[codec.header_len()..] })
+        let turn = if let Codec::Vq(_) = codec { rest[1] } else { 0 };
+        Ok(Self { codec, turn, count, body: &payload[codec.header_len()..] })
+    }
+
+    /// The turn of a codec that has some.
+    pub fn turn(&self) -> Option<u8> {
+        matches!(self.codec, Codec::Vq(_)).then_some(self.turn)
     }
 
     /// Its codec.
@@ -400,7 +452,7 @@ impl<'a> Payload<'a> {
                 #[inline(always)]
                 || {
                     for (bytes, weights) in body.chunks(self.codec.chunk_bytes(CHUNK)).zip(weights.chunks_mut(CHUNK)) {
-                        let _ = self.codec.meet(bytes, weights, &show);
+                        let _ = self.codec.meet(self.turn, bytes, weights, &show);
                     }
                 },
             );
@@ -429,24 +481,44 @@ impl<'a> Payload<'a> {
     pub fn visit(&self, range: std::ops::Range<usize>, mut show: impl FnMut(usize, f32)) {
         for number in range.start / CHUNK..range.end.div_ceil(CHUNK) {
             let (len, bytes) = self.chunk(number);
-            let _ = self.codec.each(bytes, len, |place, value| show(number * CHUNK + place, value));
+            let _ = simd(
+                #[inline(always)]
+                || self.codec.each(self.turn, bytes, len, |place, value| show(number * CHUNK + place, value)),
+            );
+        }
+    }
+
+    /// Takes away what `values` have where the payload speaks; of vector quantization, what they have along its patterns.
+    pub fn silence(&self, values: &mut [f32]) {
+        let Codec::Vq(_) = self.codec else {
+            return self.visit(0..self.count, |place, _| values[place] = 0.0);
+        };
+        for (number, values) in values.chunks_mut(CHUNK).enumerate() {
+            vector::silence(self.turn, self.chunk(number).1, values);
         }
     }
 
     /// Squared length of chunk number `number`, if it can be told without unpacking it.
     pub(crate) fn chunk_square(&self, number: usize) -> Option<f64> {
-        let Codec::Sparse(keep) = self.codec else { return None };
         let (len, bytes) = self.chunk(number);
-        sparse::square(Shape::new(keep, len), bytes)
+        match self.codec {
+            Codec::Sparse(keep) => sparse::square(Shape::new(keep, len), bytes),
+            Codec::Vq(_) if len == CHUNK => Some(vector::square(bytes)),
+            _ => None,
+        }
     }
 
     /// Euclidean length, summed in the order of positions.
     pub fn norm(&self) -> f64 {
-        if self.codec.is_sparse() {
-            return (0..self.count.div_ceil(CHUNK)).filter_map(|number| self.chunk_square(number)).sum::<f64>().sqrt();
-        }
         let mut square = 0.0;
-        self.visit(0..self.count, |_, value| square += f64::from(value) * f64::from(value));
+        for number in 0..self.count.div_ceil(CHUNK) {
+            match self.chunk_square(number) {
+                Some(known) => square += known,
+                None => self.visit(number * CHUNK..number * CHUNK + 1, |_, value| {
+                    square += f64::from(value) * f64::from(value);
+                }),
+            }
+        }
         square.sqrt()
     }
 }
@@ -488,6 +560,7 @@ impl fmt::Display for Codec {
             Codec::Bf16 => f.write_str("bf16"),
             Codec::E3m0 => f.write_str("e3m0"),
             Codec::Sparse(keep) => write!(f, "sparse:{keep}"),
+            Codec::Vq(words) => write!(f, "vq:{words}"),
         }
     }
 }
@@ -501,9 +574,12 @@ impl FromStr for Codec {
             "bf16" => Ok(Codec::Bf16),
             "e3m0" => Ok(Codec::E3m0),
             other => {
-                let keep = other.strip_prefix("sparse:").and_then(|keep| keep.parse().ok());
-                let keep = keep.filter(|keep| (1..=KEEP_MAX).contains(keep));
-                keep.map(Codec::Sparse).ok_or_else(|| UnknownName(other.to_string()))
+                let codec = other.split_once(':').and_then(|(kind, number)| match kind {
+                    "sparse" => number.parse().ok().map(Codec::Sparse),
+                    "vq" => number.parse().ok().map(Codec::Vq),
+                    _ => None,
+                });
+                codec.filter(|codec| codec.is_sane()).ok_or_else(|| UnknownName(other.to_string()))
             }
         }
     }

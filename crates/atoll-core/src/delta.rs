@@ -84,6 +84,8 @@ struct Copies {
     undecided: Option<Residual>,
     /// The last commit's payload.
     last: Vec<u8>,
+    /// The turn of the next contribution: from Θ, so that all who set out from the same Θ have the same.
+    turn: u8,
     /// Smoothed cosine of this site's steps to the last commit, where that one moved Θ.
     agreement: f64,
     /// Steps were given up, and nothing was contributed since.
@@ -202,7 +204,9 @@ impl Local {
         copies.theta.copy_from_slice(weights);
         copies.reference = None;
         copies.last = Vec::new();
-        Ok((Digest::of_weights(weights), Change::Write(copies.start(self.feedback))))
+        let digest = Digest::of_weights(weights);
+        copies.turn = digest.0[0];
+        Ok((digest, Change::Write(copies.start(self.feedback))))
     }
 
     /// Makes a payload of what was learnt since the last contribution. `weights` are the engine's as they are now.
@@ -223,7 +227,7 @@ impl Local {
         let Copies { theta, reference, owed, .. } = &*copies;
         let from = reference.as_deref().unwrap_or(theta);
         let buffer = owed.as_ref().filter(|_| self.feedback == Feedback::Buffer);
-        let bytes = codec.encode_prepared(&mut wish, team, |start, wish| {
+        let bytes = codec.encode_prepared(&mut wish, copies.turn, team, |start, wish| {
             let range = start..start + wish.len();
             let (weights, from) = (&weights[range.clone()], &from[range.clone()]);
             wish.iter_mut().zip(weights).zip(from).for_each(|((wish, weight), from)| *wish = from - weight);
@@ -264,7 +268,9 @@ impl Local {
         copies.gave_up = !copies.carries(self.follow);
         let change = if copies.gave_up { Change::Write(copies.start(self.feedback)) } else { carried };
         copies.last = payload;
-        Ok((Digest::of_weights_by(&copies.theta, team), change))
+        let digest = Digest::of_weights_by(&copies.theta, team);
+        copies.turn = digest.0[0];
+        Ok((digest, change))
     }
 
     /// Gives up a refused contribution, sent and left, keeping what was learnt before and since.

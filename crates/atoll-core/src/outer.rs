@@ -299,12 +299,12 @@ impl Global {
     ) -> Result<Step, CodecError> {
         let (momentum, memory) = (&self.momentum[fragment.index()], std::mem::take(&mut self.memory.0));
         let merged = merge(&self.manifest, fragment, recipe, contributions, momentum, memory, team);
-        let step = self.follow(fragment, &merged, recipe, team);
+        let step = self.follow(fragment, &merged, turn(contributions), recipe, team);
         self.memory.0 = merged.into_memory();
         step
     }
 
-    /// Moves `fragment` by what was merged.
+    /// Moves `fragment` by what was merged, and says so in that `turn`.
     ///
     /// # Errors
     /// If the merged delta is not finite; then nothing has changed.
@@ -312,6 +312,7 @@ impl Global {
         &mut self,
         fragment: FragmentId,
         merged: &Merged,
+        turn: u8,
         recipe: &Recipe,
         team: &dyn Team,
     ) -> Result<Step, CodecError> {
@@ -320,7 +321,7 @@ impl Global {
             return Err(CodecError::NonFinite { index: 0 });
         }
         self.gather_speed(index, merged, recipe, team);
-        let payload = self.write_down(index, merged, recipe, team)?;
+        let payload = self.write_down(index, merged, turn, recipe, team)?;
         let theta = &mut self.theta[index];
         Payload::parse(&payload, theta.len())?.add_to(theta, team);
         let (rate, mu) = recipe.rule.coefficients(self.rho[index]);
@@ -374,13 +375,14 @@ impl Global {
         &mut self,
         index: usize,
         merged: &Merged,
+        turn: u8,
         recipe: &Recipe,
         team: &dyn Team,
     ) -> Result<Vec<u8>, CodecError> {
         let (rate, mu) = recipe.rule.coefficients(self.rho[index]);
         let (rate, mu) = ((recipe.share * rate) as f32, mu as f32);
         let momentum = &self.momentum[index];
-        recipe.codec.encode_prepared(&mut self.residual[index], team, |start, wish| {
+        recipe.codec.encode_prepared(&mut self.residual[index], turn, team, |start, wish| {
             let mut values = [0.0; CHUNK];
             let values = &mut values[..wish.len()];
             merged.read(start, values);
@@ -389,6 +391,13 @@ impl Global {
             }
         })
     }
+}
+
+/// The turn in which what is merged from these is said: that of those that are not late, or any where they have none.
+fn turn(contributions: &[Weighted<'_>]) -> u8 {
+    let fresh = contributions.iter().filter(|contribution| !contribution.stale);
+    let turn = fresh.chain(contributions).find_map(|contribution| contribution.payload.turn());
+    turn.unwrap_or_else(|| contributions.first().map_or(0, |contribution| contribution.name.0[0]))
 }
 
 /// ρ from how far the merged delta goes along the buffer b before it: if cosines fall off as ρ, ρ², …, then

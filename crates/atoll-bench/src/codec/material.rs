@@ -10,6 +10,7 @@ use atoll_core::hash::Digest;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
 use atoll_core::outer::{Global, Merged, Recipe, Weighted, merge};
+use atoll_core::plan;
 use atoll_core::rng::Rng;
 use atoll_core::round::Sync;
 use atoll_core::simd::simd;
@@ -19,8 +20,8 @@ use cpu_time::ProcessTime;
 /// Sites whose contributions are merged.
 pub(super) const SITES: usize = 8;
 /// The codec of the way up, and of the way down, that a run has by default.
-pub(super) const UP: Codec = Codec::Sparse(96);
-pub(super) const DOWN: Codec = Codec::Sparse(224);
+pub(super) const UP: Codec = plan::THINNEST.0;
+pub(super) const DOWN: Codec = plan::THINNEST.1;
 const FRAGMENT: FragmentId = FragmentId(0);
 /// Rounds of contributing before anything is timed: then residuals are what they are in a long run.
 const ROUNDS_BEFORE: usize = 40;
@@ -90,7 +91,7 @@ impl Material {
     fn contribute(&mut self) -> Result<()> {
         let team = atoll_node::crew::Crew;
         for codec in Codec::ALL {
-            let rounds = if matches!(codec, Codec::Sparse(_)) { ROUNDS_BEFORE } else { SITES };
+            let rounds = if codec.is_partial() { ROUNDS_BEFORE } else { SITES };
             let payloads = (0..rounds).map(|_| self.encode(codec, &team)).collect::<Result<Vec<_>>>()?;
             self.payloads.insert(codec, payloads.into_iter().skip(rounds - SITES).collect());
         }
@@ -148,7 +149,7 @@ impl Material {
         let (theta, from) =
             (window(&self.noise, self.turn, count), window(&self.noise, self.turn + WINDOWS / 2, count));
         let residual = self.residuals.get_mut(&codec).context("every codec has a residual")?;
-        let payload = codec.encode_prepared(residual, team, |start, wish| {
+        let payload = codec.encode_prepared(residual, self.turn as u8, team, |start, wish| {
             let (theta, from) = (&theta[start..start + wish.len()], &from[start..start + wish.len()]);
             for ((wish, theta), from) in wish.iter_mut().zip(theta).zip(from) {
                 *wish += from - theta;
@@ -185,7 +186,7 @@ impl Material {
 
     /// The outer step after a merge.
     fn step(&mut self, team: &dyn Team) -> Result<()> {
-        let step = self.global.follow(FRAGMENT, &self.merged, &recipe(), team).map_err(|error| anyhow!(error))?;
+        let step = self.global.follow(FRAGMENT, &self.merged, 0, &recipe(), team).map_err(|error| anyhow!(error))?;
         black_box(step);
         Ok(())
     }

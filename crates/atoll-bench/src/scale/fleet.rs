@@ -137,7 +137,7 @@ fn payloads(weights: usize) -> Result<Vec<Vec<u8>>> {
     let payload = |kind: usize| {
         // An odd number of values apart, so that neighbouring blocks and payloads have nothing in common.
         let offset = kind * 100_003;
-        plan::THINNEST.0.encode_prepared(&mut residual, &Crew, |start, wish| {
+        plan::THINNEST.0.encode_prepared(&mut residual, kind as u8, &Crew, |start, wish| {
             let from = (start + start / TABLE * 7919 + offset) % TABLE;
             wish.iter_mut().zip(&table[from..]).for_each(|(wish, noise)| *wish += noise);
         })

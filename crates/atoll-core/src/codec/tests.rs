@@ -21,7 +21,7 @@ proptest! {
             let payload = codec.encode(&values).unwrap();
             prop_assert_eq!(payload.len(), codec.payload_len(values.len()));
             let once = decode(&payload, values.len()).unwrap();
-            if !matches!(codec, Codec::Sparse(_)) {
+            if !codec.is_partial() {
                 let twice = decode(&codec.encode(&once).unwrap(), values.len()).unwrap();
                 prop_assert_eq!(&once, &twice, "{:?}", codec);
             }
@@ -53,14 +53,18 @@ proptest! {
     #[test]
     fn any_bytes_decode_or_are_refused(mut bytes in prop::collection::vec(any::<u8>(), 0..400), count in 0usize..600, tidy: bool) {
         if tidy && bytes.len() >= 5 {
-            bytes[0] %= 5;
+            bytes[0] %= 6;
             bytes[1..5].copy_from_slice(&(count as u32).to_le_bytes());
             let keep = bytes.get(5).map_or(1, |byte| u16::from(*byte).max(1));
-            let codecs = [None, Some(Codec::F32), Some(Codec::Bf16), Some(Codec::E3m0), Some(Codec::Sparse(keep))];
-            if let Some(codec) = codecs[usize::from(bytes[0])] {
+            let words = keep.min(8) as u8;
+            let vectors = Codec::Vq(words);
+            let codecs = [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(keep), vectors].map(Some);
+            if let Some(codec) = [&[None], &codecs[..]].concat()[usize::from(bytes[0])] {
                 bytes.resize(codec.payload_len(count).max(7), 0x5a);
-                if let Codec::Sparse(keep) = codec {
-                    bytes[5..7].copy_from_slice(&keep.to_le_bytes());
+                match codec {
+                    Codec::Sparse(keep) => bytes[5..7].copy_from_slice(&keep.to_le_bytes()),
+                    Codec::Vq(words) => bytes[5] = words,
+                    Codec::F32 | Codec::Bf16 | Codec::E3m0 => {}
                 }
             }
         }
@@ -79,6 +83,7 @@ fn a_shorter_chunk_is_no_longer() {
         let bytes = |len: usize| Codec::Sparse(keep).payload_len(len);
         assert!((1..CHUNK).all(|len| bytes(len) <= bytes(len + 1)), "{keep}");
     }
+    assert!((1..CHUNK).all(|len| Codec::Vq(1).payload_len(len) <= Codec::Vq(1).payload_len(len + 1)));
     let values = normal(0, 3073);
     let kept = decode(&Codec::Sparse(4).encode(&values).unwrap(), 3073).unwrap();
     assert_eq!(kept.iter().filter(|value| **value != 0.0).count(), 4);
@@ -179,7 +184,7 @@ proptest! {
         }
         let parsed = Payload::parse(&payload, count).unwrap();
         let mut visited = Vec::new();
-        let is_sound = codec.each(&payload[7..], count, |place, value| visited.push((place as u16, value))).is_some();
+        let is_sound = codec.each(0, &payload[7..], count, |place, value| visited.push((place as u16, value))).is_some();
         let mut room = Unpacked::default();
         room.read(&parsed, 0);
         let unpacked::Part::Sparse(values, places, 0) = room.part(0..count) else { panic!("it is sparse") };
@@ -208,8 +213,10 @@ fn ties_and_zeros_are_kept_in_order() {
 }
 
 #[test]
-fn sparse_takes_a_quarter_up_and_half_a_bit_down() {
-    for (codec, bits) in [(Codec::Sparse(96), 0.25), (Codec::Sparse(224), 0.5)] {
+fn a_quarter_of_a_bit_goes_up_and_half_a_bit_down() {
+    for (codec, bits) in
+        [(Codec::Sparse(96), 0.25), (Codec::Vq(1), 0.25), (Codec::Sparse(224), 0.5), (Codec::Vq(2), 0.5)]
+    {
         let taken = codec.payload_len(1 << 20) as f64 * 8.0 / f64::from(1 << 20);
         assert!(taken < bits, "{codec}: {taken}");
     }
@@ -239,7 +246,7 @@ fn names_read_as_they_are_written() {
     for codec in Codec::ALL {
         assert_eq!(codec.to_string().parse(), Ok(codec));
     }
-    for bad in ["", "sparse", "sparse:0", "sparse:2049", "fp8"] {
+    for bad in ["", "sparse", "sparse:0", "sparse:2049", "vq:0", "vq:9", "vq:300", "fp8"] {
         assert!(bad.parse::<Codec>().is_err(), "{bad}");
     }
 }
@@ -248,12 +255,14 @@ fn names_read_as_they_are_written() {
 #[test]
 fn an_error_feedback_delivers_everything() {
     let wish = normal(1, 5000);
-    let (mut rest, mut arrived) = (wish.clone(), vec![0.0f32; 5000]);
-    for _ in 0..400 {
-        let payload = Codec::Sparse(96).encode_rest(&mut rest, &Alone).unwrap();
-        Payload::check(&payload, 5000, &Alone).unwrap().add_to(&mut arrived, &Alone);
+    for codec in [Codec::Sparse(96), Codec::Vq(1), Codec::Vq(2)] {
+        let (mut rest, mut arrived) = (wish.clone(), vec![0.0f32; 5000]);
+        for turn in 0..400 {
+            let payload = codec.encode_prepared(&mut rest, turn as u8, &Alone, |_, _| {}).unwrap();
+            Payload::check(&payload, 5000, &Alone).unwrap().add_to(&mut arrived, &Alone);
+        }
+        assert!(crate::delta::norm(&rest) < 0.02 * crate::delta::norm(&wish), "{codec}");
+        let most = wish.iter().zip(&arrived).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(most < 0.1, "{codec}: {most}");
     }
-    assert!(crate::delta::norm(&rest) < 0.02 * crate::delta::norm(&wish));
-    let most = wish.iter().zip(&arrived).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(most < 0.1, "{most}");
 }

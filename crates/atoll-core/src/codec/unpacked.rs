@@ -38,7 +38,7 @@ impl Unpacked {
         let Codec::Sparse(keep) = payload.codec else {
             *is_sparse = false;
             values.resize(len, 0.0);
-            payload.codec.unpack(bytes, values);
+            payload.codec.unpack(payload.turn, bytes, values);
             return;
         };
         *is_sparse = true;

@@ -101,7 +101,7 @@ fn values(body: &[u8], count: usize) -> Option<Vec<f32>> {
 /// Nothing is owed any more where a payload has spoken.
 fn without(mut owed: Vec<f32>, payload: &[u8]) -> Option<Vec<f32>> {
     let payload = Payload::check(payload, owed.len(), &Alone).ok()?;
-    payload.visit(0..owed.len(), |place, _| owed[place] = 0.0);
+    payload.silence(&mut owed);
     Some(owed)
 }
 

@@ -82,7 +82,7 @@ impl Residuals {
         let Some(mut open) = file.take() else { return };
         let parsed = codec::Payload::parse(payload, *len);
         // One that speaks of every weight leaves nothing of what the file tells, once it is in the model.
-        if parsed.is_ok_and(|payload| payload.codec().is_sparse()) {
+        if parsed.is_ok_and(|payload| payload.codec().is_partial()) {
             match open.write_all(&residual::sent(payload)) {
                 Ok(()) => *file = Some(open),
                 Err(error) => complain(&self.path(id), &error),
