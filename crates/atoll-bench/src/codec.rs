@@ -31,8 +31,8 @@ use material::{Material, SITES, Work};
 
 /// Share of the memory's bandwidth that a merge of 8 shall reach.
 const MERGE_SHARE: f64 = 0.5;
-/// GB/s at which one core shall encode sparsely.
-const SPARSE_ENCODE: f64 = 1.0;
+/// GB/s at which one core shall encode what goes up over a thin link.
+const ENCODE: f64 = 1.0;
 
 pub(crate) fn run(quick: bool) -> Result<Figures> {
     let (preset, fragments, rounds) = if quick { ("mini", 1, 5) } else { ("small", 4, 15) };
@@ -150,7 +150,7 @@ fn print(measured: &[Measured], cores: usize) {
                 100.0 * MERGE_SHARE
             ),
             Work::Encode(codec) if codec == material::UP => {
-                println!("a core encodes {:.2} GB/s sparsely (wanted: {SPARSE_ENCODE:.0})", line.alone.0);
+                println!("a core encodes {:.2} GB/s of {codec} (wanted: {ENCODE:.0})", line.alone.0);
             }
             _ => {}
         }

@@ -154,7 +154,7 @@ impl Codec {
         matches!(self, Codec::Sparse(_) | Codec::Vq(_))
     }
 
-    /// Share of all directions that a payload speaks of: what is left out is at most 1/√density times as long.
+    /// Share of all directions that a payload speaks of: all that there is to say is at most 1/√density times as long.
     pub fn density(self) -> f64 {
         match self {
             Codec::F32 | Codec::Bf16 | Codec::E3m0 => 1.0,

@@ -211,9 +211,6 @@ pub(super) fn rows(names: &[String]) -> Result<Vec<Row>> {
         names => names.iter().map(|name| row(name)).collect::<Result<_>>()?,
     };
     let mut rows: Vec<Row> = Vec::new();
-    if std::env::var("NOBASE").is_ok() {
-        return Ok(named);
-    }
     let baselines = named.iter().map(|named| row(&named.against)).collect::<Result<Vec<Row>>>()?;
     for row in baselines.into_iter().chain(named) {
         if !rows.iter().any(|other| other.name == row.name) {

@@ -24,12 +24,11 @@ use super::dense::{greatest, saturate, widen};
 
 /// Weights side by side in everything here.
 const LANES: usize = 16;
-/// Rows of so many lanes in a chunk.
 /// Weights that a byte speaks of.
 const BLOCK: usize = 32;
 /// Columns of a whole chunk.
 const COLUMNS: usize = CHUNK / BLOCK;
-/// Most words; E3M0 says more in as many bytes.
+/// Most words: two bits a weight.
 pub(super) const WORDS_MAX: u8 = 8;
 /// Share of a chunk's energy that a word leaves to others.
 pub(super) const LEFT: f64 = 0.777;
