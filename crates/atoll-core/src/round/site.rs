@@ -218,6 +218,8 @@ pub struct Site {
 #[derive(Debug, Default)]
 struct Fragment {
     held: Option<(u64, Digest)>,
+    /// Number of the first report that tells of it.
+    told: u64,
     /// Step and token counts when its last contribution was taken.
     since: (u64, u64),
     /// Step count at which the next contribution is due.
@@ -489,6 +491,7 @@ impl Site {
         orders.push(SiteOrder::DropLeases);
         for fragment in &mut self.fragments {
             (fragment.held, fragment.moving, fragment.taken, fragment.needs) = (None, None, None, 0);
+            fragment.told = 0;
         }
         (self.news, self.evaluation, self.evaluating, self.look) = (true, None, 0, None);
     }
@@ -565,6 +568,8 @@ impl Site {
                 (Some((held, _)), Some(notice)) if self.lost != Some(notice.delta) && is_light(held, notice) => {
                     Move::Commit(notice.clone())
                 }
+                // It was said before the coordinator heard what is held here: the deltas since then are still to be told of.
+                (Some(_), None) if standing.heard < fragment.told => continue,
                 _ => {
                     let newest = standing.notices.iter().find(|n| n.fragment == id && n.version == version);
                     let is_near = |begun: u64| newest.is_some_and(|newest| is_in_reach(begun, newest, most));
@@ -697,7 +702,7 @@ impl Site {
         if matches!(step, Move::Install(..)) {
             fragment.due = now_at.0 + stagger;
         }
-        fragment.held = Some((version, digest));
+        (fragment.held, fragment.told) = (Some((version, digest)), self.number + 1);
         if version >= fragment.needs
             && fragment.needs > 0
             && let Some((sent, steps)) = fragment.sent.take()

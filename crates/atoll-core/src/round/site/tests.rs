@@ -84,6 +84,28 @@ fn weights_that_were_begun_are_fetched_on_while_the_commits_since_are_a_light_ta
     assert_eq!(ordered(9, 7, 100), Some(7), "of a future that was lost");
 }
 
+/// A standing answers the last report that was heard; the one before the weights came tells of the newest commit only.
+#[test]
+fn whoever_has_old_weights_waits_to_be_told_of_the_commits_since() {
+    let mut site = site(Some((7, digest(7))));
+    assert_eq!(fetched(&hear(&mut site, standing(1, 9, 100))), Some(7));
+    site.handle(Time(2), SiteEvent::Fetched(digest(7), true));
+    let applied = SiteEvent::Applied { fragment: FragmentId(0), version: 7, digest: digest(7), overwritten: true };
+    let orders = site.handle(Time(3), applied);
+    let report = orders.iter().find_map(|order| match order {
+        SiteOrder::Report(status) => Some(status.number),
+        _ => None,
+    });
+    let heard = report.expect("it says what it has");
+    let before = Standing { heard: heard - 1, ..standing(2, 10, 100) };
+    assert_eq!(fetched(&hear(&mut site, before)), None);
+    let mut told = Standing { heard, ..standing(3, 11, 100) };
+    told.notices.insert(0, Notice { version: 8, delta: digest(108), ..told.notices[0].clone() });
+    let is_next =
+        |order: &SiteOrder| matches!(order, SiteOrder::Fetch { digest: at, weights: None, .. } if *at == digest(108));
+    assert!(hear(&mut site, told).iter().any(is_next));
+}
+
 #[test]
 fn weights_that_cannot_be_had_any_more_are_fetched_as_they_are_now() {
     let mut site = site(Some((7, digest(7))));
