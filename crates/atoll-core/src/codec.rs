@@ -39,12 +39,13 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use crate::hash::Digest;
 use crate::simd::simd;
 use crate::team::{Alone, Team, share_out};
 use dense::{BLOCK, BLOCK_BYTES};
 pub(crate) use sparse::CHUNK;
 use sparse::Shape;
-pub(crate) use unpacked::{Unpacked, add_scaled};
+pub(crate) use unpacked::{Unison, Unpacked, add_scaled};
 
 /// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`, `"vq:1"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -521,6 +522,11 @@ impl<'a> Payload<'a> {
         }
         square.sqrt()
     }
+}
+
+/// The turn in which all speak who set out from the weights of that address.
+pub(crate) fn turn_of(theta: &Digest) -> u8 {
+    theta.0[0]
 }
 
 /// Weights that a payload with this header is for.

@@ -29,7 +29,7 @@ use std::mem;
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::{self, Codec, CodecError};
+use crate::codec::{self, Codec, CodecError, turn_of};
 use crate::engine::{self, Batch, Engine, EngineError, Evaluation};
 use crate::hash::Digest;
 use crate::manifest::{FragmentId, Manifest};
@@ -84,7 +84,7 @@ struct Copies {
     undecided: Option<Residual>,
     /// The last commit's payload.
     last: Vec<u8>,
-    /// The turn of the next contribution: from Θ, so that all who set out from the same Θ have the same.
+    /// The turn of the next contribution: that of Θ.
     turn: u8,
     /// Smoothed cosine of this site's steps to the last commit, where that one moved Θ.
     agreement: f64,
@@ -205,7 +205,7 @@ impl Local {
         copies.reference = None;
         copies.last = Vec::new();
         let digest = Digest::of_weights(weights);
-        copies.turn = digest.0[0];
+        copies.turn = turn_of(&digest);
         Ok((digest, Change::Write(copies.start(self.feedback))))
     }
 
@@ -269,7 +269,7 @@ impl Local {
         let change = if copies.gave_up { Change::Write(copies.start(self.feedback)) } else { carried };
         copies.last = payload;
         let digest = Digest::of_weights_by(&copies.theta, team);
-        copies.turn = digest.0[0];
+        copies.turn = turn_of(&digest);
         Ok((digest, change))
     }
 

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use merge::guard::{self, Guard, Reason, Robust, Usual, Verdict};
 pub use merge::{Averaging, Merged, Weighted, merge};
 
-use crate::codec::{CHUNK, Codec, CodecError, Payload};
+use crate::codec::{CHUNK, Codec, CodecError, Payload, turn_of};
 use crate::delta::{dot, square};
 use crate::hash::Digest;
 use crate::journal::{Accepted, Commit};
@@ -105,6 +105,8 @@ pub struct Global {
     pub residual: Vec<Vec<f32>>,
     /// ρ, smoothed.
     pub rho: Vec<f64>,
+    /// The turn in which all speak who set out from Θ as it is now.
+    turns: Vec<u8>,
     memory: Memory,
 }
 
@@ -213,7 +215,8 @@ impl Global {
         let residual = theta.iter().map(|fragment| vec![0.0; fragment.len()]).collect();
         let momentum = vec![Vec::new(); theta.len()];
         let rho = vec![0.0; theta.len()];
-        Self { manifest, theta, momentum, residual, rho, memory: Memory::default() }
+        let turns = theta.iter().map(|fragment| turn_of(&Digest::of_weights(fragment))).collect();
+        Self { manifest, theta, momentum, residual, rho, turns, memory: Memory::default() }
     }
 
     /// The layout.
@@ -299,12 +302,12 @@ impl Global {
     ) -> Result<Step, CodecError> {
         let (momentum, memory) = (&self.momentum[fragment.index()], std::mem::take(&mut self.memory.0));
         let merged = merge(&self.manifest, fragment, recipe, contributions, momentum, memory, team);
-        let step = self.follow(fragment, &merged, turn(contributions), recipe, team);
+        let step = self.follow(fragment, &merged, recipe, team);
         self.memory.0 = merged.into_memory();
         step
     }
 
-    /// Moves `fragment` by what was merged, and says so in that `turn`.
+    /// Moves `fragment` by what was merged.
     ///
     /// # Errors
     /// If the merged delta is not finite; then nothing has changed.
@@ -312,7 +315,6 @@ impl Global {
         &mut self,
         fragment: FragmentId,
         merged: &Merged,
-        turn: u8,
         recipe: &Recipe,
         team: &dyn Team,
     ) -> Result<Step, CodecError> {
@@ -321,13 +323,15 @@ impl Global {
             return Err(CodecError::NonFinite { index: 0 });
         }
         self.gather_speed(index, merged, recipe, team);
-        let payload = self.write_down(index, merged, turn, recipe, team)?;
+        let payload = self.write_down(index, merged, recipe, team)?;
         let theta = &mut self.theta[index];
         Payload::parse(&payload, theta.len())?.add_to(theta, team);
+        let digest = Digest::of_weights_by(theta, team);
+        self.turns[index] = turn_of(&digest);
         let (rate, mu) = recipe.rule.coefficients(self.rho[index]);
         Ok(Step {
             delta: Digest::of(&payload),
-            digest: Digest::of_weights_by(theta, team),
+            digest,
             payload,
             measures: Measures {
                 norm: merged.norm,
@@ -375,14 +379,13 @@ impl Global {
         &mut self,
         index: usize,
         merged: &Merged,
-        turn: u8,
         recipe: &Recipe,
         team: &dyn Team,
     ) -> Result<Vec<u8>, CodecError> {
         let (rate, mu) = recipe.rule.coefficients(self.rho[index]);
         let (rate, mu) = ((recipe.share * rate) as f32, mu as f32);
         let momentum = &self.momentum[index];
-        recipe.codec.encode_prepared(&mut self.residual[index], turn, team, |start, wish| {
+        recipe.codec.encode_prepared(&mut self.residual[index], self.turns[index], team, |start, wish| {
             let mut values = [0.0; CHUNK];
             let values = &mut values[..wish.len()];
             merged.read(start, values);
@@ -391,13 +394,6 @@ impl Global {
             }
         })
     }
-}
-
-/// The turn in which what is merged from these is said: that of those that are not late, or any where they have none.
-fn turn(contributions: &[Weighted<'_>]) -> u8 {
-    let fresh = contributions.iter().filter(|contribution| !contribution.stale);
-    let turn = fresh.chain(contributions).find_map(|contribution| contribution.payload.turn());
-    turn.unwrap_or_else(|| contributions.first().map_or(0, |contribution| contribution.name.0[0]))
 }
 
 /// ρ from how far the merged delta goes along the buffer b before it: if cosines fall off as ρ, ρ², …, then

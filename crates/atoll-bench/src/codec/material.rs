@@ -149,7 +149,9 @@ impl Material {
         let (theta, from) =
             (window(&self.noise, self.turn, count), window(&self.noise, self.turn + WINDOWS / 2, count));
         let residual = self.residuals.get_mut(&codec).context("every codec has a residual")?;
-        let payload = codec.encode_prepared(residual, self.turn as u8, team, |start, wish| {
+        // Sites of a round have a turn in common.
+        let round = ((self.turn - 1) / SITES) as u8;
+        let payload = codec.encode_prepared(residual, round, team, |start, wish| {
             let (theta, from) = (&theta[start..start + wish.len()], &from[start..start + wish.len()]);
             for ((wish, theta), from) in wish.iter_mut().zip(theta).zip(from) {
                 *wish += from - theta;
@@ -186,7 +188,7 @@ impl Material {
 
     /// The outer step after a merge.
     fn step(&mut self, team: &dyn Team) -> Result<()> {
-        let step = self.global.follow(FRAGMENT, &self.merged, 0, &recipe(), team).map_err(|error| anyhow!(error))?;
+        let step = self.global.follow(FRAGMENT, &self.merged, &recipe(), team).map_err(|error| anyhow!(error))?;
         black_box(step);
         Ok(())
     }

@@ -118,6 +118,30 @@ pub(super) fn decode(turn: u8, words: &[u8], values: &mut [f32]) {
     values.copy_from_slice(&room[..values.len()]);
 }
 
+/// Writes the sum of what whole chunks of one turn say, each times its share, and adds to `alongs` how far each goes along
+/// that sum. All are rotated back at once: a rotation keeps dot products.
+#[inline(always)]
+pub(super) fn add_up<'a>(
+    turn: u8,
+    chunks: impl Iterator<Item = (&'a [u8], f32)> + Clone,
+    values: &mut [f32; CHUNK],
+    alongs: &mut [f64],
+) {
+    let shape = Shape::new(CHUNK);
+    values.fill(0.0);
+    for (words, share) in chunks.clone() {
+        for (word, flips) in words.chunks_exact(shape.word()).zip(WORDS) {
+            say(shape, flips, word, values, share);
+        }
+    }
+    for ((words, _), sum) in chunks.zip(alongs) {
+        for (word, flips) in words.chunks_exact(shape.word()).zip(WORDS) {
+            *sum += along(shape, flips, word, values);
+        }
+    }
+    rotate_back(values, turn);
+}
+
 /// Takes away what `values` have along what the chunk speaks of.
 pub(super) fn silence(turn: u8, words: &[u8], values: &mut [f32]) {
     let (shape, mut room) = (Shape::new(values.len()), [0.0; CHUNK]);
@@ -127,7 +151,7 @@ pub(super) fn silence(turn: u8, words: &[u8], values: &mut [f32]) {
     for (word, flips) in words.chunks_exact(shape.word()).zip(WORDS) {
         for (column, &number) in word[2..].iter().enumerate() {
             let signs = PATTERNS[usize::from(number)] ^ flips;
-            let sign = |row: usize| if signs >> row & 1 == 1 { -1.0 } else { 1.0 };
+            let sign = |row: usize| if sign(signs, row) == 0 { 1.0 } else { -1.0 };
             let place = |row: usize| row * shape.columns + column;
             let along: f32 = (0..BLOCK).map(|row| sign(row) * room[place(row)]).sum();
             (0..BLOCK).for_each(|row| room[place(row)] -= sign(row) * along / BLOCK as f32);
@@ -140,7 +164,6 @@ pub(super) fn silence(turn: u8, words: &[u8], values: &mut [f32]) {
 /// Squared length of what a whole chunk says: rotations keep it, and how two patterns lie is a matter of counting.
 pub(super) fn square(words: &[u8]) -> f64 {
     let shape = Shape::new(CHUNK);
-    let gain = |word: &[u8]| f64::from(widen([word[0], word[1]]));
     let words = || words.chunks_exact(shape.word()).zip(WORDS);
     let mut square = 0.0;
     for (word, flips) in words() {
@@ -148,7 +171,9 @@ pub(super) fn square(words: &[u8]) -> f64 {
         for (other, flips) in words() {
             let differ = |(a, b): (&u8, &u8)| (pattern(a) ^ PATTERNS[usize::from(*b)] ^ flips).count_ones();
             let apart: u32 = word[2..].iter().zip(&other[2..]).map(differ).sum();
-            square += gain(word) * gain(other) * ((shape.spoken * BLOCK) as f64 - 2.0 * f64::from(apart));
+            square += f64::from(gain(word))
+                * f64::from(gain(other))
+                * ((shape.spoken * BLOCK) as f64 - 2.0 * f64::from(apart));
         }
     }
     square
@@ -156,7 +181,7 @@ pub(super) fn square(words: &[u8]) -> f64 {
 
 /// Whether only finite values come out.
 pub(super) fn is_sound(len: usize, words: &[u8]) -> bool {
-    let mut gains = words.chunks_exact(Shape::new(len).word()).map(|word| widen([word[0], word[1]]));
+    let mut gains = words.chunks_exact(Shape::new(len).word()).map(gain);
     gains.all(|gain| (0.0..=PEAK_MAX).contains(&gain))
 }
 
@@ -178,70 +203,94 @@ fn flip(values: &mut [f32], turn: u8) {
         }
         for (place, row) in block.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             for (value, signs) in row.iter_mut().zip(signs) {
-                *value = f32::from_bits(value.to_bits() ^ (signs << (31 - place) & 1 << 31));
+                *value = f32::from_bits(value.to_bits() ^ sign(signs, place));
             }
         }
     }
 }
 
+/// The orthonormal Walsh–Hadamard transform of what is flipped; in another order, which [`rotate_back`] knows: a fast
+/// transform takes two bits of a place at a time, and the lowest are had by folding them to the top.
 #[inline(always)]
 fn rotate(values: &mut [f32], turn: u8) {
     flip(values, turn);
-    transform(values);
+    let (mut room, scale) = ([0.0; CHUNK], unit(values));
+    let room = &mut room[..values.len()];
+    fold(values, room, scale);
+    fold(room, values, 1.0);
+    middle(values);
+    fold(values, room, 1.0);
+    fold(room, values, 1.0);
 }
 
 #[inline(always)]
 fn rotate_back(values: &mut [f32], turn: u8) {
-    transform(values);
+    let (mut room, scale) = ([0.0; CHUNK], unit(values));
+    let room = &mut room[..values.len()];
+    unfold(values, room, scale);
+    unfold(room, values, 1.0);
+    middle(values);
+    unfold(values, room, 1.0);
+    unfold(room, values, 1.0);
     flip(values, turn);
 }
 
-/// The orthonormal Walsh–Hadamard transform, which is its own inverse.
+/// What keeps lengths.
 #[inline(always)]
-fn transform(values: &mut [f32]) {
-    let scale = 1.0 / (values.len() as f32).sqrt();
-    let rows: &mut [Row] = values.as_chunks_mut::<LANES>().0;
-    for row in &mut *rows {
-        across(row, scale);
-    }
-    let mut step = LANES;
-    while step < values.len() {
-        butterflies(values, step);
-        step *= 2;
+fn unit(values: &[f32]) -> f32 {
+    1.0 / (values.len() as f32).sqrt()
+}
+
+/// The transform of four.
+#[inline(always)]
+fn four([a, b, c, d]: [f32; 4]) -> [f32; 4] {
+    let (sum, difference, later_sum, later_difference) = (a + b, a - b, c + d, c - d);
+    [sum + later_sum, difference + later_difference, sum - later_sum, difference - later_difference]
+}
+
+/// Transforms each four neighbours, which go to the four quarters of `to`: the two lowest bits of their place become the
+/// highest.
+#[inline(always)]
+fn fold(from: &[f32], to: &mut [f32], scale: f32) {
+    let (lower, upper) = to.split_at_mut(from.len() / 2);
+    let ((a, b), (c, d)) = (lower.split_at_mut(from.len() / 4), upper.split_at_mut(from.len() / 4));
+    for ((((values, a), b), c), d) in from.as_chunks().0.iter().zip(a).zip(b).zip(c).zip(d) {
+        [*a, *b, *c, *d] = four(*values).map(|value| value * scale);
     }
 }
 
-const HALF: usize = LANES / 2;
-/// The Hadamard matrix of half a row.
-const SIGNS: [[f32; HALF]; HALF] = {
-    let mut signs = [[1.0; HALF]; HALF];
-    let mut at = 0;
-    while at < HALF * HALF {
-        let (row, column) = (at / HALF, at % HALF);
-        if (row & column).count_ones() & 1 == 1 {
-            signs[row][column] = -1.0;
-        }
-        at += 1;
-    }
-    signs
-};
-
-/// The transform of a row's lanes, times `scale`. Products with a matrix keep vectors busy where sums and differences of
-/// neighbours would shuffle them.
+/// Undoes [`fold`], but for the scale.
 #[inline(always)]
-fn across(row: &mut Row, scale: f32) {
-    let mut halves = [[0.0f32; HALF]; 2];
-    for (half, lanes) in halves.iter_mut().zip(row.as_chunks::<HALF>().0) {
-        for (lane, signs) in lanes.iter().zip(&SIGNS) {
-            let lane = lane * scale;
-            for (sum, sign) in half.iter_mut().zip(signs) {
-                *sum += lane * sign;
-            }
-        }
+fn unfold(from: &[f32], to: &mut [f32], scale: f32) {
+    let (lower, upper) = from.split_at(from.len() / 2);
+    let ((a, b), (c, d)) = (lower.split_at(from.len() / 4), upper.split_at(from.len() / 4));
+    for ((((values, a), b), c), d) in to.as_chunks_mut().0.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+        *values = four([*a, *b, *c, *d]).map(|value| value * scale);
     }
-    let (lower, upper) = row.split_at_mut(HALF);
-    for lane in 0..HALF {
-        (lower[lane], upper[lane]) = (halves[0][lane] + halves[1][lane], halves[0][lane] - halves[1][lane]);
+}
+
+/// Transforms what is left to do between two folds and two more, each of four bits: the bits in the middle.
+#[inline(always)]
+fn middle(values: &mut [f32]) {
+    let (mut step, end) = (LANES, values.len() / LANES);
+    while 4 * step <= end {
+        fours(values, step);
+        step *= 4;
+    }
+    if step < end {
+        butterflies(values, step);
+    }
+}
+
+/// The transform of each four that are `step` apart.
+#[inline(always)]
+fn fours(values: &mut [f32], step: usize) {
+    for quarters in values.chunks_exact_mut(4 * step) {
+        let (lower, upper) = quarters.split_at_mut(2 * step);
+        let ((a, b), (c, d)) = (lower.split_at_mut(step), upper.split_at_mut(step));
+        for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
+            [*a, *b, *c, *d] = four([*a, *b, *c, *d]);
+        }
     }
 }
 
@@ -259,27 +308,15 @@ fn butterflies(values: &mut [f32], step: usize) {
 /// Writes the word that says most of the rotated `values`.
 #[inline(always)]
 fn speak(shape: Shape, flips: u32, values: &[f32], word: &mut [u8]) {
-    let (mut best, mut room) = ([0i32; COLUMNS], [0.0; CHUNK]);
+    let mut best = [0i32; COLUMNS];
     let best = &mut best[..shape.columns];
-    let room = &mut room[..shape.size];
-    for (basis, other) in BASES.into_iter().enumerate() {
-        let rows = room.chunks_exact_mut(shape.columns).zip(values.chunks_exact(shape.columns));
-        for (place, (row, values)) in rows.enumerate() {
-            let sign = ((flips ^ other) >> place & 1) << 31;
-            for (out, value) in row.iter_mut().zip(values) {
-                *out = f32::from_bits(value.to_bits() ^ sign);
-            }
+    for (group, best) in best.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let mut rows = [[0.0; LANES]; BLOCK];
+        for (row, values) in rows.iter_mut().zip(values.chunks_exact(shape.columns)) {
+            row.copy_from_slice(&values[group * LANES..][..LANES]);
         }
-        for step in [1, 2, 4, 8, 16] {
-            butterflies(room, step * shape.columns);
-        }
-        // Lengths order like their bits, of which the last eight are of no account: the number of the pattern stands there.
-        for (place, row) in room.chunks_exact(shape.columns).enumerate() {
-            let number = (basis << 6 | place << 1) as u32;
-            for (best, along) in best.iter_mut().zip(row) {
-                let bits = along.to_bits();
-                *best = (*best).max((bits & 0x7fff_ff00 | bits >> 31 | number) as i32);
-            }
+        for (basis, other) in BASES.into_iter().enumerate() {
+            look(&rows, flips ^ other, (basis << 6) as u32, best);
         }
     }
     let along: f64 = best[..shape.spoken].iter().map(|&best| f64::from(f32::from_bits(best as u32))).sum();
@@ -288,20 +325,86 @@ fn speak(shape: Shape, flips: u32, values: &[f32], word: &mut [u8]) {
     word[2..].iter_mut().zip(best).for_each(|(byte, best)| *byte = *best as u8);
 }
 
+/// Keeps in `best` the longest of what some columns have along the patterns of the basis that flips these rows, and the
+/// pattern's number, from `first` on. Lengths order like their bits, of which the last eight are of no account: the number
+/// stands there.
+#[inline(always)]
+fn look(rows: &[Row; BLOCK], flips: u32, first: u32, best: &mut [i32; LANES]) {
+    let mut room = [[0.0f32; LANES]; BLOCK];
+    for (place, (sums, rows)) in room.as_chunks_mut().0.iter_mut().zip(rows.as_chunks::<4>().0).enumerate() {
+        let [a, b, c, d] = sums;
+        for lane in 0..LANES {
+            let flipped = |row: usize| f32::from_bits(rows[row][lane].to_bits() ^ sign(flips, 4 * place + row));
+            [a[lane], b[lane], c[lane], d[lane]] = four([flipped(0), flipped(1), flipped(2), flipped(3)]);
+        }
+    }
+    fours(room.as_flattened_mut(), 4 * LANES);
+    let (lower, upper) = room.split_at(BLOCK / 2);
+    let mut most = *best;
+    for (place, (lower, upper)) in lower.iter().zip(upper).enumerate() {
+        let number = first | (place << 1) as u32;
+        for lane in 0..LANES {
+            let (sum, difference) = (lower[lane] + upper[lane], lower[lane] - upper[lane]);
+            let sum = with_number(sum, number);
+            let difference = with_number(difference, number | BLOCK as u32);
+            most[lane] = most[lane].max(sum).max(difference);
+        }
+    }
+    *best = most;
+}
+
+/// The sign bit of a row that `flips` tells to flip.
+#[inline(always)]
+fn sign(flips: u32, row: usize) -> u32 {
+    flips >> row << 31
+}
+
+/// A length with the number of its pattern, of which the lowest bit is the sign.
+#[inline(always)]
+fn with_number(along: f32, number: u32) -> i32 {
+    let bits = along.to_bits();
+    (bits & 0x7fff_ff00 | bits >> 31 | number) as i32
+}
+
 /// Adds `times` what a word says to rotated `values`.
 #[inline(always)]
 fn say(shape: Shape, flips: u32, word: &[u8], values: &mut [f32], times: f32) {
-    let gain = times * widen([word[0], word[1]]);
-    let (mut signs, mut gains) = ([0u32; COLUMNS], [0u32; COLUMNS]);
-    for ((signs, gains), &number) in signs.iter_mut().zip(&mut gains).zip(&word[2..]) {
-        (*signs, *gains) = (PATTERNS[usize::from(number)] ^ flips, gain.to_bits());
-    }
-    let (signs, gains) = (&signs[..shape.columns], &gains[..shape.columns]);
+    let (gain, signs) = (times * gain(word), signs(word, flips));
+    let mut gains = [0u32; COLUMNS];
+    gains[..shape.spoken].fill(gain.to_bits());
     for (place, row) in values.chunks_exact_mut(shape.columns).enumerate() {
-        for ((value, signs), gain) in row.iter_mut().zip(signs).zip(gains) {
-            *value += f32::from_bits(gain ^ (signs << (31 - place) & 1 << 31));
+        for ((value, signs), gain) in row.iter_mut().zip(&signs).zip(&gains) {
+            *value += f32::from_bits(gain ^ sign(*signs, place));
         }
     }
+}
+
+/// Dot product of what a word says and rotated `values`.
+#[inline(always)]
+fn along(shape: Shape, flips: u32, word: &[u8], values: &[f32]) -> f64 {
+    let (mut sums, signs) = ([0.0f32; COLUMNS], signs(word, flips));
+    for (place, row) in values.chunks_exact(shape.columns).enumerate() {
+        for ((sum, signs), value) in sums.iter_mut().zip(&signs).zip(row) {
+            *sum += f32::from_bits(value.to_bits() ^ sign(*signs, place));
+        }
+    }
+    let sum: f64 = sums[..shape.spoken].iter().map(|&sum| f64::from(sum)).sum();
+    f64::from(gain(word)) * sum
+}
+
+#[inline(always)]
+fn gain(word: &[u8]) -> f32 {
+    widen([word[0], word[1]])
+}
+
+/// For each column its rows' signs.
+#[inline(always)]
+fn signs(word: &[u8], flips: u32) -> [u32; COLUMNS] {
+    let mut signs = [0; COLUMNS];
+    for (signs, &number) in signs.iter_mut().zip(&word[2..]) {
+        *signs = PATTERNS[usize::from(number)] ^ flips;
+    }
+    signs
 }
 
 #[cfg(test)]

@@ -200,6 +200,46 @@ proptest! {
     }
 }
 
+/// Three chunks and a short one, of which the first begins in the embedding.
+#[test]
+fn who_speaks_in_one_turn_is_merged_as_if_each_were_unpacked_by_itself() {
+    let tensors = vec![
+        Tensor::new("embed", &[8, 4], TensorKind::Embedding),
+        Tensor::new("matrix", &[100, 130], TensorKind::Matrix),
+    ];
+    let manifest = Manifest::balanced(tensors, 1);
+    let count = manifest.parameters();
+    let mut rng = Rng::new(5);
+    let mut payload = |(codec, turn): (Codec, u8)| {
+        let mut wish: Vec<f32> = (0..count).map(|_| rng.normal() as f32).collect();
+        codec.encode_prepared(&mut wish, turn, &Alone, |_, _| {}).unwrap()
+    };
+    for turns in [[7, 7, 7], [7, 7, 8]] {
+        let codecs = [Codec::Vq(1), Codec::Vq(2), Codec::Vq(1)];
+        let payloads: Vec<Vec<u8>> = codecs.into_iter().zip(turns).map(&mut payload).collect();
+        let sound = payloads.iter().map(|bytes| Payload::parse(bytes, count).unwrap());
+        let weighted: Vec<Weighted<'_>> = (1..)
+            .map(f64::from)
+            .zip(sound)
+            .map(|(weight, payload)| {
+                let name = Digest::of(&[weight as u8]);
+                Weighted { weight, steps: 1, trust: 0.0, quality: 0.0, name, stale: false, payload }
+            })
+            .collect();
+        let recipe = Recipe { merge: Averaging::Plain, ..recipe(OuterRule::default(), Codec::F32) };
+        let merged = merge(&manifest, FragmentId(0), &recipe, &weighted, &[], Vec::new(), &Alone);
+        let said: Vec<Vec<f32>> = weighted.iter().map(|one| one.payload.values(&Alone)).collect();
+        let mean = |at: usize| (said[0][at] + 2.0 * said[1][at] + 3.0 * said[2][at]) / 6.0;
+        let mean: Vec<f32> = (0..count).map(mean).collect();
+        let far = merged.values().iter().zip(&mean).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 1e-5, "{far}");
+        for (cosine, said) in merged.cosines.iter().zip(&said) {
+            let expected = crate::delta::cosine(said, &mean);
+            assert!((cosine - expected).abs() < 1e-4, "{cosine}, and it should be {expected}");
+        }
+    }
+}
+
 #[test]
 fn a_change_that_is_not_finite_changes_nothing() {
     let mut global = still();

@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use super::{Part, Weighted};
-use crate::codec::{CHUNK, Unpacked, add_scaled};
+use crate::codec::{CHUNK, Unison, Unpacked, add_scaled};
 use crate::delta::square;
 use crate::manifest::{FragmentId, Manifest};
 use crate::model::TensorKind;
@@ -174,18 +174,16 @@ impl Stretch {
     fn add_up(&self, values: &mut [f32], contributions: &[Weighted<'_>], parts: &[Part], momentum: &[f32]) -> Sums {
         let mut sums = Sums::zero(contributions.len());
         let mut rooms: Vec<Unpacked> = contributions.iter().map(|_| Unpacked::default()).collect();
+        let unison = Unison::of(contributions.iter().map(|contribution| &contribution.payload));
+        let unison = unison.filter(|_| parts.iter().all(|part| part.turn == 0.0));
         for chunk in self.chunks() {
             let out = &mut values[chunk.outer.start - self.range.start..chunk.outer.end - self.range.start];
-            out.fill(0.0);
-            for ((contribution, part), room) in contributions.iter().zip(parts).zip(&mut rooms) {
-                room.read(&contribution.payload, chunk.number);
-                room.part(chunk.inner.clone()).add_to(part.share as f32, out);
-                if part.turn != 0.0 {
-                    add_scaled(out, part.turn as f32, &momentum[chunk.outer.clone()]);
-                }
-            }
-            for (along, room) in sums.alongs.iter_mut().zip(&rooms) {
-                *along += room.part(chunk.inner.clone()).along(out);
+            if let (Some(unison), Ok(out)) = (unison, <&mut [f32; CHUNK]>::try_from(&mut *out)) {
+                let shares = contributions.iter().map(|contribution| &contribution.payload);
+                let shares = shares.zip(parts.iter().map(|part| part.share as f32));
+                unison.add_up(chunk.number, shares, out, &mut sums.alongs);
+            } else {
+                add_up_apart(&chunk, out, contributions, parts, momentum, &mut rooms, &mut sums.alongs);
             }
             sums.other += square(out);
         }
@@ -197,6 +195,30 @@ impl Stretch {
             let number = outer.start / CHUNK;
             Chunk { number, inner: outer.start - number * CHUNK..outer.end - number * CHUNK, outer }
         })
+    }
+}
+
+/// Writes the sum of all `parts` of a chunk, each unpacked by itself, and adds to `alongs` how far each goes along it.
+#[inline(always)]
+fn add_up_apart(
+    chunk: &Chunk,
+    out: &mut [f32],
+    contributions: &[Weighted<'_>],
+    parts: &[Part],
+    momentum: &[f32],
+    rooms: &mut [Unpacked],
+    alongs: &mut [f64],
+) {
+    out.fill(0.0);
+    for ((contribution, part), room) in contributions.iter().zip(parts).zip(&mut *rooms) {
+        room.read(&contribution.payload, chunk.number);
+        room.part(chunk.inner.clone()).add_to(part.share as f32, out);
+        if part.turn != 0.0 {
+            add_scaled(out, part.turn as f32, &momentum[chunk.outer.clone()]);
+        }
+    }
+    for (along, room) in alongs.iter_mut().zip(rooms) {
+        *along += room.part(chunk.inner.clone()).along(out);
     }
 }
 
