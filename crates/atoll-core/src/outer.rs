@@ -31,7 +31,7 @@ use crate::team::{Team, share_out};
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields, tag = "rule")]
 pub enum OuterRule {
-    /// Nesterov whose η is set from the measured ρ so that the effective step is 1.
+    /// Nesterov whose η is set from the measured ρ so that the effective step is 1; see also [`beside`](Self::beside).
     Auto {
         /// μ.
         #[serde(default = "OuterRule::auto_momentum")]
@@ -54,6 +54,16 @@ pub enum OuterRule {
 impl OuterRule {
     fn auto_momentum() -> f32 {
         0.3
+    }
+
+    /// The rule where the way down has that codec. "Auto" does without momentum beside vector quantization: a few words say
+    /// nearly all of what is merged in one turn from a few sites' words, but little of older deltas.
+    #[must_use]
+    pub fn beside(self, down: Codec) -> Self {
+        match self {
+            Self::Auto { .. } if matches!(down, Codec::Vq(_)) => Self::Memoryless { learning_rate: 1.0 },
+            rule => rule,
+        }
     }
 
     /// η and μ for consecutive merged deltas of cosine `rho`.

@@ -159,6 +159,16 @@ fn auto_moves_as_far_as_its_deltas_whether_they_agree_or_not() {
 }
 
 #[test]
+fn auto_has_no_momentum_beside_vector_quantization() {
+    let auto = OuterRule::default();
+    assert_eq!(auto.beside(Codec::Vq(2)), OuterRule::Memoryless { learning_rate: 1.0 });
+    let nesterov = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.9 };
+    for (rule, down) in [(auto, Codec::E3m0), (auto, Codec::Sparse(224)), (nesterov, Codec::Vq(2))] {
+        assert_eq!(rule.beside(down), rule, "{down}");
+    }
+}
+
+#[test]
 fn a_share_shortens_the_step() {
     let mut global = still();
     let delta = random(1);
