@@ -31,6 +31,7 @@ mod dense;
 mod sparse;
 #[cfg(test)]
 mod tests;
+mod unison;
 mod unpacked;
 mod vector;
 
@@ -45,7 +46,8 @@ use crate::team::{Alone, Team, share_out};
 use dense::{BLOCK, BLOCK_BYTES};
 pub(crate) use sparse::CHUNK;
 use sparse::Shape;
-pub(crate) use unpacked::{Unison, Unpacked, add_scaled};
+pub(crate) use unison::Unison;
+pub(crate) use unpacked::{Unpacked, add_scaled};
 
 /// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`, `"vq:1"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use atoll_core::hash::{Digest, from_little_endian};
 use atoll_core::journal::Invitation;
-use atoll_core::outer::Global;
 use atoll_core::site::SiteId;
 use atoll_core::wire::{Answer, Frame, Purpose, Request, Welcome};
 use tokio::runtime::Runtime;
@@ -88,7 +87,7 @@ impl Remote {
             let manifest = terms.config.manifest(&terms.model);
             let lens = manifest.fragments().map(|id| manifest.fragment_len(id).unwrap_or(0));
             let theta = fetch_theta(&mut link, &lens.collect::<Vec<usize>>()).await?;
-            hf::save(folder, &terms.model, &Global::new(manifest, theta).tensors(), Some(&tokenizer))?;
+            hf::save(folder, &terms.model, &manifest.scatter(&theta), Some(&tokenizer))?;
             Ok(())
         })
     }

@@ -23,7 +23,7 @@ pub(super) const SITES: usize = 8;
 pub(super) const UP: Codec = plan::THINNEST.0;
 pub(super) const DOWN: Codec = plan::THINNEST.1;
 const FRAGMENT: FragmentId = FragmentId(0);
-/// Rounds of contributing before anything is timed: then residuals are what they are in a long run.
+/// Contributions, of [`SITES`] a round, before anything is timed: then residuals are as long as in a long run.
 const ROUNDS_BEFORE: usize = 40;
 /// Weights that a member of a team takes at a time in a triad.
 const STRETCH: usize = 1 << 18;
@@ -197,7 +197,7 @@ impl Material {
 /// How a run merges unless its operator wishes otherwise.
 fn recipe() -> Recipe {
     let sync = Sync::default();
-    Recipe { merge: sync.merge, rule: sync.outer, codec: DOWN, share: 1.0, guard: sync.guard() }
+    Recipe { merge: sync.merge, rule: sync.outer.beside(DOWN), codec: DOWN, share: 1.0, guard: sync.guard() }
 }
 
 /// A stretch of noise; neighbouring windows have nothing in common, weight by weight.

@@ -99,7 +99,8 @@ impl Model {
     /// An outer step that nobody contributed to: what a round costs whoever takes part.
     pub(super) fn step_alone(&mut self) -> Result<Cost> {
         let sync = Sync::default();
-        let (merge, rule, codec, guard) = (sync.merge, sync.outer, plan::THINNEST.1, sync.guard());
+        let (merge, codec, guard) = (sync.merge, plan::THINNEST.1, sync.guard());
+        let rule = sync.outer.beside(codec);
         let (mut cost, began) = (Cost::default(), Instant::now());
         timed(&mut cost.step, || self.perform(1, &[], &Recipe { merge, rule, codec, share: 1.0, guard }))?;
         cost.wall = began.elapsed().as_secs_f64();

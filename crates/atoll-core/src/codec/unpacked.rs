@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::sparse::{self, GROUP, Shape};
-use super::{CHUNK, Codec, Payload, vector};
+use super::{Codec, Payload};
 use crate::delta::{dot, square};
 use crate::simd::simd;
 
@@ -18,33 +18,6 @@ pub(crate) struct Unpacked {
     /// Where they belong in the chunk, ascending; none if there is a value for every place.
     places: Vec<u16>,
     is_sparse: bool,
-}
-
-/// Payloads of vector quantization that speak in one turn. What they say is added up before it is rotated back, once for
-/// all.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Unison(u8);
-
-impl Unison {
-    /// If these are such.
-    pub(crate) fn of<'a>(mut payloads: impl Iterator<Item = &'a Payload<'a>>) -> Option<Self> {
-        let turn = payloads.next()?.turn()?;
-        payloads.all(|payload| payload.turn() == Some(turn)).then_some(Self(turn))
-    }
-
-    /// Writes the sum of what chunk number `number` of each says, times its share, and adds to `alongs` how far each goes
-    /// along that sum.
-    #[inline(always)]
-    pub(crate) fn add_up<'a>(
-        self,
-        number: usize,
-        shares: impl Iterator<Item = (&'a Payload<'a>, f32)> + Clone,
-        sum: &mut [f32; CHUNK],
-        alongs: &mut [f64],
-    ) {
-        let chunks = shares.map(|(payload, share)| (payload.chunk(number).1, share));
-        vector::add_up(self.0, chunks, sum, alongs);
-    }
 }
 
 /// What a chunk says of some of its weights.

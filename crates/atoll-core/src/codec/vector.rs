@@ -26,6 +26,8 @@ use super::dense::{greatest, saturate, widen};
 const LANES: usize = 16;
 /// Weights that a byte speaks of.
 const BLOCK: usize = 32;
+/// Neighbours whose places differ in the bits that two folds take.
+const FOLDED: usize = 16;
 /// Columns of a whole chunk.
 const COLUMNS: usize = CHUNK / BLOCK;
 /// Most words: two bits a weight.
@@ -148,10 +150,10 @@ pub(super) fn silence(turn: u8, words: &[u8], values: &mut [f32]) {
     for word in words.chunks_exact(shape.word()) {
         for (column, &number) in word[2..].iter().enumerate() {
             let signs = PATTERNS[usize::from(number)];
-            let sign = |row: usize| if sign(signs, row) == 0 { 1.0 } else { -1.0 };
+            let one = |row: usize| f32::from_bits(1.0f32.to_bits() ^ sign(signs, row));
             let place = |row: usize| row * shape.columns + column;
-            let along: f32 = (0..BLOCK).map(|row| sign(row) * room[place(row)]).sum();
-            (0..BLOCK).for_each(|row| room[place(row)] -= sign(row) * along / BLOCK as f32);
+            let along: f32 = (0..BLOCK).map(|row| one(row) * room[place(row)]).sum();
+            (0..BLOCK).for_each(|row| room[place(row)] -= one(row) * along / BLOCK as f32);
         }
     }
     rotate_back(room, turn);
@@ -267,7 +269,7 @@ fn unfold(from: &[f32], to: &mut [f32], scale: f32) {
 /// Transforms what is left to do between two folds and two more, each of four bits: the bits in the middle.
 #[inline(always)]
 fn middle(values: &mut [f32]) {
-    let (mut step, end) = (LANES, values.len() / LANES);
+    let (mut step, end) = (FOLDED, values.len() / FOLDED);
     while 4 * step <= end {
         fours(values, step);
         step *= 4;

@@ -250,6 +250,24 @@ fn who_speaks_in_one_turn_is_merged_as_if_each_were_unpacked_by_itself() {
     }
 }
 
+/// If it did not, all would still be right, and told in many more rounds.
+#[test]
+fn the_coordinator_speaks_in_the_turn_of_the_sites_that_it_has_heard() {
+    use crate::delta::{Feedback, Follow, Local};
+    let (mut global, fragment) = (still(), FragmentId(0));
+    let mut local = Local::new(&manifest(), Follow::Auto, Feedback::Weights);
+    local.install(fragment, &global.theta[0]).unwrap();
+    for seed in 1..4 {
+        let said = local.contribute(fragment, random(seed), Codec::Vq(1), &Alone).unwrap();
+        let contributions = [(1.0, said.bytes)];
+        let recipe = recipe(OuterRule::default(), Codec::Vq(2));
+        let step = global.step(fragment, &weigh(&contributions, false), &recipe, &Alone).unwrap();
+        let turn = |bytes| Payload::parse(bytes, 96).unwrap().turn();
+        assert_eq!(turn(&step.payload), turn(&contributions[0].1));
+        local.commit(fragment, step.payload, &Alone).unwrap();
+    }
+}
+
 #[test]
 fn a_change_that_is_not_finite_changes_nothing() {
     let mut global = still();

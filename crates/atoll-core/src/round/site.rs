@@ -491,7 +491,6 @@ impl Site {
         orders.push(SiteOrder::DropLeases);
         for fragment in &mut self.fragments {
             (fragment.held, fragment.moving, fragment.taken, fragment.needs) = (None, None, None, 0);
-            fragment.told = 0;
         }
         (self.news, self.evaluation, self.evaluating, self.look) = (true, None, 0, None);
     }

@@ -6,6 +6,8 @@
 //! chunks     ||||||||||||||||||||||||||||||||||||||||||||||    what is unpacked from all contributions, into a core's cache
 //! ```
 //!
+//! Chunks that are a tensor's own and of which all speak in one turn are added up before they are unpacked (`Unison`).
+//!
 //! Chunks are the payloads' own, so where two tensors meet a chunk is unpacked for both. Sums over a tensor are sums of
 //! its stretches' sums in their order, and these of their chunks', whoever computed them: the same bits on every machine.
 
