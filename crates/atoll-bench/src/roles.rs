@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use atoll_core::engine::Engine;
-use atoll_node::coordinator::{Options, coordinate};
+use atoll_node::coordinator::{Options, coordinate, runtime};
 use atoll_node::identity::Ticket;
 use atoll_node::run::RunDir;
 use atoll_node::site::{Parts, SiteOptions, join, told};
@@ -107,8 +107,7 @@ fn lead(dir: &RunDir, listen: String, standby: Standby) -> Result<()> {
         Standby::Later => dir.journal().exists(),
         Standby::Always => true,
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(coordinate(dir, &Options { listen, standby, ..Options::default() }, None, stop))?;
+    runtime()?.block_on(coordinate(dir, &Options { listen, standby, ..Options::default() }, None, stop))?;
     Ok(())
 }
 

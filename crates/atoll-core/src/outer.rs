@@ -31,7 +31,8 @@ use crate::team::{Team, share_out};
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields, tag = "rule")]
 pub enum OuterRule {
-    /// Nesterov whose η is set from the measured ρ so that the effective step is 1; see also [`beside`](Self::beside).
+    /// Nesterov whose η is set from the measured ρ so that the effective step is 1, and which has no momentum beside
+    /// vector quantization.
     Auto {
         /// μ.
         #[serde(default = "OuterRule::auto_momentum")]
@@ -59,7 +60,7 @@ impl OuterRule {
     /// The rule where the way down has that codec. "Auto" does without momentum beside vector quantization: a few words say
     /// nearly all of what is merged in one turn from a few sites' words, but little of older deltas.
     #[must_use]
-    pub fn beside(self, down: Codec) -> Self {
+    pub(crate) fn beside(self, down: Codec) -> Self {
         match self {
             Self::Auto { .. } if matches!(down, Codec::Vq(_)) => Self::Memoryless { learning_rate: 1.0 },
             rule => rule,

@@ -29,7 +29,7 @@ use crate::delta::{Feedback, Follow};
 use crate::hash::Digest;
 use crate::journal::{Evaluated, Notice, Settled};
 use crate::manifest::FragmentId;
-use crate::outer::{Averaging, Guard, OuterRule, Robust};
+use crate::outer::{Averaging, Guard, OuterRule, Recipe, Robust};
 use crate::plan::Link;
 
 /// A setting that follows from what is measured unless the operator chooses: `"auto"` or a value.
@@ -152,6 +152,11 @@ impl Sync {
     /// How a merge protects itself.
     pub fn guard(&self) -> Guard {
         Guard { robust: self.robust, weight_max: self.weight_max, usual: None }
+    }
+
+    /// How an outer step is computed of which the way down has that codec.
+    pub fn recipe(&self, down: Codec, share: f64, guard: Guard) -> Recipe {
+        Recipe { merge: self.merge, rule: self.outer.beside(down), codec: down, share, guard }
     }
 
     /// Every reason why a run cannot synchronize like this.

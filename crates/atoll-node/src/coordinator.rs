@@ -32,6 +32,7 @@ use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Phase, Status}
 use atoll_core::site::{SiteId, Time};
 use atoll_core::wire::{Frame, Purpose, Welcome};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch as signal};
 use tokio::time::MissedTickBehavior;
 
@@ -137,6 +138,19 @@ impl Prepared {
             ),
         }
     }
+}
+
+/// Threads for what waits for the disk. A site that asks fast enough for what is not there would have tokio start 512, of a
+/// hundred kilobytes each.
+const DISK_THREADS: usize = 32;
+
+/// Where [`coordinate`] runs.
+///
+/// # Errors
+/// If the system gives no threads.
+pub fn runtime() -> std::io::Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(2).max_blocking_threads(DISK_THREADS).enable_all().build()
 }
 
 /// Coordinates the run in `dir` until it is finished or `stop` turns true. Contributions are tried with an engine that

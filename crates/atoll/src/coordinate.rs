@@ -5,14 +5,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Result;
-use atoll_node::coordinator::{Ending, Options, coordinate};
+use atoll_node::coordinator::{Ending, Options, coordinate, runtime};
 use atoll_node::run::RunDir;
 
 use crate::{cpu, stop};
-
-/// Threads for what waits for the disk. A site that asks fast enough for what is not there would have tokio start 512, of a
-/// hundred kilobytes each.
-const DISK_THREADS: usize = 32;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -37,8 +33,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let flag = stop::flag(arguments.supervised)?;
     let (sender, receiver) = tokio::sync::watch::channel(false);
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.worker_threads(2).max_blocking_threads(DISK_THREADS).enable_all().build()?;
+    let runtime = runtime()?;
     let dir = RunDir(arguments.dir.clone());
     let ending = runtime.block_on(async {
         tokio::spawn(async move {

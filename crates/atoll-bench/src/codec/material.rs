@@ -24,7 +24,7 @@ pub(super) const UP: Codec = plan::THINNEST.0;
 pub(super) const DOWN: Codec = plan::THINNEST.1;
 const FRAGMENT: FragmentId = FragmentId(0);
 /// Contributions, of [`SITES`] a round, before anything is timed: then residuals are as long as in a long run.
-const ROUNDS_BEFORE: usize = 40;
+const CONTRIBUTIONS_BEFORE: usize = 40;
 /// Weights that a member of a team takes at a time in a triad.
 const STRETCH: usize = 1 << 18;
 /// The first weights of two windows of noise lie so far apart.
@@ -91,9 +91,9 @@ impl Material {
     fn contribute(&mut self) -> Result<()> {
         let team = atoll_node::crew::Crew;
         for codec in Codec::ALL {
-            let rounds = if codec.is_partial() { ROUNDS_BEFORE } else { SITES };
-            let payloads = (0..rounds).map(|_| self.encode(codec, &team)).collect::<Result<Vec<_>>>()?;
-            self.payloads.insert(codec, payloads.into_iter().skip(rounds - SITES).collect());
+            let count = if codec.is_partial() { CONTRIBUTIONS_BEFORE } else { SITES };
+            let payloads = (0..count).map(|_| self.encode(codec, &team)).collect::<Result<Vec<_>>>()?;
+            self.payloads.insert(codec, payloads.into_iter().skip(count - SITES).collect());
         }
         self.merged = self.merged(UP, &team)?;
         Ok(())
@@ -197,7 +197,7 @@ impl Material {
 /// How a run merges unless its operator wishes otherwise.
 fn recipe() -> Recipe {
     let sync = Sync::default();
-    Recipe { merge: sync.merge, rule: sync.outer.beside(DOWN), codec: DOWN, share: 1.0, guard: sync.guard() }
+    sync.recipe(DOWN, 1.0, sync.guard())
 }
 
 /// A stretch of noise; neighbouring windows have nothing in common, weight by weight.

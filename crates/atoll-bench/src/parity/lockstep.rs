@@ -9,7 +9,7 @@ use atoll_core::delta::Local;
 use atoll_core::engine::Engine;
 use atoll_core::hash::Digest;
 use atoll_core::manifest::{FragmentId, Manifest};
-use atoll_core::outer::{Global, Recipe, Weighted};
+use atoll_core::outer::{Global, Weighted};
 use atoll_core::plan;
 use atoll_core::round::Setting;
 use atoll_core::team::Alone;
@@ -80,9 +80,7 @@ fn synchronize(row: &Row, global: &mut Global, sites: &mut [Site], is_last: bool
     }
     let contributions = payloads.iter().map(|bytes| weighted(bytes, global.theta[0].len()));
     let contributions = contributions.collect::<Result<Vec<_>>>()?;
-    let guard = row.sync.guard();
-    let recipe =
-        Recipe { merge: row.sync.merge, rule: row.sync.outer, codec: codec(row.sync.down)?, share: 1.0, guard };
+    let recipe = row.sync.recipe(codec(row.sync.down)?, 1.0, row.sync.guard());
     let commit = global.step(ALL, &contributions, &recipe, &Alone)?;
     for Site { engine, local, .. } in sites {
         local.delivered(ALL);

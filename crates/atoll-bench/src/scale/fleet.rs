@@ -99,10 +99,9 @@ impl Model {
     /// An outer step that nobody contributed to: what a round costs whoever takes part.
     pub(super) fn step_alone(&mut self) -> Result<Cost> {
         let sync = Sync::default();
-        let (merge, codec, guard) = (sync.merge, plan::THINNEST.1, sync.guard());
-        let rule = sync.outer.beside(codec);
+        let recipe = sync.recipe(plan::THINNEST.1, 1.0, sync.guard());
         let (mut cost, began) = (Cost::default(), Instant::now());
-        timed(&mut cost.step, || self.perform(1, &[], &Recipe { merge, rule, codec, share: 1.0, guard }))?;
+        timed(&mut cost.step, || self.perform(1, &[], &recipe))?;
         cost.wall = began.elapsed().as_secs_f64();
         Ok(cost)
     }

@@ -572,9 +572,7 @@ impl Coordinator {
             Absent::Ignore => 1.0,
             Absent::Reserve => self.reserve(index, &mut contributions),
         };
-        let Sync { merge, outer, .. } = self.sync;
-        let codec = self.down();
-        let recipe = Recipe { merge, rule: outer.beside(codec), codec, share, guard: self.guard(index) };
+        let recipe = self.sync.recipe(self.down(), share, self.guard(index));
         let merge = Merge { fragment, version, contributions, recipe };
         self.rounds[index].merging = Some(merge.clone());
         merge
