@@ -12,8 +12,8 @@
 //! sparse    body = | keep: u16 | then for each chunk of 4,096 values, of which the `keep` greatest are written,
 //!                  | 4 levels: bf16 | codes, 2 bits each, lowest first | positions: Elias–Fano, see below |
 //!           code = large (bit 0), negative (bit 1)
-//! vq        body = | words: u8 | turn: u8 | then for each chunk of 4,096 values and for each word
-//!                  | gain: bf16 | 124 patterns, one byte each |                   see `vector`
+//! tcq        body = | words: u8 | turn: u8 | then for each chunk of 4,096 values and for each word
+//!                  | gain: bf16 | path: 122 bytes, highest bit first |             see `trellis`
 //! ```
 //!
 //! E3M0 costs 4.125 bits per value; Streaming DiLoCo (arXiv 2501.18512, section 3.3) found it to
@@ -22,18 +22,19 @@
 //!
 //! Sparse is for two ends that keep an error feedback (SparseLoCo, arXiv 2508.15706): what one payload leaves out
 //! stays in a residual and is part of the next. With `keep` 96 it costs 0.234 bits per value, with 224 0.461. So is
-//! vector quantization, which tells more with as many: 0.246 bits per value with one word, 0.492 with two.
+//! trellis-coded quantization, which tells more with as many: 0.242 bits per value with one word, 0.484 with two.
 //!
 //! Every byte string decodes or is refused: no panic, no allocation from an unchecked length, and
 //! nothing that is not finite comes out. Blocks are independent, so a [`Team`] may share them.
 
 mod dense;
+mod rotation;
 mod sparse;
 #[cfg(test)]
 mod tests;
+mod trellis;
 mod unison;
 mod unpacked;
-mod vector;
 
 use std::fmt;
 use std::str::FromStr;
@@ -49,7 +50,7 @@ use sparse::Shape;
 pub(crate) use unison::Unison;
 pub(crate) use unpacked::{Unpacked, add_scaled};
 
-/// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`, `"vq:1"`.
+/// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`, `"tcq:1"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Codec {
     /// Exact.
@@ -60,8 +61,8 @@ pub enum Codec {
     E3m0,
     /// So many of 4,096 values, as one of four levels each.
     Sparse(u16),
-    /// So many words about each 4,096 values, rotated: a quarter of a bit per value each.
-    Vq(u8),
+    /// So many words about each 4,096 values, rotated: a quarter of a bit per value each, on a path through a trellis.
+    Tcq(u8),
 }
 
 /// Why bytes are no payload, or values have none.
@@ -108,7 +109,7 @@ pub enum CodecError {
 
 /// A word that names no codec.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("\"{0}\" is no codec; there are f32, bf16, e3m0, sparse:1 to sparse:2048, and vq:1 to vq:8")]
+#[error("\"{0}\" is no codec; there are f32, bf16, e3m0, sparse:1 to sparse:2048, and tcq:1 to tcq:8")]
 pub struct UnknownName(String);
 
 const HEADER: usize = 5;
@@ -120,7 +121,7 @@ const PIECE: usize = 64 * CHUNK;
 impl Codec {
     /// One of each kind, for laws that hold for all.
     pub const ALL: [Codec; 7] =
-        [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(96), Codec::Sparse(224), Codec::Vq(1), Codec::Vq(2)];
+        [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(96), Codec::Sparse(224), Codec::Tcq(1), Codec::Tcq(2)];
 
     /// The number on the wire; never used again for something else.
     fn number(self) -> u8 {
@@ -129,7 +130,7 @@ impl Codec {
             Codec::Bf16 => 2,
             Codec::E3m0 => 3,
             Codec::Sparse(_) => 4,
-            Codec::Vq(_) => 5,
+            Codec::Tcq(_) => 5,
         }
     }
 
@@ -138,7 +139,7 @@ impl Codec {
         match self {
             Codec::F32 | Codec::Bf16 | Codec::E3m0 => true,
             Codec::Sparse(keep) => (1..=KEEP_MAX).contains(&keep),
-            Codec::Vq(words) => (1..=vector::WORDS_MAX).contains(&words),
+            Codec::Tcq(words) => (1..=trellis::WORDS_MAX).contains(&words),
         }
     }
 
@@ -154,7 +155,7 @@ impl Codec {
 
     /// Whether most of what there is to say is left to later payloads.
     pub fn is_partial(self) -> bool {
-        matches!(self, Codec::Sparse(_) | Codec::Vq(_))
+        matches!(self, Codec::Sparse(_) | Codec::Tcq(_))
     }
 
     /// Share of all directions that a payload speaks of: all that there is to say is at most 1/√density times as long.
@@ -162,14 +163,14 @@ impl Codec {
         match self {
             Codec::F32 | Codec::Bf16 | Codec::E3m0 => 1.0,
             Codec::Sparse(keep) => f64::from(keep.max(1)) / CHUNK as f64,
-            Codec::Vq(words) => 1.0 - vector::LEFT.powi(i32::from(words)),
+            Codec::Tcq(words) => 1.0 - trellis::LEFT.powi(i32::from(words)),
         }
     }
 
     fn header_len(self) -> usize {
         match self {
             Codec::F32 | Codec::Bf16 | Codec::E3m0 => HEADER,
-            Codec::Sparse(_) | Codec::Vq(_) => HEADER + 2,
+            Codec::Sparse(_) | Codec::Tcq(_) => HEADER + 2,
         }
     }
 
@@ -180,7 +181,7 @@ impl Codec {
             Codec::Bf16 => 2 * len,
             Codec::E3m0 => len.div_ceil(BLOCK) * BLOCK_BYTES,
             Codec::Sparse(keep) => Shape::new(keep, len).bytes(),
-            Codec::Vq(words) => vector::Shape::new(len).bytes(words),
+            Codec::Tcq(words) => trellis::Shape::new(len).bytes(words),
         }
     }
 
@@ -239,7 +240,7 @@ impl Codec {
         header[1..HEADER].copy_from_slice(&count.to_le_bytes());
         match self {
             Codec::Sparse(keep) => header[HEADER..].copy_from_slice(&keep.to_le_bytes()),
-            Codec::Vq(words) => header[HEADER..].copy_from_slice(&[words, turn]),
+            Codec::Tcq(words) => header[HEADER..].copy_from_slice(&[words, turn]),
             Codec::F32 | Codec::Bf16 | Codec::E3m0 => {}
         }
         let pieces = wish.chunks_mut(PIECE).zip(body.chunks_mut(self.body_len(PIECE)));
@@ -274,7 +275,7 @@ impl Codec {
                 Codec::Bf16 => dense::encode_bf16(wish, out),
                 Codec::E3m0 => dense::encode_e3m0(wish, out),
                 Codec::Sparse(keep) => sparse::encode(Shape::new(keep, wish.len()), wish, out),
-                Codec::Vq(_) => vector::encode(turn, wish, out),
+                Codec::Tcq(_) => trellis::encode(turn, wish, out),
             }
             self.meet(turn, out, wish, |wish, value| *wish -= value).ok_or(number * CHUNK)?;
         }
@@ -321,7 +322,7 @@ impl Codec {
             Codec::F32 => dense::decode_f32(bytes, values),
             Codec::Bf16 => dense::decode_bf16(bytes, values),
             Codec::E3m0 => dense::decode_e3m0(bytes, values),
-            Codec::Vq(_) => vector::decode(turn, bytes, values),
+            Codec::Tcq(_) => trellis::decode(turn, bytes, values),
             Codec::Sparse(_) => {}
         }
     }
@@ -331,7 +332,7 @@ impl Codec {
 #[derive(Debug, Clone, Copy)]
 pub struct Payload<'a> {
     codec: Codec,
-    /// Of vector quantization; else 0.
+    /// Of trellis-coded quantization; else 0.
     turn: u8,
     count: usize,
     body: &'a [u8],
@@ -364,7 +365,7 @@ impl<'a> Payload<'a> {
         for (number, bytes) in body.chunks(self.codec.chunk_bytes(CHUNK)).enumerate() {
             let first = number * CHUNK;
             let is_sound = match self.codec {
-                Codec::Vq(_) => vector::is_sound(CHUNK.min(len - first), bytes),
+                Codec::Tcq(_) => trellis::is_sound(CHUNK.min(len - first), bytes),
                 _ => self.codec.each(self.turn, bytes, CHUNK.min(len - first), |_, _| {}).is_some(),
             };
             if !is_sound {
@@ -401,7 +402,7 @@ impl<'a> Payload<'a> {
                 [low, high, ..] => Codec::Sparse(u16::from_le_bytes([*low, *high])),
                 _ => return Err(too_short),
             },
-            5 => Codec::Vq(*rest.first().ok_or(too_short)?),
+            5 => Codec::Tcq(*rest.first().ok_or(too_short)?),
             other => return Err(CodecError::UnknownCodec(other)),
         };
         if !codec.is_sane() {
@@ -414,13 +415,13 @@ impl<'a> Payload<'a> {
         if payload.len() != codec.payload_len(count) {
             return Err(CodecError::Length { found: payload.len(), expected: codec.payload_len(count) });
         }
-        let turn = if let Codec::Vq(_) = codec { rest[1] } else { 0 };
+        let turn = if let Codec::Tcq(_) = codec { rest[1] } else { 0 };
         Ok(Self { codec, turn, count, body: &payload[codec.header_len()..] })
     }
 
     /// The turn of a codec that has some.
     pub fn turn(&self) -> Option<u8> {
-        matches!(self.codec, Codec::Vq(_)).then_some(self.turn)
+        matches!(self.codec, Codec::Tcq(_)).then_some(self.turn)
     }
 
     /// Its codec.
@@ -491,13 +492,13 @@ impl<'a> Payload<'a> {
         }
     }
 
-    /// Takes away what `values` have where the payload speaks; of vector quantization, what they have along its patterns.
+    /// Takes away what `values` have where the payload speaks; of trellis-coded quantization, what they have along its paths.
     pub fn silence(&self, values: &mut [f32]) {
-        let Codec::Vq(_) = self.codec else {
+        let Codec::Tcq(_) = self.codec else {
             return self.visit(0..self.count, |place, _| values[place] = 0.0);
         };
         for (number, values) in values.chunks_mut(CHUNK).enumerate() {
-            vector::silence(self.turn, self.chunk(number).1, values);
+            trellis::silence(self.turn, self.chunk(number).1, values);
         }
     }
 
@@ -506,7 +507,7 @@ impl<'a> Payload<'a> {
         let (len, bytes) = self.chunk(number);
         match self.codec {
             Codec::Sparse(keep) => sparse::square(Shape::new(keep, len), bytes),
-            Codec::Vq(_) if len == CHUNK => Some(vector::square(bytes)),
+            Codec::Tcq(_) if len == CHUNK => Some(trellis::chunk_square(bytes)),
             _ => None,
         }
     }
@@ -568,7 +569,7 @@ impl fmt::Display for Codec {
             Codec::Bf16 => f.write_str("bf16"),
             Codec::E3m0 => f.write_str("e3m0"),
             Codec::Sparse(keep) => write!(f, "sparse:{keep}"),
-            Codec::Vq(words) => write!(f, "vq:{words}"),
+            Codec::Tcq(words) => write!(f, "tcq:{words}"),
         }
     }
 }
@@ -584,7 +585,7 @@ impl FromStr for Codec {
             other => {
                 let codec = other.split_once(':').and_then(|(kind, number)| match kind {
                     "sparse" => number.parse().ok().map(Codec::Sparse),
-                    "vq" => number.parse().ok().map(Codec::Vq),
+                    "tcq" => number.parse().ok().map(Codec::Tcq),
                     _ => None,
                 });
                 codec.filter(|codec| codec.is_sane()).ok_or_else(|| UnknownName(other.to_string()))

@@ -32,7 +32,7 @@ use crate::team::{Team, share_out};
 #[serde(rename_all = "snake_case", deny_unknown_fields, tag = "rule")]
 pub enum OuterRule {
     /// Nesterov whose η is set from the measured ρ so that the effective step is 1, and which has no momentum beside
-    /// vector quantization.
+    /// trellis-coded quantization.
     Auto {
         /// μ.
         #[serde(default = "OuterRule::auto_momentum")]
@@ -57,12 +57,12 @@ impl OuterRule {
         0.3
     }
 
-    /// The rule where the way down has that codec. "Auto" does without momentum beside vector quantization: a few words say
+    /// The rule where the way down has that codec. "Auto" does without momentum beside trellis-coded quantization: a few words say
     /// nearly all of what is merged in one turn from a few sites' words, but little of older deltas.
     #[must_use]
     pub(crate) fn beside(self, down: Codec) -> Self {
         match self {
-            Self::Auto { .. } if matches!(down, Codec::Vq(_)) => Self::Memoryless { learning_rate: 1.0 },
+            Self::Auto { .. } if matches!(down, Codec::Tcq(_)) => Self::Memoryless { learning_rate: 1.0 },
             rule => rule,
         }
     }

@@ -76,7 +76,7 @@ pub fn hiding_seconds(link: &Link, load: &Load) -> f64 {
 pub type Codecs = (Codec, Codec);
 
 /// The thinnest: at most a quarter of a bit per weight up and half a bit down.
-pub const THINNEST: Codecs = (Codec::Vq(1), Codec::Vq(2));
+pub const THINNEST: Codecs = (Codec::Tcq(1), Codec::Tcq(2));
 /// What a link may carry, richest first. With what it has not said kept for the next round, E3M0 is as good for the loss as
 /// f32, so nothing richer is worth its bytes, which take longer.
 pub const LADDER: [Codecs; 2] = [(Codec::E3m0, Codec::E3m0), THINNEST];
@@ -85,7 +85,7 @@ pub const LADDER: [Codecs; 2] = [(Codec::E3m0, Codec::E3m0), THINNEST];
 /// leaves out.
 pub fn last_of_all(codec: Codec) -> Codec {
     match codec {
-        Codec::Sparse(_) | Codec::Vq(_) | Codec::E3m0 => Codec::Bf16,
+        Codec::Sparse(_) | Codec::Tcq(_) | Codec::E3m0 => Codec::Bf16,
         Codec::F32 | Codec::Bf16 => codec,
     }
 }
@@ -120,14 +120,14 @@ pub fn best_steps(ladder: &[Rung], link: &Link, step_seconds: f64) -> u32 {
 
 /// Rounds of a codec in which sites drift as far apart as in one of a codec that tells everything, where the mean square of
 /// a walk is a half of the square of its end. A sparse one speaks of a weight when its walk has come far enough, every
-/// 1/density rounds, and the mean square of such a walk is a sixth of the square of its end. What vector quantization leaves
+/// 1/density rounds, and the mean square of such a walk is a sixth of the square of its end. What trellis-coded quantization leaves
 /// of each round's step, 1 − density, is left again in the next: (1 − density)/density steps in all, and half a one.
 fn rounds_to_tell(codec: Codec) -> f64 {
     let density = codec.density();
     match codec {
         Codec::F32 | Codec::Bf16 | Codec::E3m0 => 1.0,
         Codec::Sparse(_) => (1.0 / (3.0 * density)).max(1.0),
-        Codec::Vq(_) => 2.0 / density - 1.0,
+        Codec::Tcq(_) => 2.0 / density - 1.0,
     }
 }
 
@@ -189,7 +189,7 @@ mod tests {
     }
 
     /// 30.8 M weights, steps of 0.1 s. E3M0 needs 16 steps at 100 Mbit/s and 159 at 10 Mbit/s, where rounds of the
-    /// thinnest codecs would take 19, and tell everything in 8 of them; at 1 Mbit/s only these hide.
+    /// thinnest codecs would take 19, and tell everything in 7 of them; at 1 Mbit/s only these hide.
     #[test]
     fn rounds_are_as_short_as_is_good_for_the_loss() {
         let bytes = |codec: Codec| codec.payload_len(30_800_000) as u64;
@@ -199,7 +199,7 @@ mod tests {
             let link = Link { up: megabits * 1.25e5, down: megabits * 1.25e5, rtt: 0.05 };
             best_steps(&ladder, &link, 0.1)
         };
-        assert_eq!([10_000.0, 100.0, 10.0, 1.0].map(at), [10, 16, 19, 190]);
+        assert_eq!([10_000.0, 100.0, 10.0, 1.0].map(at), [10, 16, 19, 187]);
         assert_eq!(best_steps(&ladder, &Link::default(), 0.1), 10, "nothing is known yet");
     }
 

@@ -161,9 +161,13 @@ pub fn join(
     let clerk = Arc::new(Mutex::new(Clerk::new(machine, desk, meter, leases, (tasks, commands))));
     let (follower, stop) = (clerk.clone(), stop.clone());
     let following = std::thread::Builder::new().name("clerk".to_string());
-    let following = following.spawn(move || Clerk::run(&follower, &inbox, &stop))?;
+    // Its inbox stays open until the network has said goodbye, which would end early if nobody heard it.
+    let following = following.spawn(move || (Clerk::run(&follower, &inbox, &stop), inbox))?;
     trainer.work(queue, &clerk, &sender);
-    let result = following.join().unwrap_or_else(|_| Err(anyhow!("the thread that follows the run has panicked")));
+    let (result, _inbox) = match following.join() {
+        Ok((result, inbox)) => (result, Some(inbox)),
+        Err(_) => (Err(anyhow!("the thread that follows the run has panicked")), None),
+    };
     drop(clerk);
     if matches!(result, Ok(Stop::Finished)) {
         arriving.clear();

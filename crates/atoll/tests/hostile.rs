@@ -208,6 +208,19 @@ async fn enter(dialer: &Dialer, address: &str, secret: [u8; 32], purpose: Purpos
     }
 }
 
+/// Comes in, is leased samples, and is gone with its last word, while the coordinator is still talking to it.
+async fn run_away(lab: &Lab, name: &str) {
+    let (dataset, samples) = dataset(&lab.run());
+    let mut liar = Liar::join(lab, name, dataset, samples).await;
+    while liar.held.is_empty() {
+        liar.talk(&[]).await;
+    }
+    for _ in 0..8 {
+        liar.say(&[]).await;
+    }
+    liar.leave().await;
+}
+
 // ---- what comes of it ----
 
 fn entries(run: &Path) -> Vec<Entry> {
@@ -257,6 +270,29 @@ fn every_lie_is_refused_and_told_and_the_run_reaches_its_goal() {
     assert!(report.state == "finished" && report.tokens >= 1_000_000, "{report:?}");
     samples_went_back(&lab, &told);
     model_is_untouched(&lab, &report);
+}
+
+/// A connection that breaks while something is said to the site takes nothing with it that the site has said.
+#[test]
+fn who_leaves_without_listening_has_left() {
+    let lab = Lab::new(1_000_000_000, &[]);
+    let _coordinator = lab.coordinate();
+    let _honest = lab.join("a", &lab.ticket("a"), &[]);
+    lab.wait_for("a commit", |report| report.commits > 0);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let names: Vec<String> = (0..12).map(|number| format!("hasty-{number}")).collect();
+    names.iter().for_each(|name| runtime.block_on(run_away(&lab, name)));
+    let is_back = |entry: &Entry, name: &str| matches!(entry, Entry::Returned { site, .. } if site.to_string() == name);
+    let back = || {
+        let entries = entries(&lab.run());
+        names.iter().filter(|name| entries.iter().any(|entry| is_back(entry, name))).count()
+    };
+    let began = std::time::Instant::now();
+    // Far sooner than the patience with those who fall silent.
+    while back() < names.len() && began.elapsed().as_secs() < 5 {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert_eq!(back(), names.len(), "{}", lab.log("coordinator"));
 }
 
 /// What coordinator and site said, for whoever has to find out why the test fails.

@@ -57,13 +57,13 @@ proptest! {
             bytes[1..5].copy_from_slice(&(count as u32).to_le_bytes());
             let keep = bytes.get(5).map_or(1, |byte| u16::from(*byte).max(1));
             let words = keep.min(8) as u8;
-            let vectors = Codec::Vq(words);
+            let vectors = Codec::Tcq(words);
             let codecs = [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(keep), vectors].map(Some);
             if let Some(codec) = [&[None], &codecs[..]].concat()[usize::from(bytes[0])] {
                 bytes.resize(codec.payload_len(count).max(7), 0x5a);
                 match codec {
                     Codec::Sparse(keep) => bytes[5..7].copy_from_slice(&keep.to_le_bytes()),
-                    Codec::Vq(words) => bytes[5] = words,
+                    Codec::Tcq(words) => bytes[5] = words,
                     Codec::F32 | Codec::Bf16 | Codec::E3m0 => {}
                 }
             }
@@ -83,7 +83,7 @@ fn a_shorter_chunk_is_no_longer() {
         let bytes = |len: usize| Codec::Sparse(keep).payload_len(len);
         assert!((1..CHUNK).all(|len| bytes(len) <= bytes(len + 1)), "{keep}");
     }
-    assert!((1..CHUNK).all(|len| Codec::Vq(1).payload_len(len) <= Codec::Vq(1).payload_len(len + 1)));
+    assert!((1..CHUNK).all(|len| Codec::Tcq(1).payload_len(len) <= Codec::Tcq(1).payload_len(len + 1)));
     let values = normal(0, 3073);
     let kept = decode(&Codec::Sparse(4).encode(&values).unwrap(), 3073).unwrap();
     assert_eq!(kept.iter().filter(|value| **value != 0.0).count(), 4);
@@ -215,7 +215,7 @@ fn ties_and_zeros_are_kept_in_order() {
 #[test]
 fn a_quarter_of_a_bit_goes_up_and_half_a_bit_down() {
     for (codec, bits) in
-        [(Codec::Sparse(96), 0.25), (Codec::Vq(1), 0.25), (Codec::Sparse(224), 0.5), (Codec::Vq(2), 0.5)]
+        [(Codec::Sparse(96), 0.25), (Codec::Tcq(1), 0.25), (Codec::Sparse(224), 0.5), (Codec::Tcq(2), 0.5)]
     {
         let taken = codec.payload_len(1 << 20) as f64 * 8.0 / f64::from(1 << 20);
         assert!(taken < bits, "{codec}: {taken}");
@@ -246,7 +246,7 @@ fn names_read_as_they_are_written() {
     for codec in Codec::ALL {
         assert_eq!(codec.to_string().parse(), Ok(codec));
     }
-    for bad in ["", "sparse", "sparse:0", "sparse:2049", "vq:0", "vq:9", "vq:300", "fp8"] {
+    for bad in ["", "sparse", "sparse:0", "sparse:2049", "tcq:0", "tcq:9", "tcq:300", "fp8"] {
         assert!(bad.parse::<Codec>().is_err(), "{bad}");
     }
 }
@@ -255,7 +255,7 @@ fn names_read_as_they_are_written() {
 #[test]
 fn an_error_feedback_delivers_everything() {
     let wish = normal(1, 5000);
-    for codec in [Codec::Sparse(96), Codec::Vq(1), Codec::Vq(2)] {
+    for codec in [Codec::Sparse(96), Codec::Tcq(1), Codec::Tcq(2)] {
         let (mut rest, mut arrived) = (wish.clone(), vec![0.0f32; 5000]);
         for turn in 0..400 {
             let payload = codec.encode_prepared(&mut rest, turn as u8, &Alone, |_, _| {}).unwrap();

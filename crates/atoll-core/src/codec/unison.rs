@@ -1,6 +1,6 @@
-//! Payloads of vector quantization that speak in one turn: what they say is added up before it is rotated back, once for all.
+//! Payloads of trellis-coded quantization that speak in one turn: what they say is added up before it is rotated back, once for all.
 
-use super::{CHUNK, Payload, vector};
+use super::{CHUNK, Payload, trellis};
 
 /// That all payloads speak in this turn.
 #[derive(Debug, Clone, Copy)]
@@ -24,6 +24,6 @@ impl Unison {
         alongs: &mut [f64],
     ) {
         let chunks = shares.map(|(payload, share)| (payload.chunk(number).1, share));
-        vector::add_up(self.0, chunks, sum, alongs);
+        trellis::add_up(self.0, chunks, sum, alongs);
     }
 }

@@ -161,9 +161,9 @@ fn auto_moves_as_far_as_its_deltas_whether_they_agree_or_not() {
 #[test]
 fn auto_has_no_momentum_beside_vector_quantization() {
     let auto = OuterRule::default();
-    assert_eq!(auto.beside(Codec::Vq(2)), OuterRule::Memoryless { learning_rate: 1.0 });
+    assert_eq!(auto.beside(Codec::Tcq(2)), OuterRule::Memoryless { learning_rate: 1.0 });
     let nesterov = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.9 };
-    for (rule, down) in [(auto, Codec::E3m0), (auto, Codec::Sparse(224)), (nesterov, Codec::Vq(2))] {
+    for (rule, down) in [(auto, Codec::E3m0), (auto, Codec::Sparse(224)), (nesterov, Codec::Tcq(2))] {
         assert_eq!(rule.beside(down), rule, "{down}");
     }
 }
@@ -225,7 +225,7 @@ fn who_speaks_in_one_turn_is_merged_as_if_each_were_unpacked_by_itself() {
         codec.encode_prepared(&mut wish, turn, &Alone, |_, _| {}).unwrap()
     };
     for turns in [[7, 7, 7], [7, 7, 8]] {
-        let codecs = [Codec::Vq(1), Codec::Vq(2), Codec::Vq(1)];
+        let codecs = [Codec::Tcq(1), Codec::Tcq(2), Codec::Tcq(1)];
         let payloads: Vec<Vec<u8>> = codecs.into_iter().zip(turns).map(&mut payload).collect();
         let sound = payloads.iter().map(|bytes| Payload::parse(bytes, count).unwrap());
         let weighted: Vec<Weighted<'_>> = (1..)
@@ -258,9 +258,9 @@ fn the_coordinator_speaks_in_the_turn_of_the_sites_that_it_has_heard() {
     let mut local = Local::new(&manifest(), Follow::Auto, Feedback::Weights);
     local.install(fragment, &global.theta[0]).unwrap();
     for seed in 1..4 {
-        let said = local.contribute(fragment, random(seed), Codec::Vq(1), &Alone).unwrap();
+        let said = local.contribute(fragment, random(seed), Codec::Tcq(1), &Alone).unwrap();
         let contributions = [(1.0, said.bytes)];
-        let recipe = recipe(OuterRule::default(), Codec::Vq(2));
+        let recipe = recipe(OuterRule::default(), Codec::Tcq(2));
         let step = global.step(fragment, &weigh(&contributions, false), &recipe, &Alone).unwrap();
         let turn = |bytes| Payload::parse(bytes, 96).unwrap().turn();
         assert_eq!(turn(&step.payload), turn(&contributions[0].1));

@@ -248,9 +248,17 @@ async fn control(house: &Arc<House>, site: SiteId, link: Link) -> Result<()> {
         }
         anyhow::Ok(())
     };
-    let result = tokio::select! { result = write => result, result = read => result };
+    let result = hear_out(write, read).await;
     let _ = house.inputs.send(Input::Gone { site, link: number }).await;
     result
+}
+
+/// Talks and listens until there is nothing more to hear, or nothing more is to be said. That a site takes no more words
+/// ends nothing: its own last ones, that it leaves, may still wait to be read.
+async fn hear_out(write: impl Future<Output = Result<()>>, read: impl Future<Output = Result<()>>) -> Result<()> {
+    tokio::pin!(read);
+    let written = tokio::select! { result = &mut read => return result, result = write => result };
+    if written.is_err() { read.await } else { Ok(()) }
 }
 
 async fn data(house: &Arc<House>, site: &SiteId, link: Link) -> Result<()> {

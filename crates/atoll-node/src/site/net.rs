@@ -13,6 +13,7 @@ use atoll_core::hash::Digest;
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Standing, Status};
 use atoll_core::wire::{CHUNK, Frame, Purpose, Welcome};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::{SemaphorePermit, mpsc};
 
 use super::arriving::{Arriving, Partial, Weights};
@@ -347,10 +348,14 @@ async fn talk(
         }
     };
     tokio::select! {
-        result = read => result,
-        result = write => result,
-        Some(result) = streams.join_next() => result?.and_then(|()| bail!("a data connection ended")),
+        result = read => return result,
+        result = write => result?,
+        Some(result) = streams.join_next() => return result?.and_then(|()| bail!("a data connection ended")),
     }
+    // A connection that is closed with something unread is reset, and what was said last may be lost with it.
+    writer.shutdown().await?;
+    tokio::io::copy(&mut reader, &mut tokio::io::sink()).await?;
+    Ok(())
 }
 
 /// How many gets the leader may owe over so many connections: if others may give, too, few at first.
