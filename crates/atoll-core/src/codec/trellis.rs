@@ -89,6 +89,19 @@ const ENTRIES: [[i16; HALF]; STEP] = entries();
 /// What each state says.
 const CODEWORDS: [[f32; STEP]; STATES] = codewords();
 
+/// Mean square of what they say of a weight, where [`UNIT`] is one.
+const MEAN_SQUARE: f32 = mean_square();
+
+const fn mean_square() -> f32 {
+    let (mut sum, mut at) = (0, 0);
+    while at < HALF * STEP {
+        let entry = DIRECTIONS[at / STEP][at % STEP] as i32;
+        sum += entry * entry;
+        at += 1;
+    }
+    sum as f32 / ((HALF * STEP) as f32 * UNIT as f32 * UNIT as f32)
+}
+
 const fn entries() -> [[i16; HALF]; STEP] {
     let mut entries = [[0; HALF]; STEP];
     let mut at = 0;
@@ -233,9 +246,16 @@ pub(super) fn is_sound(len: usize, words: &[u8]) -> bool {
 fn speak(values: &[f32], word: &mut [u8]) {
     let (head, path) = word.split_at_mut(2);
     let values = &values[..path.len() * BLOCK];
-    find_path(values, path);
-    let (along, square) = measure(path, values);
-    head.copy_from_slice(&saturate((along / square).max(0.0) as f32).to_le_bytes());
+    let usual = (square(values) / values.len() as f64).sqrt() as f32;
+    let gain = if usual > LEAST {
+        let scale = USUAL / usual;
+        let far = find_path(values, scale, path) as f32 / (scale * f32::from(UNIT));
+        far / (values.len() as f32 * MEAN_SQUARE)
+    } else {
+        path.fill(0);
+        0.0
+    };
+    head.copy_from_slice(&saturate(gain).to_le_bytes());
 }
 
 /// For each state, how far the best path goes that ends there.
@@ -244,23 +264,22 @@ type Sums = [i16; STATES];
 /// is one, else zero.
 type Choices = [u8; HALF];
 
-/// Writes the bits of the path along which `values` go farthest (Viterbi). It begins as if there had been zeros before. In
-/// whole numbers, of which a register holds many, and whose sums are the same in any order.
+/// Writes the bits of the path along which `scale` times `values` go farthest (Viterbi), and returns how far that is. It begins
+/// as if there had been zeros before. In whole numbers, of which a register holds many, and whose sums are the same in
+/// any order.
 #[inline(always)]
-fn find_path(values: &[f32], path: &mut [u8]) {
-    let mut whole = [0i16; CHUNK];
-    round(values, &mut whole);
+fn find_path(values: &[f32], scale: f32, path: &mut [u8]) -> i32 {
     let mut choices = [[0; HALF]; STEPS];
-    let mut sums = [BEHIND; STATES];
+    let (mut sums, mut far) = ([BEHIND; STATES], 0);
     sums[0] = 0;
-    let eights = whole.as_chunks().0.as_chunks::<8>().0.iter().take(path.len());
-    for (steps, choices) in eights.zip(choices.as_chunks_mut::<8>().0) {
-        for (step, choices) in steps.iter().zip(choices) {
+    for (values, choices) in values.as_chunks().0.iter().zip(choices.as_chunks_mut::<8>().0) {
+        for (step, choices) in round(values, scale).as_chunks().0.iter().zip(choices) {
             sums = go_on(&sums, step, choices);
         }
-        level(&mut sums);
+        far += level(&mut sums);
     }
     let mut state = farthest(&sums);
+    far += i32::from(sums[state]);
     for (byte, choices) in path.iter_mut().zip(choices.as_chunks::<8>().0).rev() {
         *byte = 0;
         for (place, choices) in choices.iter().rev().enumerate() {
@@ -269,15 +288,29 @@ fn find_path(values: &[f32], path: &mut [u8]) {
             state = rest | usize::from(choices[rest]);
         }
     }
+    far
 }
 
-/// Keeps the differences, which alone matter, and makes room for what is to come.
+/// The nearest whole numbers to `scale` times the values.
 #[inline(always)]
-fn level(sums: &mut Sums) {
+fn round(values: &[f32; BLOCK], scale: f32) -> [i16; BLOCK] {
+    /// Added to a small number, it leaves the nearest whole one in the lowest bits.
+    const SHIFT: f32 = 12_582_912.0;
+    let mut whole = [0; BLOCK];
+    for (whole, value) in whole.iter_mut().zip(values) {
+        *whole = ((value * scale).clamp(-MOST, MOST) + SHIFT).to_bits() as i16;
+    }
+    whole
+}
+
+/// Makes room for what is to come: keeps differences, which alone matter, and returns what it takes from all.
+#[inline(always)]
+fn level(sums: &mut Sums) -> i32 {
     let first = sums[0];
     for sum in sums {
         *sum = sum.saturating_sub(first);
     }
+    i32::from(first)
 }
 
 #[inline(always)]
@@ -289,18 +322,6 @@ fn farthest(sums: &Sums) -> usize {
         }
     }
     state
-}
-
-/// Writes whole numbers in proportion to `values`.
-#[inline(always)]
-fn round(values: &[f32], whole: &mut [i16]) {
-    /// Added to a small number, it leaves the nearest whole one in the lowest bits.
-    const SHIFT: f32 = 12_582_912.0;
-    let usual = (square(values) / values.len() as f64).sqrt() as f32;
-    let scale = if usual > LEAST { USUAL / usual } else { 0.0 };
-    for (whole, value) in whole.iter_mut().zip(values) {
-        *whole = ((value * scale).clamp(-MOST, MOST) + SHIFT).to_bits() as i16;
-    }
 }
 
 /// A step more. From states that differ in their oldest bit the same two can be reached, which say the same with
@@ -341,25 +362,6 @@ fn follow<S>(
     }
 }
 
-/// How far `values` go along a path, and the square of what it says.
-#[inline(always)]
-fn measure(path: &[u8], values: &[f32]) -> (f64, f64) {
-    let (mut alongs, mut squares) = ([0.0f32; STEP], [0.0f32; STEP]);
-    follow(
-        path,
-        values.as_chunks::<STEP>().0.as_chunks::<8>().0,
-        #[inline(always)]
-        |step, said| {
-            for at in 0..STEP {
-                alongs[at] += said[at] * step[at];
-                squares[at] += said[at] * said[at];
-            }
-        },
-    );
-    let sum = |values: [f32; STEP]| values.into_iter().map(f64::from).sum();
-    (sum(alongs), sum(squares))
-}
-
 /// Adds `times` what a word says to rotated `values`.
 #[inline(always)]
 fn say(word: &[u8], values: &mut [f32], times: f32) {
@@ -379,7 +381,18 @@ fn say(word: &[u8], values: &mut [f32], times: f32) {
 /// Dot product of what a word says and rotated `values`.
 #[inline(always)]
 fn along(word: &[u8], values: &[f32]) -> f64 {
-    f64::from(gain(word)) * measure(&word[2..], values).0
+    let mut alongs = [0.0f32; STEP];
+    follow(
+        &word[2..],
+        values.as_chunks::<STEP>().0.as_chunks::<8>().0,
+        #[inline(always)]
+        |step, said| {
+            for at in 0..STEP {
+                alongs[at] += said[at] * step[at];
+            }
+        },
+    );
+    f64::from(gain(word)) * alongs.into_iter().map(f64::from).sum::<f64>()
 }
 
 #[inline(always)]
