@@ -161,13 +161,9 @@ pub fn join(
     let clerk = Arc::new(Mutex::new(Clerk::new(machine, desk, meter, leases, (tasks, commands))));
     let (follower, stop) = (clerk.clone(), stop.clone());
     let following = std::thread::Builder::new().name("clerk".to_string());
-    // Its inbox stays open until the network has said goodbye, which would end early if nobody heard it.
-    let following = following.spawn(move || (Clerk::run(&follower, &inbox, &stop), inbox))?;
+    let following = following.spawn(move || Clerk::run(&follower, &inbox, &stop))?;
     trainer.work(queue, &clerk, &sender);
-    let (result, _inbox) = match following.join() {
-        Ok((result, inbox)) => (result, Some(inbox)),
-        Err(_) => (Err(anyhow!("the thread that follows the run has panicked")), None),
-    };
+    let result = following.join().unwrap_or_else(|_| Err(anyhow!("the thread that follows the run has panicked")));
     drop(clerk);
     if matches!(result, Ok(Stop::Finished)) {
         arriving.clear();

@@ -297,7 +297,7 @@ async fn talk(
                     meter.answered(standing.heard);
                     told::note(&standing);
                     standing.successor.into_iter().for_each(|next| route.way.expect(next));
-                    inbox.send(Incoming::Standing(standing)).map_err(|_| anyhow!("the clerk has stopped"))?;
+                    tell(inbox, Incoming::Standing(standing));
                 }
                 _ => bail!("the coordinator hung up"),
             }
@@ -334,7 +334,7 @@ async fn talk(
                     let weights = weights.map(|(fragment, version)| Weights { fragment, version, digest });
                     want(fetches, digest, usize::try_from(bytes)?, weights, &route.arriving);
                     if let Some(whole) = take_whole(fetches, digest) {
-                        inbox.send(whole.into_news(digest)).map_err(|_| anyhow!("the clerk has stopped"))?;
+                        tell(inbox, whole.into_news(digest));
                     }
                     let pieces = missing(fetches, digest);
                     if weights.is_some() {
@@ -356,6 +356,11 @@ async fn talk(
     writer.shutdown().await?;
     tokio::io::copy(&mut reader, &mut tokio::io::sink()).await?;
     Ok(())
+}
+
+/// Tells the clerk. One that has stopped has no use for it, and ends nothing here: its last words may still wait to be sent.
+fn tell(inbox: &Sender<Incoming>, incoming: Incoming) {
+    let _ = inbox.send(incoming);
 }
 
 /// How many gets the leader may owe over so many connections: if others may give, too, few at first.
@@ -459,11 +464,13 @@ impl Stream {
                 let was_fetch = lock(&self.fetches).remove(&digest).is_some();
                 let incoming =
                     if was_fetch { Incoming::Fetched(digest, None) } else { Incoming::Uploaded(digest, false) };
-                Ok(self.inbox.send(incoming)?)
+                tell(&self.inbox, incoming);
+                Ok(())
             }
             Frame::Have(digest) => {
                 self.meter.sent(digest);
-                Ok(self.inbox.send(Incoming::Uploaded(digest, true))?)
+                tell(&self.inbox, Incoming::Uploaded(digest, true));
+                Ok(())
             }
             _ => bail!("a data connection carries payloads"),
         }
@@ -510,7 +517,8 @@ impl Stream {
         if donated > 0 && matches!(news, Incoming::Fetched(_, None)) {
             self.suspicion.raise();
         }
-        Ok(self.inbox.send(news)?)
+        tell(&self.inbox, news);
+        Ok(())
     }
 }
 
