@@ -120,8 +120,9 @@ pub fn best_steps(ladder: &[Rung], link: &Link, step_seconds: f64) -> u32 {
 
 /// Rounds of a codec in which sites drift as far apart as in one of a codec that tells everything, where the mean square of
 /// a walk is a half of the square of its end. A sparse one speaks of a weight when its walk has come far enough, every
-/// 1/density rounds, and the mean square of such a walk is a sixth of the square of its end. What trellis-coded quantization leaves
-/// of each round's step, 1 − density, is left again in the next: (1 − density)/density steps in all, and half a one.
+/// 1/density rounds, and the mean square of such a walk is a sixth of the square of its end. What trellis-coded
+/// quantization leaves of each round's step, 1 − density, is left again in the next: (1 − density)/density steps in all,
+/// and half a one.
 fn rounds_to_tell(codec: Codec) -> f64 {
     let density = codec.density();
     match codec {

@@ -57,8 +57,8 @@ proptest! {
             bytes[1..5].copy_from_slice(&(count as u32).to_le_bytes());
             let keep = bytes.get(5).map_or(1, |byte| u16::from(*byte).max(1));
             let words = keep.min(8) as u8;
-            let vectors = Codec::Tcq(words);
-            let codecs = [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(keep), vectors].map(Some);
+            let codecs =
+                [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(keep), Codec::Tcq(words)].map(Some);
             if let Some(codec) = [&[None], &codecs[..]].concat()[usize::from(bytes[0])] {
                 bytes.resize(codec.payload_len(count).max(7), 0x5a);
                 match codec {

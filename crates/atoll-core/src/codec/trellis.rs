@@ -88,7 +88,6 @@ const DIRECTIONS: [[i16; STEP]; HALF] = [
 const ENTRIES: [[i16; HALF]; STEP] = entries();
 /// What each state says.
 const CODEWORDS: [[f32; STEP]; STATES] = codewords();
-
 /// Mean square of what they say of a weight, where [`UNIT`] is one.
 const MEAN_SQUARE: f32 = mean_square();
 
@@ -164,10 +163,13 @@ pub(super) fn encode(turn: u8, values: &[f32], words: &mut [u8]) {
         room[..values.len()].copy_from_slice(values);
     }
     rotate(room, turn);
-    for number in 0..words.len() / shape.word() {
-        let (said, word) = words[..(number + 1) * shape.word()].split_at_mut(number * shape.word());
-        said.chunks_exact(shape.word()).last().into_iter().for_each(|before| say(before, room, -1.0));
+    let mut before: Option<&[u8]> = None;
+    for word in words.chunks_exact_mut(shape.word()) {
+        if let Some(before) = before {
+            say(before, room, -1.0);
+        }
         speak(room, word);
+        before = Some(word);
     }
 }
 
@@ -255,7 +257,7 @@ fn speak(values: &[f32], word: &mut [u8]) {
         path.fill(0);
         0.0
     };
-    head.copy_from_slice(&saturate(gain).to_le_bytes());
+    head.copy_from_slice(&saturate(gain.max(0.0)).to_le_bytes());
 }
 
 /// For each state, how far the best path goes that ends there.

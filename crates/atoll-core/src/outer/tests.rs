@@ -159,7 +159,7 @@ fn auto_moves_as_far_as_its_deltas_whether_they_agree_or_not() {
 }
 
 #[test]
-fn auto_has_no_momentum_beside_vector_quantization() {
+fn auto_has_no_momentum_beside_trellis_coded_quantization() {
     let auto = OuterRule::default();
     assert_eq!(auto.beside(Codec::Tcq(2)), OuterRule::Memoryless { learning_rate: 1.0 });
     let nesterov = OuterRule::Nesterov { learning_rate: 0.7, momentum: 0.9 };
