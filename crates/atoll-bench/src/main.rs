@@ -47,6 +47,10 @@ struct Arguments {
     /// join; without it, the whole table.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     rows: Vec<String>,
+    /// The row that rows of `parity` are compared with, instead of the data parallelism that has their inner optimizer and
+    /// takes as long as they do.
+    #[arg(long, value_name = "ROW")]
+    against: Option<String>,
     /// Runs of each row of `parity`.
     #[arg(long)]
     seeds: Option<u64>,

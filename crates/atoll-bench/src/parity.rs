@@ -56,7 +56,7 @@ struct Run {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
-    let chosen = rows(&arguments.rows)?;
+    let chosen = rows(&arguments.rows, arguments.against.as_deref())?;
     let (tokens, seeds) = if arguments.quick { (200_000, 1) } else { (2_000_000, 3) };
     let setting = Setting {
         text: Text::read(arguments.data.as_deref())?,

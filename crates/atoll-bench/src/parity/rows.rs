@@ -204,12 +204,15 @@ const TABLE: &[&str] = &[
     "one-alone",
 ];
 
-/// The rows of these names, or of the whole table, with the baselines that they need.
-pub(super) fn rows(names: &[String]) -> Result<Vec<Row>> {
-    let named: Vec<Row> = match names {
+/// The rows of these names, or of the whole table, with the baselines that they need, or with the row `against` in their place.
+pub(super) fn rows(names: &[String], against: Option<&str>) -> Result<Vec<Row>> {
+    let mut named: Vec<Row> = match names {
         [] => TABLE.iter().map(|name| row(name)).collect::<Result<_>>()?,
         names => names.iter().map(|name| row(name)).collect::<Result<_>>()?,
     };
+    if let Some(against) = against {
+        named.iter_mut().for_each(|row| row.against = against.to_string());
+    }
     let mut rows: Vec<Row> = Vec::new();
     let baselines = named.iter().map(|named| row(&named.against)).collect::<Result<Vec<Row>>>()?;
     for row in baselines.into_iter().chain(named) {
@@ -273,7 +276,7 @@ mod tests {
 
     #[test]
     fn rows_can_train_and_find_their_baselines() {
-        let rows = rows(&[]).unwrap();
+        let rows = rows(&[], None).unwrap();
         assert_eq!(rows.len(), TABLE.len());
         for row in &rows {
             assert_eq!((row.sync.problems(), row.training.problems()), (vec![], vec![]), "{}", row.name);
@@ -284,7 +287,7 @@ mod tests {
 
     #[test]
     fn knobs_add_up() {
-        let rows = rows(&["muon=0.003+even+h=4".to_string()]).unwrap();
+        let rows = rows(&["muon=0.003+even+h=4".to_string()], None).unwrap();
         assert_eq!(
             rows.iter().map(|row| row.name.as_str()).collect::<Vec<_>>(),
             ["parallel+muon=0.003", "muon=0.003+even+h=4"]
