@@ -122,6 +122,18 @@ impl Change {
         matches!(self, Change::Write(_))
     }
 
+    /// This change behind another one that only added `before`, in one.
+    #[must_use]
+    pub fn behind(self, before: Option<&[f32]>) -> Self {
+        match (self, before) {
+            (Change::Add(mut change), Some(before)) => {
+                add(&mut change, before);
+                Change::Add(change)
+            }
+            (change, _) => change,
+        }
+    }
+
     /// Has `engine` do it; returns the memory.
     ///
     /// # Errors

@@ -41,11 +41,13 @@ pub struct Load {
 
 /// Inner steps between two contributions before it is known what they take.
 pub const STEPS: u32 = 32;
-/// Where nothing calls for more, as many as take this many seconds: more rounds are better for the loss, and each costs
-/// every site and the coordinator some of their processors' time …
-const ROUND_SECONDS: f64 = 1.0;
-/// … but not fewer than this, nor more than [`STEPS`].
-const STEPS_MIN: u32 = 4;
+/// More rounds are better for the loss, and each costs every site and the coordinator some of their processors' time. Where
+/// nothing calls for more, a round takes so many seconds …
+const ROUND_SECONDS: f64 = 0.25;
+/// … or as long that a site's work on its contributions and commits is no more than this share of it …
+const DESK_SHARE: f64 = 0.1;
+/// … but not fewer steps than this, nor for these reasons more than [`STEPS`].
+const STEPS_MIN: u32 = 2;
 /// More than this harms the model more than a thin link does: such a site misses rounds instead.
 const STEPS_MAX: u32 = 16 * STEPS;
 /// Share of a link that payloads may take on average.
@@ -108,11 +110,12 @@ pub fn richest_hidden(ladder: &[Rung], link: &Link, seconds: f64) -> usize {
 
 /// Inner steps of `step_seconds` between two contributions that let sites drift apart the least, of those that hide what
 /// a rung of the `ladder` moves behind computing; those of the last rung if none can, or if nothing is known of the link.
-pub fn best_steps(ladder: &[Rung], link: &Link, step_seconds: f64) -> u32 {
+/// Encoding and taking in a round takes `desk_seconds`.
+pub fn best_steps(ladder: &[Rung], link: &Link, step_seconds: f64, desk_seconds: f64) -> u32 {
     let Some((last, others)) = ladder.split_last() else { return STEPS };
     let needed = |rung: &Rung| hiding_seconds(link, &rung.load);
     let can = |rung: &&Rung| link.is_known() && needed(rung) <= f64::from(STEPS_MAX) * step_seconds;
-    let steps = |rung: &Rung| steps_to_hide(needed(rung), step_seconds);
+    let steps = |rung: &Rung| steps_to_hide(needed(rung), step_seconds, desk_seconds);
     let drift = |rung: &Rung| f64::from(steps(rung)) * rounds_to_tell(rung.codecs.0);
     let best = others.iter().filter(can).chain([last]).min_by(|a, b| drift(a).total_cmp(&drift(b)));
     best.map_or(STEPS, steps)
@@ -132,13 +135,15 @@ fn rounds_to_tell(codec: Codec) -> f64 {
     }
 }
 
-/// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them.
-pub fn steps_to_hide(needed: f64, step_seconds: f64) -> u32 {
+/// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them, where encoding and
+/// taking in a round takes `desk_seconds`.
+pub fn steps_to_hide(needed: f64, step_seconds: f64, desk_seconds: f64) -> u32 {
     if step_seconds <= 0.0 {
         return STEPS;
     }
     let steps = |seconds: f64| (seconds / step_seconds).ceil().min(f64::from(STEPS_MAX)) as u32;
-    steps(needed).max(steps(ROUND_SECONDS).clamp(STEPS_MIN, STEPS))
+    let least = ROUND_SECONDS.max(desk_seconds / DESK_SHARE);
+    steps(needed).max(steps(least).clamp(STEPS_MIN, STEPS))
 }
 
 /// Inner steps for a site that takes `step_seconds` each, when the fastest takes `fastest_seconds` and
@@ -175,18 +180,24 @@ mod tests {
         let load = Load { up: 1_500_000, down: 2_950_000, fragments: 4 };
         let needed = hiding_seconds(&link, &load);
         assert!((needed - 2.36 / 0.8).abs() < 1e-9, "{needed}");
-        assert_eq!(steps_to_hide(needed, 0.03), 99);
+        assert_eq!(steps_to_hide(needed, 0.03, 0.0), 99);
         // A fat link needs no more than is good for the loss; an absurdly thin one is not waited for.
-        assert_eq!(steps_to_hide(hiding_seconds(&Link { up: 1e9, down: 1e9, rtt: 0.05 }, &load), 0.03), STEPS);
-        assert_eq!(steps_to_hide(hiding_seconds(&Link { up: 1.0, down: 1.0, rtt: 0.05 }, &load), 0.03), STEPS_MAX);
-        assert_eq!(steps_to_hide(hiding_seconds(&Link::default(), &load), 0.03), STEPS);
+        let steps =
+            |rate: f64| steps_to_hide(hiding_seconds(&Link { up: rate, down: rate, rtt: 0.05 }, &load), 0.03, 0.0);
+        assert_eq!([1e9, 1.0, 0.0].map(steps), [9, STEPS_MAX, 9]);
     }
 
     #[test]
-    fn rounds_last_a_second_where_nothing_calls_for_more() {
-        let steps = [0.001, 0.03, 0.05, 0.25, 1.0, 60.0].map(|seconds| steps_to_hide(0.0, seconds));
-        assert_eq!(steps, [STEPS, STEPS, 20, STEPS_MIN, STEPS_MIN, STEPS_MIN]);
-        assert_eq!(steps_to_hide(0.0, 0.0), STEPS, "nothing is known yet");
+    fn rounds_are_short_where_nothing_calls_for_more() {
+        let steps = [0.001, 0.03, 0.05, 0.25, 1.0, 60.0].map(|seconds| steps_to_hide(0.0, seconds, 0.0));
+        assert_eq!(steps, [STEPS, 9, 5, STEPS_MIN, STEPS_MIN, STEPS_MIN]);
+        assert_eq!(steps_to_hide(0.0, 0.0, 0.0), STEPS, "nothing is known yet");
+    }
+
+    #[test]
+    fn a_sites_work_on_rounds_stays_a_small_share_of_its_time() {
+        let steps = [0.0, 0.02, 0.06, 10.0].map(|desk| steps_to_hide(0.0, 0.03, desk));
+        assert_eq!(steps, [9, 9, 20, STEPS]);
     }
 
     /// 30.8 M weights, steps of 0.1 s. E3M0 needs 16 steps at 100 Mbit/s and 159 at 10 Mbit/s, where rounds of the
@@ -198,10 +209,10 @@ mod tests {
             .map(|codecs @ (up, down)| Rung { codecs, load: Load { up: bytes(up), down: bytes(down), fragments: 4 } });
         let at = |megabits: f64| {
             let link = Link { up: megabits * 1.25e5, down: megabits * 1.25e5, rtt: 0.05 };
-            best_steps(&ladder, &link, 0.1)
+            best_steps(&ladder, &link, 0.1, 0.0)
         };
-        assert_eq!([10_000.0, 100.0, 10.0, 1.0].map(at), [10, 16, 19, 187]);
-        assert_eq!(best_steps(&ladder, &Link::default(), 0.1), 10, "nothing is known yet");
+        assert_eq!([10_000.0, 100.0, 10.0, 1.0].map(at), [3, 16, 19, 187]);
+        assert_eq!(best_steps(&ladder, &Link::default(), 0.1, 0.0), 3, "nothing is known yet");
     }
 
     /// 30.8 M weights behind 32 steps of 0.1 s: E3M0 takes 1.3 s at 100 Mbit/s and 13 at 10.

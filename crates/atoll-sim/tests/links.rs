@@ -69,8 +69,8 @@ fn a_reserve_for_the_absent_keeps_the_model_nearer_to_the_mean() {
     assert!(with < without, "{with} with the reserve, {without} without");
 }
 
-/// Four sites with these seconds a step, far from each other and never ill.
-fn side_by_side(step_seconds: [f64; 4], steps: u32) -> Outcome {
+/// Four sites with these seconds a step, far from each other and never ill, until the model has so many tokens.
+fn side_by_side(step_seconds: [f64; 4], steps: u32, tokens: u64) -> Outcome {
     let residence = |(name, &step_seconds): (&str, &f64)| Residence {
         name: name.parse().expect("a good name"),
         dataset: DatasetId(Digest::default()),
@@ -82,7 +82,7 @@ fn side_by_side(step_seconds: [f64; 4], steps: u32) -> Outcome {
     let description = Description {
         chance: Rng::new(1),
         sync: Sync { steps: Setting::Is(steps), evaluate_seconds: 1e6, ..Sync::default() },
-        goal: Goal { tokens: Some(60_000), minutes: None },
+        goal: Goal { tokens: Some(tokens), minutes: None },
         context: toy::CONTEXT as u64,
         sites: ["a", "b", "c", "d"].into_iter().zip(&step_seconds).map(residence).collect(),
         hardships: Hardships { delay: 0.0, ..Hardships::NONE },
@@ -98,10 +98,21 @@ fn side_by_side(step_seconds: [f64; 4], steps: u32) -> Outcome {
 #[test]
 fn sites_in_step_miss_no_round() {
     for (step_seconds, steps) in [([0.5; 4], 4), ([2.0, 2.0, 1.0, 0.5], 32)] {
-        let outcome = side_by_side(step_seconds, steps);
+        let outcome = side_by_side(step_seconds, steps, 60_000);
         let (late, commits) = (outcome.sites.iter().map(|site| site.late).sum::<u64>(), outcome.commits);
         assert!(commits > 20 && late * 20 < commits * 4, "{late} late contributions in {commits} commits");
     }
+}
+
+/// Whoever takes in one commit a step falls behind for ever where the others make four meanwhile, and contributes when it has
+/// caught up, if ever. Of the three fragments one is so small that it is fetched as a whole, which does wait for the step.
+#[test]
+fn a_site_with_long_steps_takes_in_all_commits_that_come_during_one() {
+    let outcome = side_by_side([1.0, 0.25, 0.25, 0.25], 1, 15_000);
+    let slow = &outcome.sites[0];
+    let steps = slow.tokens / (toy::ROWS * toy::CONTEXT) as u64;
+    let contributions = slow.contributions;
+    assert!(steps > 100 && contributions * 10 > 2 * steps * 9, "{contributions} contributions of {steps} steps");
 }
 
 /// Two sites, one behind a link of so many bytes per second; where they may choose, each writes as its link allows.

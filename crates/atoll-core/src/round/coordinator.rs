@@ -805,6 +805,12 @@ impl View {
         self.status.vitals.step_seconds
     }
 
+    /// Seconds that the site works on a round of so many fragments beside its steps.
+    fn desk_seconds(&self, fragments: usize) -> f64 {
+        let vitals = &self.status.vitals;
+        vitals.desk_seconds / vitals.contributions.max(1) as f64 * fragments as f64
+    }
+
     /// Connected, heard of lately, and taking steps: nobody waits for a site that is not.
     fn is_live(&self, now: Time) -> bool {
         self.live_until().is_some_and(|until| now <= until)

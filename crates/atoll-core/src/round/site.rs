@@ -52,7 +52,9 @@ pub enum SiteEvent {
     Uploaded(Digest, bool),
     /// Bytes that were fetched are here, or will not come now.
     Fetched(Digest, bool),
-    /// A commit or new weights that were ordered are in place.
+    /// A commit or new weights that were ordered are in place. A commit that leaves the steps since the last contribution alone
+    /// may be reported before it is, if it will be by the time that weights are read again: so a site whose steps are long
+    /// follows any number of commits within one.
     Applied {
         /// The fragment.
         fragment: FragmentId,
@@ -129,6 +131,8 @@ pub struct Measured {
     pub exposed_seconds: f64,
     /// See [`Vitals::hidden_seconds`].
     pub hidden_seconds: f64,
+    /// See [`Vitals::desk_seconds`].
+    pub desk_seconds: f64,
     /// See [`Vitals::payload_bytes`].
     pub payload_bytes: (u64, u64),
     /// See [`Vitals::link`].
@@ -607,10 +611,10 @@ impl Site {
     }
 
     fn measured(&mut self, measured: &Measured) {
-        let Measured { exposed_seconds, hidden_seconds, payload_bytes, link } = *measured;
+        let Measured { exposed_seconds, hidden_seconds, desk_seconds, payload_bytes, link } = *measured;
         let vitals = &mut self.vitals;
         (vitals.exposed_seconds, vitals.hidden_seconds) = (exposed_seconds, hidden_seconds);
-        (vitals.payload_bytes, vitals.link) = (payload_bytes, link);
+        (vitals.desk_seconds, vitals.payload_bytes, vitals.link) = (desk_seconds, payload_bytes, link);
     }
 
     fn contributed(&mut self, id: FragmentId, payload: Digest, bytes: u64, norm: f64, orders: &mut Vec<SiteOrder>) {
@@ -622,6 +626,7 @@ impl Site {
             return;
         };
         self.contributions += 1;
+        self.vitals.contributions += 1;
         let receipt = Receipt {
             number: self.contributions,
             fragment: id,

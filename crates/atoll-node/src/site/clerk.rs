@@ -41,11 +41,15 @@ pub(super) struct Clerk {
     pushed: Pushed,
     /// Memory for the next reading of weights.
     spare: Vec<f32>,
+    /// What commits that came during the step under way add to the weights.
+    waiting: BTreeMap<FragmentId, Vec<f32>>,
+    /// The engine is in the middle of a step.
+    is_stepping: bool,
     /// Events that the machine has not seen yet.
     events: VecDeque<SiteEvent>,
     /// Time between steps in which the engine could have trained.
     exposed: Duration,
-    /// Fragment and version of the newest commit that the engine has taken in.
+    /// Fragment and version of the newest commit that is in the site's copy of the model.
     newest_commit: Option<(FragmentId, u64)>,
     /// How it has ended, for its thread; and that it has, for the trainer.
     ended: Option<Result<Stop>>,
@@ -103,6 +107,8 @@ impl Clerk {
             fetched: BTreeMap::new(),
             pushed: Pushed::default(),
             spare: Vec::new(),
+            waiting: BTreeMap::new(),
+            is_stepping: false,
             events: VecDeque::new(),
             exposed: Duration::ZERO,
             newest_commit: None,
@@ -145,8 +151,15 @@ impl Clerk {
         (self.ended, self.is_over) = (Some(result), true);
     }
 
-    /// The trainer has come to the end of a step: says to it what comes next. False if nothing does.
+    /// What commits that came during a step add to the weights, now that the step is over.
+    pub(super) fn take_waiting(&mut self) -> BTreeMap<FragmentId, Vec<f32>> {
+        std::mem::take(&mut self.waiting)
+    }
+
+    /// The trainer has come to the end of a step, and nothing waits any more: says to it what comes next. False if nothing
+    /// does.
     pub(super) fn pause(&mut self, pause: Pause, trainer: &mut Trainer) -> bool {
+        self.is_stepping = false;
         if self.is_over {
             return false;
         }
@@ -217,16 +230,26 @@ impl Clerk {
             Done::Rebased(fragment, change) => self.ask(Task::Change(fragment, change, SiteEvent::Rebased(fragment))),
             Done::Applied(fragment, version, digest, change) => {
                 let overwritten = change.as_ref().is_some_and(Change::overwrites);
-                let event = SiteEvent::Applied { fragment, version, digest, overwritten };
-                match change {
-                    Some(change) => self.ask(Task::Change(fragment, change, event)),
-                    None => {
-                        self.events.push_back(event);
-                        Ok(())
-                    }
-                }
+                self.applied(fragment, change, SiteEvent::Applied { fragment, version, digest, overwritten })
             }
         }
+    }
+
+    /// Has the engine take in a version, of which that event tells. During a step, whatever is only added to the weights waits
+    /// for its end, and nobody waits for that.
+    fn applied(&mut self, fragment: FragmentId, change: Option<Change>, event: SiteEvent) -> Result<()> {
+        match change {
+            Some(Change::Add(change)) if self.is_stepping => {
+                self.waiting.insert(fragment, change);
+                self.events.push_back(event);
+            }
+            Some(change) => {
+                self.waiting.remove(&fragment); // It is in these weights.
+                self.ask(Task::Change(fragment, change, event))?;
+            }
+            None => self.events.push_back(event),
+        }
+        Ok(())
     }
 
     /// Takes over what the trainer has done.
@@ -239,20 +262,21 @@ impl Clerk {
         self.events.push_back(SiteEvent::Measured(Measured {
             exposed_seconds: self.exposed.as_secs_f64(),
             hidden_seconds: (self.desk.busy() + moved).as_secs_f64(),
+            desk_seconds: self.desk.busy().as_secs_f64(),
             payload_bytes,
             link,
         }));
-        for event in &pause.events {
-            if let SiteEvent::Applied { fragment, version: version @ 1.., .. } = *event {
-                self.newest_commit = Some((fragment, version));
-            }
-        }
         self.events.extend(pause.events);
     }
 
     /// Shows the machine all events at once and does what it orders, until there is nothing left.
     fn attend(&mut self, mut trainer: Option<&mut Trainer>) -> Result<()> {
         while !self.events.is_empty() {
+            let mut commits = self.events.iter().filter_map(|event| match *event {
+                SiteEvent::Applied { fragment, version: version @ 1.., .. } => Some((fragment, version)),
+                _ => None,
+            });
+            self.newest_commit = commits.next_back().or(self.newest_commit);
             for order in self.machine.handle_all(self.now(), std::mem::take(&mut self.events)) {
                 self.obey(order, trainer.as_deref_mut())?;
             }
@@ -265,10 +289,13 @@ impl Clerk {
     /// Carries out an order, with the `trainer` where it has just come to the end of a step.
     fn obey(&mut self, order: SiteOrder, trainer: Option<&mut Trainer>) -> Result<()> {
         match order {
-            SiteOrder::Train(steps) => match trainer {
-                Some(trainer) => trainer.order(steps),
-                None => self.ask(Task::Train(steps))?,
-            },
+            SiteOrder::Train(steps) => {
+                self.is_stepping = true;
+                match trainer {
+                    Some(trainer) => trainer.order(steps),
+                    None => self.ask(Task::Train(steps))?,
+                }
+            }
             SiteOrder::Grant(ranges) => self.leases.grant(&ranges),
             SiteOrder::Progress(progress) => self.leases.set_progress(progress),
             SiteOrder::DropLeases => {
@@ -294,7 +321,8 @@ impl Clerk {
             }
             SiteOrder::Commit(notice) => {
                 let payload = self.fetched.remove(&notice.delta).unwrap_or_default();
-                self.desk.put(Job::Commit(notice, payload))?;
+                let before = self.waiting.remove(&notice.fragment);
+                self.desk.put(Job::Commit(notice, payload, before))?;
             }
             SiteOrder::Install(fragment, version, digest) => {
                 let bytes = self.fetched.remove(&digest).unwrap_or_default();

@@ -27,8 +27,8 @@ pub(super) enum Job {
     Delivered(FragmentId),
     /// Give up a refused contribution's work.
     Rebase(FragmentId),
-    /// Apply a commit's payload.
-    Commit(Notice, Vec<u8>),
+    /// Apply a commit's payload, behind a change that the engine has not taken in yet.
+    Commit(Notice, Vec<u8>, Option<Vec<f32>>),
     /// Start over from these bytes of weights.
     Install(FragmentId, u64, Vec<u8>),
     /// Hand out a copy of Θ.
@@ -136,8 +136,9 @@ fn work(
                 residuals.settled(&local, fragment);
                 Some(Done::Rebased(fragment, change))
             }
-            Job::Commit(notice, payload) => {
+            Job::Commit(notice, payload, before) => {
                 let result = local.commit(notice.fragment, payload, team);
+                let result = result.map(|(digest, change)| (digest, change.behind(before.as_deref())));
                 Some(applied(notice.fragment, notice.version, result))
             }
             Job::Install(fragment, version, bytes) => {

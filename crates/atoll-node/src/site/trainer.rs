@@ -2,6 +2,7 @@
 //! the [`clerk`](super::clerk) asks, and has the clerk's machine say itself what comes next, so that no step waits for a
 //! thread to wake up.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -165,7 +166,20 @@ impl Trainer {
                 self.perform(task, &mut pause)?;
             }
         }
-        Ok(lock(clerk).pause(pause, self))
+        let waiting = lock(clerk).take_waiting();
+        self.add(waiting, &mut pause)?;
+        // What has come since is little, and nothing may come between it and the next look at the weights.
+        let mut clerk = lock(clerk);
+        self.add(clerk.take_waiting(), &mut pause)?;
+        Ok(clerk.pause(pause, self))
+    }
+
+    /// Adds what commits have changed.
+    fn add(&mut self, changes: BTreeMap<FragmentId, Vec<f32>>, pause: &mut Pause) -> Result<(), EngineError> {
+        for (fragment, change) in changes {
+            pause.spare = Change::Add(change).apply(self.engine.as_mut(), fragment)?;
+        }
+        Ok(())
     }
 
     fn is_stopped(&self) -> bool {

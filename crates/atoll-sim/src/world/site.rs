@@ -55,8 +55,10 @@ pub(super) struct Process {
     pushed: Store,
     /// What the machine has not seen yet.
     events: VecDeque<SiteEvent>,
-    /// What was worked out beside the training and is not in place yet.
+    /// What was worked out beside the training and is not reported yet.
     done: VecDeque<Work>,
+    /// What is to be added to the weights when the step is done.
+    waiting: Vec<(FragmentId, Change)>,
     pub(super) stepping: bool,
     /// Whether it has taken up what earlier ones have left.
     has_recalled: bool,
@@ -136,6 +138,7 @@ impl World<'_> {
             pushed: BTreeMap::new(),
             events: VecDeque::new(),
             done: VecDeque::new(),
+            waiting: Vec::new(),
             stepping: false,
             has_recalled: false,
             desk_free: now,
@@ -435,6 +438,12 @@ impl World<'_> {
 }
 
 impl Work {
+    /// Whether the machine may hear of it only when its change is in place.
+    fn waits_for_the_step(&self) -> bool {
+        let is_commit = matches!(self.event, SiteEvent::Applied { overwritten: false, .. });
+        self.change.is_some() && !is_commit
+    }
+
     /// A version that is ready to be put in place.
     fn applied(fragment: FragmentId, version: u64, digest: Digest, change: Change) -> Self {
         let event = SiteEvent::Applied { fragment, version, digest, overwritten: change.overwrites() };
@@ -443,18 +452,26 @@ impl Work {
 }
 
 impl Process {
-    /// What the machine has not seen yet. Changes of weights wait for the end of a step.
+    /// What the machine has not seen yet. Changes of weights wait for the end of a step; a commit that leaves the steps since
+    /// the last contribution alone is as good as in place.
     fn take_events(&mut self) -> Result<Vec<SiteEvent>, EngineError> {
         let mut events: Vec<SiteEvent> = self.events.drain(..).collect();
-        let (waiting, done): (VecDeque<Work>, VecDeque<Work>) =
-            self.done.drain(..).partition(|work| self.stepping && work.change.is_some());
-        self.done = waiting;
+        if !self.stepping {
+            for (fragment, change) in self.waiting.drain(..) {
+                change.apply(self.engine.as_mut(), fragment)?;
+            }
+        }
+        let (kept, done): (VecDeque<Work>, VecDeque<Work>) =
+            self.done.drain(..).partition(|work| self.stepping && work.waits_for_the_step());
+        self.done = kept;
         for Work { fragment, change, payload, event } in done {
             if let (SiteEvent::Contributed { payload: digest, .. }, Some(Bytes(bytes))) = (&event, payload) {
                 self.payloads.insert(*digest, bytes);
             }
-            if let Some(change) = change {
-                change.apply(self.engine.as_mut(), fragment)?;
+            match change {
+                Some(change) if self.stepping => self.waiting.push((fragment, change)),
+                Some(change) => drop(change.apply(self.engine.as_mut(), fragment)?),
+                None => {}
             }
             events.push(event);
         }

@@ -110,16 +110,17 @@ impl Coordinator {
         Footing { step_seconds, steps: self.steps_wished(view), rung: self.rung_of(view) }
     }
 
-    /// Inner steps between two contributions of a fragment at the fastest site, as this site's link calls for, and the
-    /// coordinator, whose merges are to leave it time for everything else.
+    /// Inner steps between two contributions of a fragment at the fastest site, as this site's link and processors call for,
+    /// and the coordinator, whose merges are to leave it time for everything else.
     fn steps_wished(&self, view: &View) -> u32 {
         match self.sync.steps {
             Setting::Is(steps) => steps,
             Setting::Auto => {
                 let merging = self.lens.len() as f64 * self.pace.merge / MERGE_SHARE;
                 let seconds = self.lead.step_seconds;
-                let hiding = plan::best_steps(&self.ladder, &view.status.vitals.link, seconds);
-                hiding.max(plan::steps_to_hide(merging, seconds))
+                let desk = view.desk_seconds(self.lens.len());
+                let hiding = plan::best_steps(&self.ladder, &view.status.vitals.link, seconds, desk);
+                hiding.max(plan::steps_to_hide(merging, seconds, desk))
             }
         }
     }
