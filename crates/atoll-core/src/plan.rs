@@ -44,8 +44,10 @@ pub const STEPS: u32 = 32;
 /// More rounds are better for the loss, and each costs every site and the coordinator some of their processors' time. Where
 /// nothing calls for more, a round takes so many seconds …
 const ROUND_SECONDS: f64 = 0.25;
-/// … or as long that a site's work on its contributions and commits is no more than this share of it …
+/// … or as long that encoding and decoding is no more than this share of it at a site …
 const DESK_SHARE: f64 = 0.1;
+/// … and copying weights and adding to them, which no step is taken beside, no more than this …
+const BLOCKED_SHARE: f64 = 0.02;
 /// … but not fewer steps than this, nor for these reasons more than [`STEPS`].
 const STEPS_MIN: u32 = 2;
 /// More than this harms the model more than a thin link does: such a site misses rounds instead.
@@ -110,12 +112,12 @@ pub fn richest_hidden(ladder: &[Rung], link: &Link, seconds: f64) -> usize {
 
 /// Inner steps of `step_seconds` between two contributions that let sites drift apart the least, of those that hide what
 /// a rung of the `ladder` moves behind computing; those of the last rung if none can, or if nothing is known of the link.
-/// Encoding and taking in a round takes `desk_seconds`.
-pub fn best_steps(ladder: &[Rung], link: &Link, step_seconds: f64, desk_seconds: f64) -> u32 {
+/// A round is not to be shorter than `least_seconds`.
+pub fn best_steps(ladder: &[Rung], link: &Link, step_seconds: f64, least_seconds: f64) -> u32 {
     let Some((last, others)) = ladder.split_last() else { return STEPS };
     let needed = |rung: &Rung| hiding_seconds(link, &rung.load);
     let can = |rung: &&Rung| link.is_known() && needed(rung) <= f64::from(STEPS_MAX) * step_seconds;
-    let steps = |rung: &Rung| steps_to_hide(needed(rung), step_seconds, desk_seconds);
+    let steps = |rung: &Rung| steps_to_hide(needed(rung), step_seconds, least_seconds);
     let drift = |rung: &Rung| f64::from(steps(rung)) * rounds_to_tell(rung.codecs.0);
     let best = others.iter().filter(can).chain([last]).min_by(|a, b| drift(a).total_cmp(&drift(b)));
     best.map_or(STEPS, steps)
@@ -135,15 +137,19 @@ fn rounds_to_tell(codec: Codec) -> f64 {
     }
 }
 
-/// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them, where encoding and
-/// taking in a round takes `desk_seconds`.
-pub fn steps_to_hide(needed: f64, step_seconds: f64, desk_seconds: f64) -> u32 {
+/// The shortest round of a site that encodes and decodes for `desk` seconds in each, and is kept from its steps for `blocked`.
+pub fn least_seconds(desk: f64, blocked: f64) -> f64 {
+    ROUND_SECONDS.max(desk / DESK_SHARE).max(blocked / BLOCKED_SHARE)
+}
+
+/// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them, and, within limits, a
+/// round is not shorter than `least_seconds`.
+pub fn steps_to_hide(needed: f64, step_seconds: f64, least_seconds: f64) -> u32 {
     if step_seconds <= 0.0 {
         return STEPS;
     }
     let steps = |seconds: f64| (seconds / step_seconds).ceil().min(f64::from(STEPS_MAX)) as u32;
-    let least = ROUND_SECONDS.max(desk_seconds / DESK_SHARE);
-    steps(needed).max(steps(least).clamp(STEPS_MIN, STEPS))
+    steps(needed).max(steps(least_seconds).clamp(STEPS_MIN, STEPS))
 }
 
 /// Inner steps for a site that takes `step_seconds` each, when the fastest takes `fastest_seconds` and
@@ -180,24 +186,28 @@ mod tests {
         let load = Load { up: 1_500_000, down: 2_950_000, fragments: 4 };
         let needed = hiding_seconds(&link, &load);
         assert!((needed - 2.36 / 0.8).abs() < 1e-9, "{needed}");
-        assert_eq!(steps_to_hide(needed, 0.03, 0.0), 99);
+        assert_eq!(steps_to_hide(needed, 0.03, ROUND_SECONDS), 99);
         // A fat link needs no more than is good for the loss; an absurdly thin one is not waited for.
-        let steps =
-            |rate: f64| steps_to_hide(hiding_seconds(&Link { up: rate, down: rate, rtt: 0.05 }, &load), 0.03, 0.0);
+        let steps = |rate: f64| {
+            steps_to_hide(hiding_seconds(&Link { up: rate, down: rate, rtt: 0.05 }, &load), 0.03, ROUND_SECONDS)
+        };
         assert_eq!([1e9, 1.0, 0.0].map(steps), [9, STEPS_MAX, 9]);
     }
 
     #[test]
     fn rounds_are_short_where_nothing_calls_for_more() {
-        let steps = [0.001, 0.03, 0.05, 0.25, 1.0, 60.0].map(|seconds| steps_to_hide(0.0, seconds, 0.0));
+        let steps = [0.001, 0.03, 0.05, 0.25, 1.0, 60.0].map(|seconds| steps_to_hide(0.0, seconds, ROUND_SECONDS));
         assert_eq!(steps, [STEPS, 9, 5, STEPS_MIN, STEPS_MIN, STEPS_MIN]);
-        assert_eq!(steps_to_hide(0.0, 0.0, 0.0), STEPS, "nothing is known yet");
+        assert_eq!(steps_to_hide(0.0, 0.0, ROUND_SECONDS), STEPS, "nothing is known yet");
     }
 
     #[test]
     fn a_sites_work_on_rounds_stays_a_small_share_of_its_time() {
-        let steps = [0.0, 0.02, 0.06, 10.0].map(|desk| steps_to_hide(0.0, 0.03, desk));
-        assert_eq!(steps, [9, 9, 20, STEPS]);
+        let steps = |desk, blocked| steps_to_hide(0.0, 0.03, least_seconds(desk, blocked));
+        assert_eq!(
+            [(0.0, 0.0), (0.02, 0.004), (0.06, 0.0), (0.0, 0.006), (10.0, 0.0)].map(|(d, b)| steps(d, b)),
+            [9, 9, 20, 10, STEPS]
+        );
     }
 
     /// 30.8 M weights, steps of 0.1 s. E3M0 needs 16 steps at 100 Mbit/s and 159 at 10 Mbit/s, where rounds of the
@@ -209,10 +219,10 @@ mod tests {
             .map(|codecs @ (up, down)| Rung { codecs, load: Load { up: bytes(up), down: bytes(down), fragments: 4 } });
         let at = |megabits: f64| {
             let link = Link { up: megabits * 1.25e5, down: megabits * 1.25e5, rtt: 0.05 };
-            best_steps(&ladder, &link, 0.1, 0.0)
+            best_steps(&ladder, &link, 0.1, ROUND_SECONDS)
         };
         assert_eq!([10_000.0, 100.0, 10.0, 1.0].map(at), [3, 16, 19, 187]);
-        assert_eq!(best_steps(&ladder, &Link::default(), 0.1, 0.0), 3, "nothing is known yet");
+        assert_eq!(best_steps(&ladder, &Link::default(), 0.1, ROUND_SECONDS), 3, "nothing is known yet");
     }
 
     /// 30.8 M weights behind 32 steps of 0.1 s: E3M0 takes 1.3 s at 100 Mbit/s and 13 at 10.

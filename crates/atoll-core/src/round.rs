@@ -278,6 +278,8 @@ pub struct Vitals {
     pub hidden_seconds: f64,
     /// Seconds of encoding and decoding among these.
     pub desk_seconds: f64,
+    /// Seconds between inner steps in which weights were copied out and commits added to them.
+    pub blocked_seconds: f64,
     /// Contributions that this was spent on.
     pub contributions: u64,
     /// Smoothed seconds from a contribution to the commit that holds it being applied.
@@ -296,7 +298,9 @@ impl Vitals {
     /// Whether the numbers can be calculated with.
     pub fn are_sane(&self) -> bool {
         let times = [self.busy_seconds, self.wall_seconds, self.round_seconds];
-        let seconds = [self.exposed_seconds, self.hidden_seconds, self.desk_seconds].into_iter().chain(times);
+        let seconds = [self.exposed_seconds, self.hidden_seconds, self.desk_seconds, self.blocked_seconds]
+            .into_iter()
+            .chain(times);
         let (up, down) = self.payload_bytes;
         let counts = [self.steps, self.tokens, self.contributions, up, down, self.digest_mismatches];
         let sane = seconds.into_iter().all(|seconds| (0.0..=1e10).contains(&seconds)) && self.link.is_sane();

@@ -133,6 +133,8 @@ pub struct Measured {
     pub hidden_seconds: f64,
     /// See [`Vitals::desk_seconds`].
     pub desk_seconds: f64,
+    /// See [`Vitals::blocked_seconds`].
+    pub blocked_seconds: f64,
     /// See [`Vitals::payload_bytes`].
     pub payload_bytes: (u64, u64),
     /// See [`Vitals::link`].
@@ -611,10 +613,12 @@ impl Site {
     }
 
     fn measured(&mut self, measured: &Measured) {
-        let Measured { exposed_seconds, hidden_seconds, desk_seconds, payload_bytes, link } = *measured;
+        let Measured { exposed_seconds, hidden_seconds, desk_seconds, blocked_seconds, payload_bytes, link } =
+            *measured;
         let vitals = &mut self.vitals;
         (vitals.exposed_seconds, vitals.hidden_seconds) = (exposed_seconds, hidden_seconds);
-        (vitals.desk_seconds, vitals.payload_bytes, vitals.link) = (desk_seconds, payload_bytes, link);
+        (vitals.desk_seconds, vitals.blocked_seconds) = (desk_seconds, blocked_seconds);
+        (vitals.payload_bytes, vitals.link) = (payload_bytes, link);
     }
 
     fn contributed(&mut self, id: FragmentId, payload: Digest, bytes: u64, norm: f64, orders: &mut Vec<SiteOrder>) {

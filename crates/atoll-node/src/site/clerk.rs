@@ -263,6 +263,7 @@ impl Clerk {
             exposed_seconds: self.exposed.as_secs_f64(),
             hidden_seconds: (self.desk.busy() + moved).as_secs_f64(),
             desk_seconds: self.desk.busy().as_secs_f64(),
+            blocked_seconds: pause.blocked.as_secs_f64(),
             payload_bytes,
             link,
         }));

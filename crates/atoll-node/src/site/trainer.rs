@@ -50,6 +50,8 @@ pub(super) struct Pause {
     pub(super) events: Vec<SiteEvent>,
     /// Time in which the engine could have trained, had it not been for synchronizing.
     pub(super) exposed: Duration,
+    /// Time in which weights were copied out and changed, since the trainer began.
+    pub(super) blocked: Duration,
     /// Memory for the next reading of weights.
     pub(super) spare: Vec<f32>,
 }
@@ -94,6 +96,8 @@ pub(super) struct Trainer {
     ready: Instant,
     /// Inner steps that were ordered as soon as those before were done.
     next: Option<u32>,
+    /// See [`Pause::blocked`].
+    blocked: Duration,
 }
 
 impl Trainer {
@@ -104,7 +108,7 @@ impl Trainer {
         share: Share,
         stop: Arc<AtomicBool>,
     ) -> Self {
-        Self { engine, leases, held_out, share, stop, ready: Instant::now(), next: None }
+        Self { engine, leases, held_out, share, stop, ready: Instant::now(), next: None, blocked: Duration::ZERO }
     }
 
     /// Does tasks until there is nothing more to do, or one fails. What is left then goes with the queue, so that nobody
@@ -139,6 +143,7 @@ impl Trainer {
     fn interrupt(&mut self, task: Task, inbox: &mpsc::Sender<Incoming>) -> Result<bool, EngineError> {
         let mut pause = Pause::default();
         self.perform(task, &mut pause)?;
+        pause.blocked = self.blocked;
         Ok(pause.events.is_empty() || inbox.send(Incoming::Paused(Ok(pause))).is_ok())
     }
 
@@ -146,7 +151,18 @@ impl Trainer {
     pub(super) fn read(&mut self, fragment: FragmentId, memory: Vec<f32>) -> Result<Vec<f32>, EngineError> {
         let len = self.engine.manifest().fragment_len(fragment).unwrap_or(0);
         let mut weights = delta::of_length(memory, len);
-        self.engine.read(fragment, &mut weights).map(|()| weights)
+        let began = Instant::now();
+        self.engine.read(fragment, &mut weights)?;
+        self.blocked += began.elapsed();
+        Ok(weights)
+    }
+
+    /// Changes a fragment's weights; `pause` gets the memory.
+    fn change(&mut self, fragment: FragmentId, change: Change, pause: &mut Pause) -> Result<(), EngineError> {
+        let began = Instant::now();
+        pause.spare = change.apply(self.engine.as_mut(), fragment)?;
+        self.blocked += began.elapsed();
+        Ok(())
     }
 
     /// These steps come next.
@@ -171,13 +187,14 @@ impl Trainer {
         // What has come since is little, and nothing may come between it and the next look at the weights.
         let mut clerk = lock(clerk);
         self.add(clerk.take_waiting(), &mut pause)?;
+        pause.blocked = self.blocked;
         Ok(clerk.pause(pause, self))
     }
 
     /// Adds what commits have changed.
     fn add(&mut self, changes: BTreeMap<FragmentId, Vec<f32>>, pause: &mut Pause) -> Result<(), EngineError> {
         for (fragment, change) in changes {
-            pause.spare = Change::Add(change).apply(self.engine.as_mut(), fragment)?;
+            self.change(fragment, Change::Add(change), pause)?;
         }
         Ok(())
     }
@@ -206,7 +223,7 @@ impl Trainer {
             Task::Train(steps) => self.order(steps),
             Task::End => self.next = None,
             Task::Change(fragment, change, event) => {
-                pause.spare = change.apply(self.engine.as_mut(), fragment)?;
+                self.change(fragment, change, pause)?;
                 pause.events.push(event);
             }
             Task::Read(fragment, memory, answer) => {

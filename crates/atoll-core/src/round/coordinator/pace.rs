@@ -118,9 +118,9 @@ impl Coordinator {
             Setting::Auto => {
                 let merging = self.lens.len() as f64 * self.pace.merge / MERGE_SHARE;
                 let seconds = self.lead.step_seconds;
-                let desk = view.desk_seconds(self.lens.len());
-                let hiding = plan::best_steps(&self.ladder, &view.status.vitals.link, seconds, desk);
-                hiding.max(plan::steps_to_hide(merging, seconds, desk))
+                let least = view.least_seconds(self.lens.len());
+                let hiding = plan::best_steps(&self.ladder, &view.status.vitals.link, seconds, least);
+                hiding.max(plan::steps_to_hide(merging, seconds, least))
             }
         }
     }
