@@ -47,7 +47,7 @@ struct Arguments {
     /// join; without it, the whole table.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     rows: Vec<String>,
-    /// The row that rows of `parity` are compared with, instead of the data parallelism that has their inner optimizer and
+    /// The row that all rows of `parity` are compared with, instead of data parallelism with their own inner optimizer, which
     /// takes as long as they do.
     #[arg(long, value_name = "ROW")]
     against: Option<String>,

@@ -122,18 +122,6 @@ impl Change {
         matches!(self, Change::Write(_))
     }
 
-    /// This change behind another one that only added `before`, in one.
-    #[must_use]
-    pub fn behind(self, before: Option<&[f32]>) -> Self {
-        match (self, before) {
-            (Change::Add(mut change), Some(before)) => {
-                add(&mut change, before);
-                Change::Add(change)
-            }
-            (change, _) => change,
-        }
-    }
-
     /// Has `engine` do it; returns the memory.
     ///
     /// # Errors
@@ -277,8 +265,9 @@ impl Local {
         }
         sound.add_to(&mut copies.theta, team);
         let carried = if sound.codec().is_sparse() { copies.carry_where_told(&sound) } else { copies.carry() };
-        copies.gave_up = !copies.carries(self.follow);
-        let change = if copies.gave_up { Change::Write(copies.start(self.feedback)) } else { carried };
+        let carries = copies.carries(self.follow);
+        copies.gave_up |= !carries;
+        let change = if carries { carried } else { Change::Write(copies.start(self.feedback)) };
         copies.last = payload;
         let digest = Digest::of_weights_by(&copies.theta, team);
         copies.turn = turn_of(&digest);
@@ -331,12 +320,14 @@ impl Copies {
             (dot, own, theirs) = (dot + step * value, own + step * step, theirs + value * value);
         });
         if own > 0.0 && theirs > 0.0 {
-            self.agreement += AGREEMENT_SHARE * (dot / (own * theirs).sqrt() - self.agreement);
+            let cosine = dot / (own * theirs).sqrt();
+            // What is rounded up beyond 1 would be no cosine, and nobody believes a site that says so.
+            self.agreement = (self.agreement + AGREEMENT_SHARE * (cosine - self.agreement)).clamp(-1.0, 1.0);
         }
     }
 
-    /// Whether the steps since the last contribution are kept. Those of a site that has given some up are: where every
-    /// step sees a commit, it would never contribute otherwise.
+    /// Whether the steps since the last contribution are kept. Those of a site that has given some up are, until it has
+    /// contributed: where every step sees a commit, or several, it never would otherwise.
     fn carries(&self, follow: Follow) -> bool {
         self.gave_up
             || match follow {

@@ -44,10 +44,10 @@ pub const STEPS: u32 = 32;
 /// More rounds are better for the loss, and each costs every site and the coordinator some of their processors' time. Where
 /// nothing calls for more, a round takes so many seconds …
 const ROUND_SECONDS: f64 = 0.25;
-/// … or as long that encoding and decoding is no more than this share of it at a site …
-const DESK_SHARE: f64 = 0.1;
+/// … or as long that encoding and decoding is no more than this share of it at any site …
+const CODING_SHARE: f64 = 0.1;
 /// … and copying weights and adding to them, which no step is taken beside, no more than this …
-const BLOCKED_SHARE: f64 = 0.02;
+const COPYING_SHARE: f64 = 0.02;
 /// … but not fewer steps than this, nor for these reasons more than [`STEPS`].
 const STEPS_MIN: u32 = 2;
 /// More than this harms the model more than a thin link does: such a site misses rounds instead.
@@ -137,9 +137,10 @@ fn rounds_to_tell(codec: Codec) -> f64 {
     }
 }
 
-/// The shortest round of a site that encodes and decodes for `desk` seconds in each, and is kept from its steps for `blocked`.
-pub fn least_seconds(desk: f64, blocked: f64) -> f64 {
-    ROUND_SECONDS.max(desk / DESK_SHARE).max(blocked / BLOCKED_SHARE)
+/// The shortest round of a site that encodes and decodes for `coding` seconds in each, and for `copying` seconds copies
+/// weights and adds to them.
+pub fn least_seconds(coding: f64, copying: f64) -> f64 {
+    ROUND_SECONDS.max(coding / CODING_SHARE).max(copying / COPYING_SHARE)
 }
 
 /// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them, and, within limits, a
@@ -203,9 +204,10 @@ mod tests {
 
     #[test]
     fn a_sites_work_on_rounds_stays_a_small_share_of_its_time() {
-        let steps = |desk, blocked| steps_to_hide(0.0, 0.03, least_seconds(desk, blocked));
+        let steps = |coding, copying| steps_to_hide(0.0, 0.03, least_seconds(coding, copying));
         assert_eq!(
-            [(0.0, 0.0), (0.02, 0.004), (0.06, 0.0), (0.0, 0.006), (10.0, 0.0)].map(|(d, b)| steps(d, b)),
+            [(0.0, 0.0), (0.02, 0.004), (0.06, 0.0), (0.0, 0.006), (10.0, 0.0)]
+                .map(|(coding, copying)| steps(coding, copying)),
             [9, 9, 20, 10, STEPS]
         );
     }

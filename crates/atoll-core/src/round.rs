@@ -101,9 +101,9 @@ pub enum Absent {
 pub struct Sync {
     /// Fragments, P; each is a round of its own.
     pub fragments: usize,
-    /// Inner steps between two contributions of a fragment at the fastest site, H. `auto`: two, and as many more as the
-    /// thinnest link needs so that synchronization hides behind computing, and the slowest processor so that it takes a tenth
-    /// of its time.
+    /// Inner steps between two contributions of a fragment at the fastest site, H. `auto`: two or what takes a quarter of a
+    /// second, and as many more as the thinnest link needs for synchronization to hide behind computing, and any site for its
+    /// own part in it to stay small.
     pub steps: Setting<u32>,
     /// Sites that must contribute before a round may close; 0 means more than half of the living.
     pub quorum: usize,
@@ -276,12 +276,10 @@ pub struct Vitals {
     pub exposed_seconds: f64,
     /// Seconds of encoding, sending, receiving and decoding that went on beside inner steps.
     pub hidden_seconds: f64,
-    /// Seconds of encoding and decoding among these.
-    pub desk_seconds: f64,
-    /// Seconds between inner steps in which weights were copied out and commits added to them.
-    pub blocked_seconds: f64,
-    /// Contributions that this was spent on.
-    pub contributions: u64,
+    /// Usual seconds of encoding a contribution to each fragment and decoding a commit of each.
+    pub coding_seconds: f64,
+    /// Usual seconds of copying each fragment's weights out of the engine and adding a commit to each, between inner steps.
+    pub copying_seconds: f64,
     /// Smoothed seconds from a contribution to the commit that holds it being applied.
     pub round_seconds: f64,
     /// Smoothed cosine of the site's own steps to the latest commit.
@@ -297,13 +295,12 @@ pub struct Vitals {
 impl Vitals {
     /// Whether the numbers can be calculated with.
     pub fn are_sane(&self) -> bool {
-        let times = [self.busy_seconds, self.wall_seconds, self.round_seconds];
-        let seconds = [self.exposed_seconds, self.hidden_seconds, self.desk_seconds, self.blocked_seconds]
-            .into_iter()
-            .chain(times);
+        let times = [self.busy_seconds, self.wall_seconds, self.round_seconds, self.exposed_seconds];
+        let costs = [self.hidden_seconds, self.coding_seconds, self.copying_seconds];
+        let mut seconds = times.into_iter().chain(costs);
         let (up, down) = self.payload_bytes;
-        let counts = [self.steps, self.tokens, self.contributions, up, down, self.digest_mismatches];
-        let sane = seconds.into_iter().all(|seconds| (0.0..=1e10).contains(&seconds)) && self.link.is_sane();
+        let counts = [self.steps, self.tokens, up, down, self.digest_mismatches];
+        let sane = seconds.all(|seconds| (0.0..=1e10).contains(&seconds)) && self.link.is_sane();
         let sane = sane && counts.iter().all(|&count| count < 1 << 53);
         // A step of a month is a mistake; a loss may be anything that is a number.
         sane && (0.0..3e6).contains(&self.step_seconds) && self.loss.is_finite() && self.agreement.abs() <= 1.0

@@ -20,6 +20,7 @@ mod net;
 mod pile;
 mod residuals;
 pub mod told;
+mod toll;
 mod trainer;
 mod window;
 

@@ -286,6 +286,14 @@ mod tests {
     }
 
     #[test]
+    fn any_row_may_be_what_the_others_are_compared_with() {
+        let rows = rows(&["thin".to_string(), "thin+h=8".to_string()], Some("thin")).unwrap();
+        let against: Vec<_> = rows.iter().map(|row| (row.name.as_str(), row.against.as_str())).collect();
+        assert_eq!(against[1], ("thin+h=8", "thin"));
+        assert_eq!((against.len(), against[0].0), (2, "thin"), "no data parallelism");
+    }
+
+    #[test]
     fn knobs_add_up() {
         let rows = rows(&["muon=0.003+even+h=4".to_string()], None).unwrap();
         assert_eq!(

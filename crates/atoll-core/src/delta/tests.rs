@@ -312,3 +312,15 @@ fn who_gives_up_steps_gives_up_nothing_that_was_handed_in() {
         assert!(again.norm < 1e-6, "{feedback:?}: {} is handed in twice", again.norm);
     }
 }
+
+#[test]
+fn who_has_given_up_steps_keeps_the_next_ones_until_it_has_contributed() {
+    let mut local = local(Follow::Overwrite, Feedback::Weights);
+    local.install(FRAGMENT, &[0.0; COUNT]).unwrap();
+    let commit = Codec::F32.encode(&[1.0; COUNT]).unwrap();
+    for contributed in 0..3 {
+        let overwrites = [0, 1, 2].map(|_| local.commit(FRAGMENT, commit.clone(), &Alone).unwrap().1.overwrites());
+        assert_eq!(overwrites, [true, false, false], "after {contributed} contributions");
+        local.contribute(FRAGMENT, vec![contributed as f32; COUNT], Codec::F32, &Alone).unwrap();
+    }
+}

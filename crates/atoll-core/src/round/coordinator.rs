@@ -16,7 +16,7 @@ use crate::journal::{Accepted, Act, Book, Commit, Entry, Evaluated, Trial};
 use crate::manifest::FragmentId;
 use crate::outer::{Measures, Recipe, guard};
 use crate::plan::{self, Codecs, Link, Load, Rung};
-use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync, Vitals};
+use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
 use census::Census;
 pub use members::Refusal;
@@ -805,11 +805,9 @@ impl View {
         self.status.vitals.step_seconds
     }
 
-    /// How long a round of so many fragments should last at least for what the site does for it to be little.
-    fn least_seconds(&self, fragments: usize) -> f64 {
-        let Vitals { desk_seconds, blocked_seconds, contributions, .. } = self.status.vitals;
-        let in_a_round = |seconds: f64| seconds / contributions.max(1) as f64 * fragments as f64;
-        plan::least_seconds(in_a_round(desk_seconds), in_a_round(blocked_seconds))
+    /// How long a round should last at least for the site's own part in it to be small.
+    fn least_seconds(&self) -> f64 {
+        plan::least_seconds(self.status.vitals.coding_seconds, self.status.vitals.copying_seconds)
     }
 
     /// Connected, heard of lately, and taking steps: nobody waits for a site that is not.

@@ -1,5 +1,5 @@
 //! The site's machine. It trains whenever it may, contributes each fragment when its steps are done,
-//! and follows commits between two inner steps. It never waits for the network: what has not been
+//! and follows commits beside its inner steps. It never waits for the network: what has not been
 //! answered is outstanding, and training goes on as long as leased samples last.
 
 #[cfg(test)]
@@ -131,10 +131,10 @@ pub struct Measured {
     pub exposed_seconds: f64,
     /// See [`Vitals::hidden_seconds`].
     pub hidden_seconds: f64,
-    /// See [`Vitals::desk_seconds`].
-    pub desk_seconds: f64,
-    /// See [`Vitals::blocked_seconds`].
-    pub blocked_seconds: f64,
+    /// Usual seconds of encoding and decoding one fragment.
+    pub coding_seconds: f64,
+    /// Usual seconds of copying one fragment's weights and adding to them.
+    pub copying_seconds: f64,
     /// See [`Vitals::payload_bytes`].
     pub payload_bytes: (u64, u64),
     /// See [`Vitals::link`].
@@ -613,11 +613,12 @@ impl Site {
     }
 
     fn measured(&mut self, measured: &Measured) {
-        let Measured { exposed_seconds, hidden_seconds, desk_seconds, blocked_seconds, payload_bytes, link } =
+        let Measured { exposed_seconds, hidden_seconds, coding_seconds, copying_seconds, payload_bytes, link } =
             *measured;
+        let fragments = self.fragments.len() as f64;
         let vitals = &mut self.vitals;
         (vitals.exposed_seconds, vitals.hidden_seconds) = (exposed_seconds, hidden_seconds);
-        (vitals.desk_seconds, vitals.blocked_seconds) = (desk_seconds, blocked_seconds);
+        (vitals.coding_seconds, vitals.copying_seconds) = (fragments * coding_seconds, fragments * copying_seconds);
         (vitals.payload_bytes, vitals.link) = (payload_bytes, link);
     }
 
@@ -630,7 +631,6 @@ impl Site {
             return;
         };
         self.contributions += 1;
-        self.vitals.contributions += 1;
         let receipt = Receipt {
             number: self.contributions,
             fragment: id,

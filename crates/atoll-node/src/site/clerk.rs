@@ -2,13 +2,14 @@
 //! on a thread of the clerk's own, whether the engine is in the middle of a step or not; that a step is done, the trainer
 //! shows on its own thread. The clerk waits for the engine only for copies of weights, which are asked for between two steps.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
-use atoll_core::delta::Change;
+use atoll_core::delta::{self, Change};
 use atoll_core::engine::EngineError;
 use atoll_core::hash::Digest;
 use atoll_core::manifest::FragmentId;
@@ -43,7 +44,7 @@ pub(super) struct Clerk {
     spare: Vec<f32>,
     /// What commits that came during the step under way add to the weights.
     waiting: BTreeMap<FragmentId, Vec<f32>>,
-    /// The engine is in the middle of a step.
+    /// A step was ordered whose end was not shown yet.
     is_stepping: bool,
     /// Events that the machine has not seen yet.
     events: VecDeque<SiteEvent>,
@@ -230,26 +231,38 @@ impl Clerk {
             Done::Rebased(fragment, change) => self.ask(Task::Change(fragment, change, SiteEvent::Rebased(fragment))),
             Done::Applied(fragment, version, digest, change) => {
                 let overwritten = change.as_ref().is_some_and(Change::overwrites);
-                self.applied(fragment, change, SiteEvent::Applied { fragment, version, digest, overwritten })
+                let event = SiteEvent::Applied { fragment, version, digest, overwritten };
+                match change {
+                    Some(change) => self.change((fragment, version), change, event),
+                    None => {
+                        self.events.push_back(event);
+                        Ok(())
+                    }
+                }
             }
         }
     }
 
-    /// Has the engine take in a version, of which that event tells. During a step, whatever is only added to the weights waits
-    /// for its end, and nobody waits for that.
-    fn applied(&mut self, fragment: FragmentId, change: Option<Change>, event: SiteEvent) -> Result<()> {
-        match change {
-            Some(Change::Add(change)) if self.is_stepping => {
-                self.waiting.insert(fragment, change);
-                self.events.push_back(event);
-            }
-            Some(change) => {
-                self.waiting.remove(&fragment); // It is in these weights.
-                self.ask(Task::Change(fragment, change, event))?;
-            }
-            None => self.events.push_back(event),
+    /// Has the engine take in a version, of which that event tells. During a step, what is only added to the weights waits for
+    /// its end, and nobody waits for that.
+    fn change(&mut self, (fragment, version): (FragmentId, u64), change: Change, event: SiteEvent) -> Result<()> {
+        if version > 0 {
+            self.newest_commit = Some((fragment, version));
         }
-        Ok(())
+        match change {
+            Change::Add(change) if self.is_stepping => {
+                match self.waiting.entry(fragment) {
+                    Entry::Vacant(entry) => drop(entry.insert(change)),
+                    Entry::Occupied(mut entry) => delta::add(entry.get_mut(), &change),
+                }
+                self.events.push_back(event);
+                Ok(())
+            }
+            change => {
+                self.waiting.remove(&fragment); // These weights have it in them.
+                self.ask(Task::Change(fragment, change, event))
+            }
+        }
     }
 
     /// Takes over what the trainer has done.
@@ -262,8 +275,8 @@ impl Clerk {
         self.events.push_back(SiteEvent::Measured(Measured {
             exposed_seconds: self.exposed.as_secs_f64(),
             hidden_seconds: (self.desk.busy() + moved).as_secs_f64(),
-            desk_seconds: self.desk.busy().as_secs_f64(),
-            blocked_seconds: pause.blocked.as_secs_f64(),
+            coding_seconds: self.desk.coding_seconds(),
+            copying_seconds: pause.copying_seconds,
             payload_bytes,
             link,
         }));
@@ -273,11 +286,6 @@ impl Clerk {
     /// Shows the machine all events at once and does what it orders, until there is nothing left.
     fn attend(&mut self, mut trainer: Option<&mut Trainer>) -> Result<()> {
         while !self.events.is_empty() {
-            let mut commits = self.events.iter().filter_map(|event| match *event {
-                SiteEvent::Applied { fragment, version: version @ 1.., .. } => Some((fragment, version)),
-                _ => None,
-            });
-            self.newest_commit = commits.next_back().or(self.newest_commit);
             for order in self.machine.handle_all(self.now(), std::mem::take(&mut self.events)) {
                 self.obey(order, trainer.as_deref_mut())?;
             }
@@ -322,8 +330,7 @@ impl Clerk {
             }
             SiteOrder::Commit(notice) => {
                 let payload = self.fetched.remove(&notice.delta).unwrap_or_default();
-                let before = self.waiting.remove(&notice.fragment);
-                self.desk.put(Job::Commit(notice, payload, before))?;
+                self.desk.put(Job::Commit(notice, payload))?;
             }
             SiteOrder::Install(fragment, version, digest) => {
                 let bytes = self.fetched.remove(&digest).unwrap_or_default();

@@ -2,7 +2,7 @@
 //! copies of the model; the trainer only copies the engine's weights out and adds changes, between two steps.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
@@ -15,6 +15,8 @@ use atoll_core::team::Team;
 
 use super::net::Incoming;
 use super::residuals::Residuals;
+use super::toll::Toll;
+use crate::coordinator::lock;
 use crate::crew::stand_back;
 
 /// Something to do with weights. Jobs are done one after the other.
@@ -27,8 +29,8 @@ pub(super) enum Job {
     Delivered(FragmentId),
     /// Give up a refused contribution's work.
     Rebase(FragmentId),
-    /// Apply a commit's payload, behind a change that the engine has not taken in yet.
-    Commit(Notice, Vec<u8>, Option<Vec<f32>>),
+    /// Apply a commit's payload.
+    Commit(Notice, Vec<u8>),
     /// Start over from these bytes of weights.
     Install(FragmentId, u64, Vec<u8>),
     /// Hand out a copy of Θ.
@@ -49,6 +51,14 @@ pub(super) enum Done {
 pub(super) struct Desk {
     jobs: mpsc::Sender<Job>,
     busy: Arc<AtomicU64>,
+    tolls: Arc<Mutex<Tolls>>,
+}
+
+/// What one fragment takes.
+#[derive(Default)]
+struct Tolls {
+    encoding: Toll,
+    decoding: Toll,
 }
 
 impl Desk {
@@ -61,13 +71,14 @@ impl Desk {
     ) -> Result<Self> {
         let (jobs, queue) = mpsc::channel();
         let busy = Arc::new(AtomicU64::new(0));
-        let counter = busy.clone();
+        let tolls = Arc::new(Mutex::new(Tolls::default()));
+        let (counter, noted) = (busy.clone(), tolls.clone());
         let worker = move || {
             stand_back();
-            work(local, residuals, &*team, &queue, &inbox, &counter);
+            work(local, residuals, &*team, &queue, &inbox, (&counter, &noted));
         };
         std::thread::Builder::new().name("desk".to_string()).spawn(worker)?;
-        Ok(Self { jobs, busy })
+        Ok(Self { jobs, busy, tolls })
     }
 
     /// Puts a job on the desk.
@@ -102,6 +113,12 @@ impl Desk {
     pub(super) fn busy(&self) -> Duration {
         Duration::from_micros(self.busy.load(Ordering::Relaxed))
     }
+
+    /// Usual seconds of encoding one fragment and decoding one.
+    pub(super) fn coding_seconds(&self) -> f64 {
+        let Tolls { encoding, decoding } = &*lock(&self.tolls);
+        encoding.seconds() + decoding.seconds()
+    }
 }
 
 fn work(
@@ -110,7 +127,7 @@ fn work(
     team: &dyn Team,
     queue: &mpsc::Receiver<Job>,
     inbox: &mpsc::Sender<Incoming>,
-    busy: &AtomicU64,
+    (busy, tolls): (&AtomicU64, &Mutex<Tolls>),
 ) {
     while let Ok(job) = queue.recv() {
         let began = Instant::now();
@@ -121,6 +138,7 @@ fn work(
             }
             Job::Contribute(fragment, weights, codec) => {
                 let payload = local.contribute(fragment, weights, codec, team);
+                lock(tolls).encoding.note(began.elapsed());
                 if let Ok(payload) = &payload {
                     residuals.sent(fragment, &payload.bytes);
                 }
@@ -136,9 +154,9 @@ fn work(
                 residuals.settled(&local, fragment);
                 Some(Done::Rebased(fragment, change))
             }
-            Job::Commit(notice, payload, before) => {
+            Job::Commit(notice, payload) => {
                 let result = local.commit(notice.fragment, payload, team);
-                let result = result.map(|(digest, change)| (digest, change.behind(before.as_deref())));
+                lock(tolls).decoding.note(began.elapsed());
                 Some(applied(notice.fragment, notice.version, result))
             }
             Job::Install(fragment, version, bytes) => {

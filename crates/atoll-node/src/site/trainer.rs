@@ -16,6 +16,7 @@ use atoll_core::round::SiteEvent;
 use super::HeldOut;
 use super::clerk::Clerk;
 use super::net::Incoming;
+use super::toll::Toll;
 use crate::coordinator::lock;
 use crate::data::Leases;
 
@@ -50,8 +51,8 @@ pub(super) struct Pause {
     pub(super) events: Vec<SiteEvent>,
     /// Time in which the engine could have trained, had it not been for synchronizing.
     pub(super) exposed: Duration,
-    /// Time in which weights were copied out and changed, since the trainer began.
-    pub(super) blocked: Duration,
+    /// Usual seconds of copying a fragment's weights and of adding to them.
+    pub(super) copying_seconds: f64,
     /// Memory for the next reading of weights.
     pub(super) spare: Vec<f32>,
 }
@@ -96,8 +97,9 @@ pub(super) struct Trainer {
     ready: Instant,
     /// Inner steps that were ordered as soon as those before were done.
     next: Option<u32>,
-    /// See [`Pause::blocked`].
-    blocked: Duration,
+    /// What copying a fragment's weights takes, and changing them.
+    copying: Toll,
+    changing: Toll,
 }
 
 impl Trainer {
@@ -108,7 +110,8 @@ impl Trainer {
         share: Share,
         stop: Arc<AtomicBool>,
     ) -> Self {
-        Self { engine, leases, held_out, share, stop, ready: Instant::now(), next: None, blocked: Duration::ZERO }
+        let (copying, changing) = (Toll::default(), Toll::default());
+        Self { engine, leases, held_out, share, stop, ready: Instant::now(), next: None, copying, changing }
     }
 
     /// Does tasks until there is nothing more to do, or one fails. What is left then goes with the queue, so that nobody
@@ -143,7 +146,7 @@ impl Trainer {
     fn interrupt(&mut self, task: Task, inbox: &mpsc::Sender<Incoming>) -> Result<bool, EngineError> {
         let mut pause = Pause::default();
         self.perform(task, &mut pause)?;
-        pause.blocked = self.blocked;
+        pause.copying_seconds = self.copying_seconds();
         Ok(pause.events.is_empty() || inbox.send(Incoming::Paused(Ok(pause))).is_ok())
     }
 
@@ -153,7 +156,7 @@ impl Trainer {
         let mut weights = delta::of_length(memory, len);
         let began = Instant::now();
         self.engine.read(fragment, &mut weights)?;
-        self.blocked += began.elapsed();
+        self.copying.note(began.elapsed());
         Ok(weights)
     }
 
@@ -161,7 +164,7 @@ impl Trainer {
     fn change(&mut self, fragment: FragmentId, change: Change, pause: &mut Pause) -> Result<(), EngineError> {
         let began = Instant::now();
         pause.spare = change.apply(self.engine.as_mut(), fragment)?;
-        self.blocked += began.elapsed();
+        self.changing.note(began.elapsed());
         Ok(())
     }
 
@@ -175,6 +178,8 @@ impl Trainer {
     fn train(&mut self, steps: u32, tasks: &mpsc::Receiver<Task>, clerk: &Mutex<Clerk>) -> Result<bool, EngineError> {
         let mut pause = Pause::default();
         self.do_what_waits(tasks, &mut pause)?;
+        let waiting = lock(clerk).take_waiting();
+        self.add(waiting, &mut pause)?;
         if !self.is_stopped() {
             pause.exposed = self.ready.elapsed();
             pause.events.push(self.step(steps)?);
@@ -187,8 +192,12 @@ impl Trainer {
         // What has come since is little, and nothing may come between it and the next look at the weights.
         let mut clerk = lock(clerk);
         self.add(clerk.take_waiting(), &mut pause)?;
-        pause.blocked = self.blocked;
+        pause.copying_seconds = self.copying_seconds();
         Ok(clerk.pause(pause, self))
+    }
+
+    fn copying_seconds(&self) -> f64 {
+        self.copying.seconds() + self.changing.seconds()
     }
 
     /// Adds what commits have changed.

@@ -79,7 +79,7 @@ impl Coordinator {
         let (sending, _) = plan::way_seconds(link, &self.load_on(self.rung(site)));
         let way = sending / self.lens.len().max(1) as f64 + link.rtt;
         let seconds = f64::from(steps) * view.step_seconds() + way;
-        // It takes what it has just been told between two steps, and reports now and then.
+        // Its report may be from any moment of a step, and what it has just been told to do comes after that step.
         let slack = STEPS_SLACK * view.step_seconds() + WAY_SLACK * way + view.interval.min(1.0);
         Some((view.heard.after(seconds), view.heard.after(seconds + slack)))
     }
@@ -118,7 +118,7 @@ impl Coordinator {
             Setting::Auto => {
                 let merging = self.lens.len() as f64 * self.pace.merge / MERGE_SHARE;
                 let seconds = self.lead.step_seconds;
-                let least = view.least_seconds(self.lens.len());
+                let least = view.least_seconds();
                 let hiding = plan::best_steps(&self.ladder, &view.status.vitals.link, seconds, least);
                 hiding.max(plan::steps_to_hide(merging, seconds, least))
             }
