@@ -46,10 +46,9 @@ pub const STEPS: u32 = 32;
 const ROUND_SECONDS: f64 = 0.25;
 /// … or as long that encoding and decoding is no more than this share of it at any site …
 const CODING_SHARE: f64 = 0.1;
-/// … and copying weights and adding to them, which no step is taken beside, no more than this …
+/// … and copying weights and adding to them, which no step is taken beside, no more than this. For these reasons nobody takes
+/// more than [`STEPS`].
 const COPYING_SHARE: f64 = 0.02;
-/// … but not fewer steps than this, nor for these reasons more than [`STEPS`].
-const STEPS_MIN: u32 = 2;
 /// More than this harms the model more than a thin link does: such a site misses rounds instead.
 const STEPS_MAX: u32 = 16 * STEPS;
 /// Share of a link that payloads may take on average.
@@ -150,7 +149,7 @@ pub fn steps_to_hide(needed: f64, step_seconds: f64, least_seconds: f64) -> u32 
         return STEPS;
     }
     let steps = |seconds: f64| (seconds / step_seconds).ceil().min(f64::from(STEPS_MAX)) as u32;
-    steps(needed).max(steps(least_seconds).clamp(STEPS_MIN, STEPS))
+    steps(needed).max(steps(least_seconds).min(STEPS)).max(1)
 }
 
 /// Inner steps for a site that takes `step_seconds` each, when the fastest takes `fastest_seconds` and
@@ -198,7 +197,7 @@ mod tests {
     #[test]
     fn rounds_are_short_where_nothing_calls_for_more() {
         let steps = [0.001, 0.03, 0.05, 0.25, 1.0, 60.0].map(|seconds| steps_to_hide(0.0, seconds, ROUND_SECONDS));
-        assert_eq!(steps, [STEPS, 9, 5, STEPS_MIN, STEPS_MIN, STEPS_MIN]);
+        assert_eq!(steps, [STEPS, 9, 5, 1, 1, 1]);
         assert_eq!(steps_to_hide(0.0, 0.0, ROUND_SECONDS), STEPS, "nothing is known yet");
     }
 

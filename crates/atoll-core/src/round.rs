@@ -101,8 +101,8 @@ pub enum Absent {
 pub struct Sync {
     /// Fragments, P; each is a round of its own.
     pub fragments: usize,
-    /// Inner steps between two contributions of a fragment at the fastest site, H. `auto`: two or what takes a quarter of a
-    /// second, and as many more as the thinnest link needs for synchronization to hide behind computing, and any site for its
+    /// Inner steps between two contributions of a fragment at the fastest site, H. `auto`: what takes a quarter of a second,
+    /// and as many more as the thinnest link needs for synchronization to hide behind computing, and any site for its
     /// own part in it to stay small.
     pub steps: Setting<u32>,
     /// Sites that must contribute before a round may close; 0 means more than half of the living.
