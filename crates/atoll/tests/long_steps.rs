@@ -1,5 +1,7 @@
 //! Sites whose steps are so long that others make many commits during one.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::path::PathBuf;
