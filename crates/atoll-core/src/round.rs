@@ -295,12 +295,17 @@ pub struct Vitals {
 impl Vitals {
     /// Whether the numbers can be calculated with.
     pub fn are_sane(&self) -> bool {
-        let times = [self.busy_seconds, self.wall_seconds, self.round_seconds, self.exposed_seconds];
-        let costs = [self.hidden_seconds, self.coding_seconds, self.copying_seconds];
-        let mut seconds = times.into_iter().chain(costs);
-        let (up, down) = self.payload_bytes;
-        let counts = [self.steps, self.tokens, up, down, self.digest_mismatches];
-        let sane = seconds.all(|seconds| (0.0..=1e10).contains(&seconds)) && self.link.is_sane();
+        let seconds = [
+            self.busy_seconds,
+            self.wall_seconds,
+            self.exposed_seconds,
+            self.hidden_seconds,
+            self.coding_seconds,
+            self.copying_seconds,
+            self.round_seconds,
+        ];
+        let counts = [self.steps, self.tokens, self.payload_bytes.0, self.payload_bytes.1, self.digest_mismatches];
+        let sane = seconds.iter().all(|seconds| (0.0..=1e10).contains(seconds)) && self.link.is_sane();
         let sane = sane && counts.iter().all(|&count| count < 1 << 53);
         // A step of a month is a mistake; a loss may be anything that is a number.
         sane && (0.0..3e6).contains(&self.step_seconds) && self.loss.is_finite() && self.agreement.abs() <= 1.0

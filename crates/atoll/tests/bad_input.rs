@@ -10,14 +10,15 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress};
+use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Progress};
 use atoll_core::hash::Digest;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::wire::{Frame, Hello, Purpose};
 use atoll_node::identity::{Identity, Ticket};
 use atoll_node::link::{Dialer, read_frame, write_frame};
 use atoll_node::report::Report;
-use atoll_node::site::{SiteOptions, join};
+use atoll_node::site::join;
+use common::engine::Scripted;
 use common::{Lab, atoll, text, wait};
 
 /// The command fails with a sentence that holds all of `words`, and with a hint.
@@ -247,28 +248,13 @@ impl Engine for Rotten {
     }
 }
 
-/// The options of a site that runs in this process.
-fn options(lab: &Lab, site: &str) -> SiteOptions {
-    SiteOptions {
-        dir: PathBuf::from(lab.path(site)),
-        ticket: Ticket::from_text(&lab.ticket(site)).unwrap(),
-        data: Some(PathBuf::from(lab.path("text"))),
-        rows: None,
-        threads: 1,
-        share: 1.0,
-        streams: 1,
-        engine: site.to_string(),
-        device: "none".into(),
-    }
-}
-
 #[test]
 fn weights_that_are_not_finite_never_leave_their_site() {
     let lab = Lab::new(40_000, &[]);
     let mut coordinator = lab.coordinate();
     let make =
         |parts: atoll_node::site::Parts| Ok(Box::new(Rotten { manifest: parts.manifest, steps: 0 }) as Box<dyn Engine>);
-    let error = join(&options(&lab, "rotten"), make, &Arc::new(AtomicBool::new(false)), &mut |_| {}).unwrap_err();
+    let error = join(&lab.site_options("rotten"), make, &Arc::new(AtomicBool::new(false)), &mut |_| {}).unwrap_err();
     assert!(format!("{error:#}").contains("not finite"), "{error:#}");
     let mut site = lab.join("a", &lab.ticket("a"), &[]);
     let report = lab.finish(&mut coordinator);
@@ -277,63 +263,27 @@ fn weights_that_are_not_finite_never_leave_their_site() {
     lab.replay();
 }
 
-/// An engine whose gradient turns bad once its site must have followed a commit.
-struct Diverging {
-    status: PathBuf,
-    manifest: Manifest,
-    feed: Box<dyn Feed>,
-    weights: Vec<Vec<f32>>,
-    steps: u64,
-}
-
-impl Engine for Diverging {
-    fn manifest(&self) -> &Manifest {
-        &self.manifest
-    }
-
-    fn train(&mut self, steps: u32) -> Result<Progress, EngineError> {
-        // A fragment's second commit holds work of this, the only site, on top of the first.
-        let commits = Report::load(&self.status).map_or(0, |report| report.commits);
-        if commits > self.weights.len() as u64 {
-            let what = "the gradient of model.layers.0.mlp.up_proj.weight".to_string();
-            return Err(EngineError::NonFinite { what, step: self.steps + 1 });
-        }
-        let mut batch = Batch::default();
-        for _ in 0..steps {
-            self.feed.next(4, &mut batch)?;
-            self.steps += 1;
-        }
-        for (weights, change) in self.weights.iter_mut().zip(1..) {
-            weights.iter_mut().for_each(|weight| *weight += 1e-3 * change as f32);
-        }
-        Ok(Progress { steps, tokens: u64::from(steps) * (batch.rows * batch.length) as u64, loss: 1.0 })
-    }
-
-    fn read(&mut self, fragment: FragmentId, weights: &mut [f32]) -> Result<(), EngineError> {
-        weights.copy_from_slice(&self.weights[fragment.index()]);
-        Ok(())
-    }
-
-    fn write(&mut self, fragment: FragmentId, weights: &[f32]) -> Result<(), EngineError> {
-        self.weights[fragment.index()].copy_from_slice(weights);
-        Ok(())
-    }
-
-    fn evaluate(&mut self, batch: &Batch) -> Result<Evaluation, EngineError> {
-        Ok(Evaluation { nats: 1.0, tokens: (batch.rows * batch.length) as u64 })
-    }
-}
-
 #[test]
 fn a_site_that_diverges_names_the_step_the_tensor_and_the_last_good_commit() {
     let lab = Lab::new(1_000_000_000, &[]);
     let _coordinator = lab.coordinate();
+    let status = lab.run().join("status.json");
     let make = |parts: atoll_node::site::Parts| {
-        let weights = parts.manifest.zeros();
-        let (status, manifest, feed) = (lab.run().join("status.json"), parts.manifest, parts.feed);
-        Ok(Box::new(Diverging { status, manifest, feed, weights, steps: 0 }) as Box<dyn Engine>)
+        let script = move |step: u64, weights: &mut [Vec<f32>]| {
+            // A fragment's second commit holds work of this, the only site, on top of the first.
+            let commits = Report::load(&status).map_or(0, |report| report.commits);
+            if commits > weights.len() as u64 {
+                let what = "the gradient of model.layers.0.mlp.up_proj.weight".to_string();
+                return Err(EngineError::NonFinite { what, step });
+            }
+            for (weights, change) in weights.iter_mut().zip(1..) {
+                weights.iter_mut().for_each(|weight| *weight += 1e-3 * change as f32);
+            }
+            Ok(())
+        };
+        Ok(Box::new(Scripted::new(parts, script)) as Box<dyn Engine>)
     };
-    let error = join(&options(&lab, "wild"), make, &Arc::new(AtomicBool::new(false)), &mut |_| {}).unwrap_err();
+    let error = join(&lab.site_options("wild"), make, &Arc::new(AtomicBool::new(false)), &mut |_| {}).unwrap_err();
     let said = format!("{error:#}");
     assert!(
         said.contains("the gradient of model.layers.0.mlp.up_proj.weight became non-finite at inner step "),

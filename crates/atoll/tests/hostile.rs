@@ -13,16 +13,15 @@ use std::path::{Path, PathBuf};
 use atoll_core::codec::Codec;
 use atoll_core::data::{DatasetId, Ranges};
 use atoll_core::hash::Digest;
-use atoll_core::journal::{Book, Chain, Entry, Settled};
+use atoll_core::journal::{Book, Entry, Settled};
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Receipt, Standing, Status, Vitals};
 use atoll_core::wire::{CHUNK, Frame, Purpose};
 use atoll_node::identity::{Identity, Ticket};
-use atoll_node::journal::read_entries;
 use atoll_node::link::{Dialer, Link, read_frame, write_frame};
 use atoll_node::report::Report;
 use atoll_node::run::Terms;
-use common::{Lab, atoll, greet, text, wait};
+use common::{Lab, atoll, entries, greet, text, wait};
 
 // ---- what it says ----
 
@@ -222,10 +221,6 @@ async fn run_away(lab: &Lab, name: &str) {
 }
 
 // ---- what comes of it ----
-
-fn entries(run: &Path) -> Vec<Entry> {
-    read_entries(&run.join("journal.jsonl"), 0, Chain::default()).unwrap()
-}
 
 /// The dataset of the first site that joined.
 fn dataset(run: &Path) -> (DatasetId, u64) {

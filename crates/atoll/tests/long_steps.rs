@@ -4,84 +4,34 @@
 
 mod common;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use atoll_core::engine::{Batch, Engine, EngineError, Evaluation, Feed, Progress};
-use atoll_core::journal::{Accepted, Chain, Commit, Entry};
-use atoll_core::manifest::{FragmentId, Manifest};
-use atoll_node::identity::Ticket;
-use atoll_node::journal::read_entries;
+use atoll_core::engine::Engine;
+use atoll_core::journal::{Accepted, Commit, Entry};
+use atoll_core::manifest::FragmentId;
 use atoll_node::site::{Parts, SiteOptions, join};
-use common::Lab;
+use common::engine::Scripted;
+use common::{Lab, entries};
 
 /// What a step adds to every weight.
 const STRIDE: f32 = 1.0 / 256.0;
 
-/// An engine that takes as long as it is told for a step, and goes straight on.
-struct Walker {
-    manifest: Manifest,
-    feed: Box<dyn Feed>,
-    weights: Vec<Vec<f32>>,
-    step: Duration,
-}
-
-impl Engine for Walker {
-    fn manifest(&self) -> &Manifest {
-        &self.manifest
-    }
-
-    fn train(&mut self, steps: u32) -> Result<Progress, EngineError> {
-        let mut batch = Batch::default();
-        for _ in 0..steps {
-            self.feed.next(4, &mut batch)?;
-            std::thread::sleep(self.step);
-            self.weights.iter_mut().flatten().for_each(|weight| *weight += STRIDE);
-        }
-        Ok(Progress { steps, tokens: u64::from(steps) * (batch.rows * batch.length) as u64, loss: 1.0 })
-    }
-
-    fn read(&mut self, fragment: FragmentId, weights: &mut [f32]) -> Result<(), EngineError> {
-        weights.copy_from_slice(&self.weights[fragment.index()]);
-        Ok(())
-    }
-
-    fn write(&mut self, fragment: FragmentId, weights: &[f32]) -> Result<(), EngineError> {
-        self.weights[fragment.index()].copy_from_slice(weights);
-        Ok(())
-    }
-
-    fn evaluate(&mut self, batch: &Batch) -> Result<Evaluation, EngineError> {
-        Ok(Evaluation { nats: 1.0, tokens: (batch.rows * batch.length) as u64 })
-    }
-}
-
-/// Trains at steps of so many milliseconds until the run is finished; returns how many weights each fragment has.
+/// Trains at steps of so many milliseconds, straight on, until the run is finished; returns how many weights each fragment has.
 fn walk(options: &SiteOptions, millis: u64) -> Vec<usize> {
     let mut lens = Vec::new();
-    let make = |Parts { manifest, feed, .. }: Parts| {
-        let weights = manifest.zeros();
-        lens = weights.iter().map(Vec::len).collect();
-        Ok(Box::new(Walker { manifest, feed, weights, step: Duration::from_millis(millis) }) as Box<dyn Engine>)
+    let make = |parts: Parts| {
+        let engine = Scripted::new(parts, move |_, weights: &mut [Vec<f32>]| {
+            std::thread::sleep(Duration::from_millis(millis));
+            weights.iter_mut().flatten().for_each(|weight| *weight += STRIDE);
+            Ok(())
+        });
+        lens = engine.weights.iter().map(Vec::len).collect();
+        Ok(Box::new(engine) as Box<dyn Engine>)
     };
     join(options, make, &Arc::new(AtomicBool::new(false)), &mut |_| {}).unwrap();
     lens
-}
-
-fn options(lab: &Lab, site: &str) -> SiteOptions {
-    SiteOptions {
-        dir: PathBuf::from(lab.path(site)),
-        ticket: Ticket::from_text(&lab.ticket(site)).unwrap(),
-        data: Some(PathBuf::from(lab.path("text"))),
-        rows: None,
-        threads: 1,
-        share: 1.0,
-        streams: 1,
-        engine: "walker".into(),
-        device: "none".into(),
-    }
 }
 
 /// While one commit of a fragment was taken in a step, such a site fell behind for ever. Now commits are taken in during a
@@ -97,7 +47,7 @@ fn a_site_keeps_up_with_many_commits_a_step_and_hands_in_its_own_steps_only() {
     ];
     let lab = Lab::new(60_000, &changes);
     let mut coordinator = lab.coordinate();
-    let [slow, fast] = ["slow", "fast"].map(|site| options(&lab, site));
+    let [slow, fast] = ["slow", "fast"].map(|site| lab.site_options(site));
     let lens = std::thread::scope(|scope| {
         scope.spawn(|| walk(&fast, 20));
         walk(&slow, 400)
@@ -117,8 +67,7 @@ fn a_site_keeps_up_with_many_commits_a_step_and_hands_in_its_own_steps_only() {
 
 /// How many commits a run has, and the contributions of that site.
 fn history(lab: &Lab, name: &str) -> (usize, Vec<(FragmentId, Accepted)>) {
-    let entries = read_entries(&lab.run().join("journal.jsonl"), 0, Chain::default()).unwrap();
-    let commits = entries.into_iter().filter_map(|entry| match entry {
+    let commits = entries(&lab.run()).into_iter().filter_map(|entry| match entry {
         Entry::Committed(commit) => Some(commit),
         _ => None,
     });

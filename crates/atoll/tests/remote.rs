@@ -7,10 +7,9 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use atoll_core::journal::{Chain, Entry, Role};
+use atoll_core::journal::{Entry, Role};
 use atoll_node::hf;
-use atoll_node::journal::read_entries;
-use common::{Lab, atoll, signal, text, wait};
+use common::{Lab, atoll, entries, signal, text, wait};
 
 const LONG: u64 = 100_000_000;
 
@@ -34,10 +33,6 @@ fn refused(lab: &Lab, dir: &str, ticket: &str, what: &[&str]) -> String {
     let error = text(&done.stderr);
     assert!(!done.status.success() && error.contains("hint:"), "{what:?}: {error}");
     error
-}
-
-fn entries(lab: &Lab) -> Vec<Entry> {
-    read_entries(&lab.run().join("journal.jsonl"), 0, Chain::default()).unwrap()
 }
 
 #[test]
@@ -89,7 +84,7 @@ fn administrators_invite_and_revoke_and_the_journal_says_who() {
     assert!(refused(&lab, "b", &unused, &["status"]).contains("was withdrawn"));
 
     let boss = Some("boss".parse().unwrap());
-    let acts = entries(&lab);
+    let acts = entries(&lab.run());
     assert!(acts.iter().any(|entry| matches!(entry, Entry::Invited { invitation, by, .. }
         if *by == boss && invitation.site.to_string() == "b" && invitation.role == Role::Observe)));
     assert!(

@@ -5,13 +5,11 @@
 
 mod common;
 
-use std::path::Path;
 use std::time::Duration;
 
-use atoll_core::journal::{Book, Chain, Entry};
+use atoll_core::journal::{Book, Entry};
 use atoll_core::site::SiteId;
-use atoll_node::journal::read_entries;
-use common::{Lab, atoll, text, wait};
+use common::{Lab, atoll, entries, text, wait};
 
 const LONG: u64 = 100_000_000;
 
@@ -27,10 +25,6 @@ fn is_refused(lab: &Lab, ticket: &str, dir: &str, words: &str) {
     let joined = atoll(&["join", ticket, "--data", &data, "--dir", &dir, "--threads", "1"]);
     let error = text(&joined.stderr);
     assert!(!joined.status.success() && error.contains(words) && error.contains("hint:"), "{error}");
-}
-
-fn entries(run: &Path) -> Vec<Entry> {
-    read_entries(&run.join("journal.jsonl"), 0, Chain::default()).unwrap()
 }
 
 /// Behind the revocation the site gets nothing, and at most what was being merged of it becomes a commit.

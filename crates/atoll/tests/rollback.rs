@@ -6,8 +6,7 @@ mod common;
 
 use std::path::Path;
 
-use atoll_core::journal::{Book, Chain, Entry};
-use atoll_node::journal::read_entries;
+use atoll_core::journal::{Book, Entry};
 use atoll_node::run::RunDir;
 use atoll_node::snapshot;
 use common::{Lab, atoll, text};
@@ -20,7 +19,7 @@ fn roll_back(lab: &Lab, to: u64) -> std::process::Output {
 
 /// All entries, every one of which follows, with a ledger that adds up after each.
 fn entries(run: &Path) -> (Book, Vec<Entry>) {
-    let entries = read_entries(&run.join("journal.jsonl"), 0, Chain::default()).unwrap();
+    let entries = common::entries(run);
     let mut book = Book::default();
     for entry in &entries {
         book.apply(entry).unwrap();

@@ -11,10 +11,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use atoll_core::hash::Digest;
-use atoll_core::journal::{Book, Chain, Entry};
+use atoll_core::journal::{Book, Entry};
 use atoll_core::wire::{Frame, Purpose};
 use atoll_node::identity::Identity;
-use atoll_node::journal::read_entries;
 use atoll_node::link::{Dialer, read_frame, write_frame};
 use atoll_node::report::Report;
 use common::cable::Cable;
@@ -87,7 +86,7 @@ impl Pair {
     }
 
     fn entries(&self, folder: &str) -> Vec<Entry> {
-        read_entries(&Path::new(&self.lab.path(folder)).join("journal.jsonl"), 0, Chain::default()).unwrap()
+        common::entries(Path::new(&self.lab.path(folder)))
     }
 
     /// The book of a folder's journal: every sample at most once.

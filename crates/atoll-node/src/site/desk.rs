@@ -1,7 +1,6 @@
 //! The desk: a thread that encodes contributions and takes in commits while the engine trains. It owns the site's
 //! copies of the model; the trainer only copies the engine's weights out and adds changes, between two steps.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -15,7 +14,7 @@ use atoll_core::team::Team;
 
 use super::net::Incoming;
 use super::residuals::Residuals;
-use super::toll::Toll;
+use super::toll;
 use crate::coordinator::lock;
 use crate::crew::stand_back;
 
@@ -50,15 +49,17 @@ pub(super) enum Done {
 /// The clerk's end.
 pub(super) struct Desk {
     jobs: mpsc::Sender<Job>,
-    busy: Arc<AtomicU64>,
-    tolls: Arc<Mutex<Tolls>>,
+    spent: Arc<Mutex<Spent>>,
 }
 
-/// What one fragment takes.
+/// Where the time went.
 #[derive(Default)]
-struct Tolls {
-    encoding: Toll,
-    decoding: Toll,
+struct Spent {
+    /// All in all.
+    busy: Duration,
+    /// Usual seconds for one fragment.
+    encoding: f64,
+    decoding: f64,
 }
 
 impl Desk {
@@ -70,15 +71,14 @@ impl Desk {
         inbox: mpsc::Sender<Incoming>,
     ) -> Result<Self> {
         let (jobs, queue) = mpsc::channel();
-        let busy = Arc::new(AtomicU64::new(0));
-        let tolls = Arc::new(Mutex::new(Tolls::default()));
-        let (counter, noted) = (busy.clone(), tolls.clone());
+        let spent = Arc::new(Mutex::new(Spent::default()));
+        let notes = spent.clone();
         let worker = move || {
             stand_back();
-            work(local, residuals, &*team, &queue, &inbox, (&counter, &noted));
+            work(local, residuals, &*team, &queue, &inbox, &notes);
         };
         std::thread::Builder::new().name("desk".to_string()).spawn(worker)?;
-        Ok(Self { jobs, busy, tolls })
+        Ok(Self { jobs, spent })
     }
 
     /// Puts a job on the desk.
@@ -111,13 +111,13 @@ impl Desk {
 
     /// Time in which there was something on the desk.
     pub(super) fn busy(&self) -> Duration {
-        Duration::from_micros(self.busy.load(Ordering::Relaxed))
+        lock(&self.spent).busy
     }
 
     /// Usual seconds of encoding one fragment and decoding one.
     pub(super) fn coding_seconds(&self) -> f64 {
-        let Tolls { encoding, decoding } = &*lock(&self.tolls);
-        encoding.seconds() + decoding.seconds()
+        let spent = lock(&self.spent);
+        spent.encoding + spent.decoding
     }
 }
 
@@ -127,7 +127,7 @@ fn work(
     team: &dyn Team,
     queue: &mpsc::Receiver<Job>,
     inbox: &mpsc::Sender<Incoming>,
-    (busy, tolls): (&AtomicU64, &Mutex<Tolls>),
+    spent: &Mutex<Spent>,
 ) {
     while let Ok(job) = queue.recv() {
         let began = Instant::now();
@@ -138,7 +138,7 @@ fn work(
             }
             Job::Contribute(fragment, weights, codec) => {
                 let payload = local.contribute(fragment, weights, codec, team);
-                lock(tolls).encoding.note(began.elapsed());
+                toll::note(&mut lock(spent).encoding, began.elapsed());
                 if let Ok(payload) = &payload {
                     residuals.sent(fragment, &payload.bytes);
                 }
@@ -156,7 +156,7 @@ fn work(
             }
             Job::Commit(notice, payload) => {
                 let result = local.commit(notice.fragment, payload, team);
-                lock(tolls).decoding.note(began.elapsed());
+                toll::note(&mut lock(spent).decoding, began.elapsed());
                 Some(applied(notice.fragment, notice.version, result))
             }
             Job::Install(fragment, version, bytes) => {
@@ -172,7 +172,7 @@ fn work(
                 return;
             }
         };
-        busy.fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
+        lock(spent).busy += began.elapsed();
         if done.is_some_and(|done| inbox.send(Incoming::Worked(done)).is_err()) {
             return;
         }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use atoll_core::hash::Digest;
 use atoll_core::plan::Link;
 
+use super::toll;
 use crate::coordinator::lock;
 
 /// Shared by the tasks that send and receive.
@@ -32,8 +33,6 @@ struct State {
 const BYTES_MIN: u64 = 48 << 10;
 /// Weight of a rate below the best that was seen; others may have had a part of the link.
 const SLOWER_SHARE: f64 = 0.1;
-/// Weight of a round trip longer than the shortest that was seen.
-const LONGER_SHARE: f64 = 0.05;
 
 impl Meter {
     /// The link, payload bytes up and down, and the time in which something was under way.
@@ -61,9 +60,7 @@ impl Meter {
     pub(super) fn answered(&self, heard: u64) {
         let mut state = lock(&self.0);
         let Some((_, at)) = state.asked.take_if(|(number, _)| *number <= heard) else { return };
-        let rtt = &mut state.link.rtt;
-        let seconds = at.elapsed().as_secs_f64();
-        *rtt = if *rtt == 0.0 || seconds < *rtt { seconds } else { *rtt + LONGER_SHARE * (seconds - *rtt) };
+        toll::note(&mut state.link.rtt, at.elapsed());
     }
 
     /// A payload begins to go up.

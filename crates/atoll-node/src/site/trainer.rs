@@ -16,7 +16,7 @@ use atoll_core::round::SiteEvent;
 use super::HeldOut;
 use super::clerk::Clerk;
 use super::net::Incoming;
-use super::toll::Toll;
+use super::toll;
 use crate::coordinator::lock;
 use crate::data::Leases;
 
@@ -97,9 +97,9 @@ pub(super) struct Trainer {
     ready: Instant,
     /// Inner steps that were ordered as soon as those before were done.
     next: Option<u32>,
-    /// What copying a fragment's weights takes, and changing them.
-    copying: Toll,
-    changing: Toll,
+    /// Usual seconds of copying a fragment's weights, and of changing them.
+    copying: f64,
+    changing: f64,
 }
 
 impl Trainer {
@@ -110,8 +110,8 @@ impl Trainer {
         share: Share,
         stop: Arc<AtomicBool>,
     ) -> Self {
-        let (copying, changing) = (Toll::default(), Toll::default());
-        Self { engine, leases, held_out, share, stop, ready: Instant::now(), next: None, copying, changing }
+        let ready = Instant::now();
+        Self { engine, leases, held_out, share, stop, ready, next: None, copying: 0.0, changing: 0.0 }
     }
 
     /// Does tasks until there is nothing more to do, or one fails. What is left then goes with the queue, so that nobody
@@ -156,7 +156,7 @@ impl Trainer {
         let mut weights = delta::of_length(memory, len);
         let began = Instant::now();
         self.engine.read(fragment, &mut weights)?;
-        self.copying.note(began.elapsed());
+        toll::note(&mut self.copying, began.elapsed());
         Ok(weights)
     }
 
@@ -164,7 +164,7 @@ impl Trainer {
     fn change(&mut self, fragment: FragmentId, change: Change, pause: &mut Pause) -> Result<(), EngineError> {
         let began = Instant::now();
         pause.spare = change.apply(self.engine.as_mut(), fragment)?;
-        self.changing.note(began.elapsed());
+        toll::note(&mut self.changing, began.elapsed());
         Ok(())
     }
 
@@ -178,8 +178,7 @@ impl Trainer {
     fn train(&mut self, steps: u32, tasks: &mpsc::Receiver<Task>, clerk: &Mutex<Clerk>) -> Result<bool, EngineError> {
         let mut pause = Pause::default();
         self.do_what_waits(tasks, &mut pause)?;
-        let waiting = lock(clerk).take_waiting();
-        self.add(waiting, &mut pause)?;
+        self.add_waiting(clerk, &mut pause)?;
         if !self.is_stopped() {
             pause.exposed = self.ready.elapsed();
             pause.events.push(self.step(steps)?);
@@ -187,8 +186,7 @@ impl Trainer {
                 self.perform(task, &mut pause)?;
             }
         }
-        let waiting = lock(clerk).take_waiting();
-        self.add(waiting, &mut pause)?;
+        self.add_waiting(clerk, &mut pause)?;
         // What has come since is little, and nothing may come between it and the next look at the weights.
         let mut clerk = lock(clerk);
         self.add(clerk.take_waiting(), &mut pause)?;
@@ -197,10 +195,15 @@ impl Trainer {
     }
 
     fn copying_seconds(&self) -> f64 {
-        self.copying.seconds() + self.changing.seconds()
+        self.copying + self.changing
     }
 
-    /// Adds what commits have changed.
+    /// Adds what commits have changed, while the clerk goes on.
+    fn add_waiting(&mut self, clerk: &Mutex<Clerk>, pause: &mut Pause) -> Result<(), EngineError> {
+        let waiting = lock(clerk).take_waiting();
+        self.add(waiting, pause)
+    }
+
     fn add(&mut self, changes: BTreeMap<FragmentId, Vec<f32>>, pause: &mut Pause) -> Result<(), EngineError> {
         for (fragment, change) in changes {
             self.change(fragment, Change::Add(change), pause)?;

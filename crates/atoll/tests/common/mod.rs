@@ -3,15 +3,18 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
 pub mod cable;
+pub mod engine;
 pub mod s3;
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use atoll_core::journal::{Chain, Entry};
 use atoll_core::wire::{Frame, Hello, Purpose};
+use atoll_node::journal::read_entries;
 use atoll_node::link::{Dialer, Link, read_frame, write_frame};
 use atoll_node::report::Report;
 use tempfile::TempDir;
@@ -50,6 +53,11 @@ impl Drop for Process {
 
 pub fn atoll(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_atoll")).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+/// All entries of a run folder's journal.
+pub fn entries(run: &Path) -> Vec<Entry> {
+    read_entries(&run.join("journal.jsonl"), 0, Chain::default()).unwrap()
 }
 
 pub fn text(bytes: &[u8]) -> String {
