@@ -193,7 +193,8 @@ def test_a_rank_that_dies_takes_its_site_out_and_the_site_comes_back(lab, parall
     state = lambda: lab.state("ranks")
     lab.until("the site to be away", lambda: state() == "away")
     again = ranks(lab, parallel, ticket=ticket)
-    lab.until("the ranks to train again", lambda: "trains" in said_by(lab, 1) or again[0].poll() is not None)
+    train = lambda: all("trains" in said_by(lab, rank) for rank in range(2))
+    lab.until("both ranks to train again", lambda: train() or again[0].poll() is not None)
     assert again[0].poll() is None, logs(lab)
     lab.until("the site to be back", lambda: state() != "away")
     for process in again:
