@@ -49,21 +49,12 @@ pub(super) fn widen(bytes: [u8; 2]) -> f32 {
     f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
 }
 
-/// Magnitude of exponent `e` in units of the scale: 0 for 0, else 2^(e−7).
-const fn level(e: u8) -> f32 {
-    if e == 0 { 0.0 } else { f32::from_bits((e as u32 + 120) << 23) }
+/// What a nibble stands for, in units of the scale: ± 0 for exponent 0, else ± 2^(e−7). No look-up, so that a vector does many.
+#[inline(always)]
+const fn level(nibble: u32) -> f32 {
+    let (sign, exponent) = (nibble >> 3 << 31, nibble & 7);
+    f32::from_bits(sign | if exponent == 0 { 0 } else { (exponent + 120) << 23 })
 }
-
-/// What each nibble stands for, in units of the scale.
-const LEVELS: [f32; 16] = {
-    let mut levels = [0.0; 16];
-    let mut e = 0;
-    while e < 8 {
-        (levels[e], levels[e + 8]) = (level(e as u8), -level(e as u8));
-        e += 1;
-    }
-    levels
-};
 
 /// The exponent whose level is nearest to `ratio` ≥ 0. Between 2^k and 2^(k+1) the border is
 /// 1.5·2^k, so the exponent of ratio·4/3 decides; below half the smallest level it is zero.
@@ -84,33 +75,61 @@ pub(super) fn encode_e3m0(values: &[f32], out: &mut [u8]) {
 fn encode_block(block: &[f32], out: &mut [u8; BLOCK_BYTES]) {
     let peak = f32::from_bits(greatest(block));
     let mut nibbles = [0u8; BLOCK];
-    let (mut along, mut square) = (0.0f64, 0.0f64);
+    let mut scale = bf16::ZERO;
     // A peak below the normal numbers has no usable reciprocal; such a block is zero.
     if peak >= f32::MIN_POSITIVE {
         for (nibble, &value) in nibbles.iter_mut().zip(block) {
             *nibble = nearest_exponent(value.abs() / peak) | if value < 0.0 { 8 } else { 0 };
         }
-        for (&nibble, &value) in nibbles.iter().zip(block) {
-            let level = LEVELS[usize::from(nibble & 7)];
-            along += f64::from(value.abs()) * f64::from(level);
-            square += f64::from(level * level);
-        }
+        scale = fit(block, &nibbles);
     }
-    let scale = if square > 0.0 { saturate((along / square) as f32) } else { bf16::ZERO };
     out[..2].copy_from_slice(&scale.to_le_bytes());
     for (byte, [low, high]) in out[2..].iter_mut().zip(nibbles.as_chunks().0) {
         *byte = low | high << 4;
     }
 }
 
+/// The scale with which the nibbles are nearest to the block: least squares. Neither sum loses a bit, in whatever order:
+/// of a value that is not rounded to zero the lowest bit is at most 37 below the block's peak.
+#[inline(always)]
+fn fit(block: &[f32], nibbles: &[u8; BLOCK]) -> bf16 {
+    const LANES: usize = 16;
+    let (mut alongs, mut squares) = ([0.0f64; LANES], [0.0f32; LANES]);
+    let mut whole = [0.0; BLOCK];
+    whole[..block.len()].copy_from_slice(block);
+    for (values, nibbles) in whole.as_chunks::<LANES>().0.iter().zip(nibbles.as_chunks::<LANES>().0) {
+        for lane in 0..LANES {
+            let level = level(u32::from(nibbles[lane]));
+            alongs[lane] += f64::from(values[lane]) * f64::from(level);
+            squares[lane] += level * level;
+        }
+    }
+    let (along, square): (f64, f32) = (alongs.iter().sum(), squares.iter().sum());
+    if square > 0.0 { saturate((along / f64::from(square)) as f32) } else { bf16::ZERO }
+}
+
 #[inline(always)]
 pub(super) fn decode_e3m0(bytes: &[u8], values: &mut [f32]) {
-    for (block, bytes) in values.chunks_mut(BLOCK).zip(bytes.as_chunks::<BLOCK_BYTES>().0) {
-        let scale = widen([bytes[0], bytes[1]]);
-        let levels = LEVELS.map(|level| level * scale);
-        let value = |place: usize| levels[usize::from(bytes[2 + place / 2] >> (4 * (place % 2)) & 15)];
-        for (place, out) in block.iter_mut().enumerate() {
-            *out = value(place);
+    let (blocks, rest) = values.as_chunks_mut::<BLOCK>();
+    let (bytes, _) = bytes.as_chunks::<BLOCK_BYTES>();
+    for (block, bytes) in blocks.iter_mut().zip(bytes) {
+        decode_block(bytes, block);
+    }
+    if let Some(bytes) = bytes.get(blocks.len()) {
+        let mut block = [0.0; BLOCK];
+        decode_block(bytes, &mut block);
+        rest.copy_from_slice(&block[..rest.len()]);
+    }
+}
+
+#[inline(always)]
+fn decode_block(bytes: &[u8; BLOCK_BYTES], block: &mut [f32; BLOCK]) {
+    const LANES: usize = 8;
+    let scale = widen([bytes[0], bytes[1]]);
+    for (values, bytes) in block.as_chunks_mut::<LANES>().0.iter_mut().zip(bytes[2..].as_chunks::<{ LANES / 2 }>().0) {
+        let nibbles = u32::from_le_bytes(*bytes);
+        for (lane, value) in values.iter_mut().enumerate() {
+            *value = level(nibbles >> (4 * lane) & 15) * scale;
         }
     }
 }
