@@ -29,9 +29,10 @@ fn flip(values: &mut [f32], turn: u8) {
         for (lane, signs) in signs.iter_mut().enumerate() {
             *signs = mix((usize::from(turn) << 16 | number << 8 | lane) as u32 + 1);
         }
-        for (place, row) in block.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            for (value, signs) in row.iter_mut().zip(signs) {
-                *value = f32::from_bits(value.to_bits() ^ signs >> place << 31);
+        for row in block.as_chunks_mut::<LANES>().0 {
+            for lane in 0..LANES {
+                row[lane] = f32::from_bits(row[lane].to_bits() ^ signs[lane] << 31);
+                signs[lane] >>= 1;
             }
         }
     }

@@ -16,112 +16,26 @@
 //! turn has the same rotation: what is merged from a few sites is a sum of a few paths, so a few words say nearly all of it
 //! again. A short chunk is one of 512, 1,024 or 2,048 weights with zeros behind it.
 
+mod code;
+mod viterbi;
+
 use super::CHUNK;
 use super::dense::{greatest, saturate, widen};
 use super::rotation::{SMALLEST, rotate, rotate_back};
 use crate::delta::square;
+use code::{BLOCK, MEAN_SQUARE, PAIR, Reader, UNIT};
+use viterbi::find_path;
 
-/// Weights of a step, which a bit speaks of.
-const STEP: usize = 4;
-/// Weights that a byte speaks of.
-const BLOCK: usize = 8 * STEP;
-/// Most steps of a chunk.
-const STEPS: usize = CHUNK / STEP;
-/// A state is the last six bits.
-const STATES: usize = 64;
-/// States whose newest bit is zero, and those whose oldest is.
-const HALF: usize = STATES / 2;
 /// Most words: two bits a weight.
 pub(super) const WORDS_MAX: u8 = 8;
 /// Share of a chunk's energy that a word leaves to others.
 pub(super) const LEFT: f64 = 0.751;
 /// No training is beyond this; sums of such numbers are finite.
 const PEAK_MAX: f32 = 1e30;
-/// What stands for one in [`DIRECTIONS`].
-const UNIT: i16 = 12;
-/// What the root of the mean square stands for where paths are compared, and the most that anything does.
+/// What the root of the mean square stands for where paths are compared.
 const USUAL: f32 = 20.0;
-const MOST: f32 = 127.0;
 /// No training is below this; nothing divided by such numbers is endless.
 const LEAST: f32 = 1e-30;
-/// How far behind all states are at first but the one whose bits are all zero: farther than what they could make up for.
-const BEHIND: i16 = -20_000;
-
-/// What states say whose newest bit is zero. All are about as long, twice [`UNIT`]. Made by Lloyd's algorithm from random
-/// ones: 220 times each became the middle of what chunks of normal numbers, 80 to 400, had there on their best paths.
-const DIRECTIONS: [[i16; STEP]; HALF] = [
-    [-3, 3, 19, 15],
-    [-23, 2, -5, 2],
-    [2, 19, -8, 11],
-    [-10, 11, -9, -17],
-    [-20, 4, -12, 2],
-    [-9, -14, 15, -8],
-    [11, 2, -3, -21],
-    [5, -12, -19, 4],
-    [-20, -2, 12, -5],
-    [-3, -11, 6, 20],
-    [-16, 13, -4, -11],
-    [-12, -20, 1, 3],
-    [-5, 3, 16, -17],
-    [-2, 21, 11, 6],
-    [-10, -10, -20, -1],
-    [-9, 12, -4, 18],
-    [3, -6, -18, -14],
-    [22, -2, 8, -4],
-    [-4, -20, 8, -10],
-    [10, -11, 9, 17],
-    [20, -6, 12, -2],
-    [10, 14, -15, 7],
-    [-11, -4, 3, 21],
-    [-7, 10, 20, -4],
-    [19, 4, -12, 7],
-    [2, 11, -8, -20],
-    [17, -12, 5, 11],
-    [12, 20, -2, -3],
-    [6, -1, -17, 16],
-    [0, -21, -11, -5],
-    [8, 12, 19, 0],
-    [12, -11, 3, -18],
-];
-
-/// The same, place by place.
-const ENTRIES: [[i16; HALF]; STEP] = entries();
-/// What each state says.
-const CODEWORDS: [[f32; STEP]; STATES] = codewords();
-/// Mean square of what they say of a weight, where [`UNIT`] is one.
-const MEAN_SQUARE: f32 = mean_square();
-
-const fn mean_square() -> f32 {
-    let (mut sum, mut at) = (0, 0);
-    while at < HALF * STEP {
-        let entry = DIRECTIONS[at / STEP][at % STEP] as i32;
-        sum += entry * entry;
-        at += 1;
-    }
-    sum as f32 / ((HALF * STEP) as f32 * UNIT as f32 * UNIT as f32)
-}
-
-const fn entries() -> [[i16; HALF]; STEP] {
-    let mut entries = [[0; HALF]; STEP];
-    let mut at = 0;
-    while at < HALF * STEP {
-        entries[at % STEP][at / STEP] = DIRECTIONS[at / STEP][at % STEP];
-        at += 1;
-    }
-    entries
-}
-
-const fn codewords() -> [[f32; STEP]; STATES] {
-    let mut codewords = [[0.0; STEP]; STATES];
-    let mut at = 0;
-    while at < STATES * STEP {
-        let (state, place) = (at / STEP, at % STEP);
-        let entry = DIRECTIONS[state / 2][place] as f32 / UNIT as f32;
-        codewords[state][place] = if state & 1 == 0 { entry } else { -entry };
-        at += 1;
-    }
-    codewords
-}
 
 /// How a chunk of so many weights is cut up.
 #[derive(Debug, Clone, Copy)]
@@ -190,23 +104,69 @@ pub(super) fn decode(turn: u8, words: &[u8], values: &mut [f32]) {
 #[inline(always)]
 pub(super) fn add_up<'a>(
     turn: u8,
-    chunks: impl Iterator<Item = (&'a [u8], f32)> + Clone,
+    chunks: impl Iterator<Item = (&'a [u8], f32)>,
     values: &mut [f32; CHUNK],
     alongs: &mut [f64],
 ) {
     let shape = Shape::new(CHUNK);
-    values.fill(0.0);
-    for (words, share) in chunks.clone() {
-        for word in words.chunks_exact(shape.word()) {
-            say(word, values, share);
-        }
+    let words = |(index, (words, share)): (usize, (&'a [u8], f32))| {
+        words.chunks_exact(shape.word()).map(move |word| Voice::new(index, word, share))
+    };
+    let mut voices: Vec<Voice<'_>> = chunks.enumerate().flat_map(words).collect();
+    let (spoken, silent) = values.split_at_mut(shape.path * BLOCK);
+    for (at, block) in spoken.as_chunks_mut().0.iter_mut().enumerate() {
+        sing(&mut voices, at, block);
     }
-    for ((words, _), sum) in chunks.zip(alongs) {
-        for word in words.chunks_exact(shape.word()) {
-            *sum += along(word, values);
-        }
+    silent.fill(0.0);
+    for voice in voices {
+        let along: f64 = voice.along.into_iter().map(f64::from).sum();
+        alongs[voice.index] += f64::from(voice.gain) * along;
     }
     rotate_back(values, turn);
+}
+
+/// A word among others that are added up.
+struct Voice<'a> {
+    /// Number of its payload.
+    index: usize,
+    gain: f32,
+    /// What its gain is multiplied with in the sum.
+    share: f32,
+    path: &'a [u8],
+    reader: Reader,
+    /// How far it goes along the sum so far, but for the gain.
+    along: [f32; PAIR],
+}
+
+impl<'a> Voice<'a> {
+    fn new(index: usize, word: &'a [u8], share: f32) -> Self {
+        let (gain, path) = (gain(word), &word[2..]);
+        Self { index, gain, share, path, reader: Reader::default(), along: [0.0; PAIR] }
+    }
+}
+
+/// Writes what all say of block number `at`, and notes how far each goes along it.
+#[inline(always)]
+fn sing(voices: &mut [Voice<'_>], at: usize, block: &mut [f32; BLOCK]) {
+    let mut sum = [0.0; BLOCK];
+    for voice in &*voices {
+        let (gain, mut reader) = (voice.share * voice.gain, voice.reader);
+        for (sum, said) in sum.as_chunks_mut::<PAIR>().0.iter_mut().zip(reader.read(voice.path[at])) {
+            for place in 0..PAIR {
+                sum[place] += gain * said[place];
+            }
+        }
+    }
+    for voice in voices {
+        let mut along = voice.along;
+        for (sum, said) in sum.as_chunks::<PAIR>().0.iter().zip(voice.reader.read(voice.path[at])) {
+            for place in 0..PAIR {
+                along[place] += said[place] * sum[place];
+            }
+        }
+        voice.along = along;
+    }
+    *block = sum;
 }
 
 /// Takes away what `values` have along what the chunk speaks of, byte by byte.
@@ -231,9 +191,16 @@ pub(super) fn silence(turn: u8, words: &[u8], values: &mut [f32]) {
 }
 
 /// Squared length of what a whole chunk says: rotations keep it.
+#[inline(always)]
 pub(super) fn chunk_square(words: &[u8]) -> f64 {
+    let word_len = Shape::new(CHUNK).word();
+    if words.len() == word_len {
+        return f64::from(gain(words)).powi(2) * code::square(&words[2..]);
+    }
     let mut said = [0.0; CHUNK];
-    words.chunks_exact(Shape::new(CHUNK).word()).for_each(|word| say(word, &mut said, 1.0));
+    for word in words.chunks_exact(word_len) {
+        say(word, &mut said, 1.0);
+    }
     square(&said)
 }
 
@@ -260,141 +227,17 @@ fn speak(values: &[f32], word: &mut [u8]) {
     head.copy_from_slice(&saturate(gain.max(0.0)).to_le_bytes());
 }
 
-/// For each state, how far the best path goes that ends there.
-type Sums = [i16; STATES];
-/// For each two states that differ in their newest bit, [`HALF`] if the best way there comes from the state whose oldest bit
-/// is one, else zero.
-type Choices = [u8; HALF];
-
-/// Writes the bits of the path along which `scale` times `values` go farthest (Viterbi), and returns how far that is. It begins
-/// as if there had been zeros before. In whole numbers, of which a register holds many, and whose sums are the same in
-/// any order.
-#[inline(always)]
-fn find_path(values: &[f32], scale: f32, path: &mut [u8]) -> i32 {
-    let mut choices = [[0; HALF]; STEPS];
-    let (mut sums, mut far) = ([BEHIND; STATES], 0);
-    sums[0] = 0;
-    for (values, choices) in values.as_chunks().0.iter().zip(choices.as_chunks_mut::<8>().0) {
-        for (step, choices) in round(values, scale).as_chunks().0.iter().zip(choices) {
-            sums = go_on(&sums, step, choices);
-        }
-        far += level(&mut sums);
-    }
-    let mut state = farthest(&sums);
-    far += i32::from(sums[state]);
-    for (byte, choices) in path.iter_mut().zip(choices.as_chunks::<8>().0).rev() {
-        *byte = 0;
-        for (place, choices) in choices.iter().rev().enumerate() {
-            *byte |= ((state & 1) << place) as u8;
-            let rest = state / 2 % HALF;
-            state = rest | usize::from(choices[rest]);
-        }
-    }
-    far
-}
-
-/// The nearest whole numbers to `scale` times the values.
-#[inline(always)]
-fn round(values: &[f32; BLOCK], scale: f32) -> [i16; BLOCK] {
-    /// Added to a small number, it leaves the nearest whole one in the lowest bits.
-    const SHIFT: f32 = 12_582_912.0;
-    let mut whole = [0; BLOCK];
-    for (whole, value) in whole.iter_mut().zip(values) {
-        *whole = ((value * scale).clamp(-MOST, MOST) + SHIFT).to_bits() as i16;
-    }
-    whole
-}
-
-/// Makes room for what is to come: keeps differences, which alone matter, and returns what it takes from all.
-#[inline(always)]
-fn level(sums: &mut Sums) -> i32 {
-    let first = sums[0];
-    for sum in sums {
-        *sum = sum.saturating_sub(first);
-    }
-    i32::from(first)
-}
-
-#[inline(always)]
-fn farthest(sums: &Sums) -> usize {
-    let mut state = 0;
-    for (number, sum) in sums.iter().enumerate() {
-        if *sum > sums[state] {
-            state = number;
-        }
-    }
-    state
-}
-
-/// A step more. From states that differ in their oldest bit the same two can be reached, which say the same with
-/// opposite signs. A product is at most 127 · 23, so nothing wraps; sums of the farthest and of the nearest may saturate.
-#[inline(always)]
-fn go_on(sums: &Sums, step: &[i16; STEP], choices: &mut Choices) -> Sums {
-    let (zero, one) = sums.split_at(HALF);
-    let [a, b, c, d] = *step;
-    let (mut best, mut along, mut next) = ([0i16; HALF], [0i16; HALF], [0i16; STATES]);
-    for at in 0..HALF {
-        choices[at] = if one[at] > zero[at] { HALF as u8 } else { 0 };
-        best[at] = one[at].max(zero[at]);
-    }
-    for at in 0..HALF {
-        let times = |value: i16, place: usize| value.wrapping_mul(ENTRIES[place][at]);
-        along[at] = times(a, 0).wrapping_add(times(b, 1)).wrapping_add(times(c, 2)).wrapping_add(times(d, 3));
-    }
-    for at in 0..HALF {
-        next[2 * at] = best[at].saturating_add(along[at]);
-        next[2 * at + 1] = best[at].saturating_sub(along[at]);
-    }
-    next
-}
-
-/// Shows each step to `show` with what a path says of it; steps come in eights, as many as a byte tells.
-#[inline(always)]
-fn follow<S>(
-    path: &[u8],
-    eights: impl IntoIterator<Item = impl IntoIterator<Item = S>>,
-    mut show: impl FnMut(S, &[f32; STEP]),
-) {
-    let mut bits = 0;
-    for (byte, steps) in path.iter().zip(eights) {
-        bits = bits << 8 | usize::from(*byte);
-        for (place, step) in steps.into_iter().enumerate() {
-            show(step, &CODEWORDS[(bits >> (7 - place)) % STATES]);
-        }
-    }
-}
-
 /// Adds `times` what a word says to rotated `values`.
 #[inline(always)]
 fn say(word: &[u8], values: &mut [f32], times: f32) {
-    let gain = times * gain(word);
-    follow(
-        &word[2..],
-        values.as_chunks_mut::<STEP>().0.as_chunks_mut::<8>().0,
-        #[inline(always)]
-        |step, said| {
-            for at in 0..STEP {
-                step[at] += gain * said[at];
+    let (gain, mut reader) = (times * gain(word), Reader::default());
+    for (byte, block) in word[2..].iter().zip(values.as_chunks_mut::<BLOCK>().0) {
+        for (values, said) in block.as_chunks_mut::<PAIR>().0.iter_mut().zip(reader.read(*byte)) {
+            for place in 0..PAIR {
+                values[place] += gain * said[place];
             }
-        },
-    );
-}
-
-/// Dot product of what a word says and rotated `values`.
-#[inline(always)]
-fn along(word: &[u8], values: &[f32]) -> f64 {
-    let mut alongs = [0.0f32; STEP];
-    follow(
-        &word[2..],
-        values.as_chunks::<STEP>().0.as_chunks::<8>().0,
-        #[inline(always)]
-        |step, said| {
-            for at in 0..STEP {
-                alongs[at] += said[at] * step[at];
-            }
-        },
-    );
-    f64::from(gain(word)) * alongs.into_iter().map(f64::from).sum::<f64>()
+        }
+    }
 }
 
 #[inline(always)]
