@@ -319,9 +319,7 @@ impl Codec {
     #[inline(always)]
     fn unpack(self, turn: u8, bytes: &[u8], values: &mut [f32]) {
         match self {
-            Codec::F32 => dense::decode_f32(bytes, values),
-            Codec::Bf16 => dense::decode_bf16(bytes, values),
-            Codec::E3m0 => dense::decode_e3m0(bytes, values),
+            Codec::F32 | Codec::Bf16 | Codec::E3m0 => dense::decode(self, bytes, values),
             Codec::Tcq(_) => trellis::decode(turn, bytes, values),
             Codec::Sparse(_) => {}
         }

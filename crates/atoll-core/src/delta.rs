@@ -21,6 +21,7 @@
 //! has left and the one before, which holds if its samples go back to the pool. Everything here runs beside the
 //! training: an engine only hands out its weights and takes in a [`Change`].
 
+mod products;
 pub mod residual;
 #[cfg(test)]
 mod tests;
@@ -35,6 +36,8 @@ use crate::hash::Digest;
 use crate::manifest::{FragmentId, Manifest};
 use crate::simd::simd;
 use crate::team::Team;
+pub(crate) use products::Products;
+pub use products::{cosine, dot, norm, square};
 use residual::Residual;
 
 /// What becomes of the steps that a site took while its contribution travelled.
@@ -414,62 +417,4 @@ pub fn add(weights: &mut [f32], change: &[f32]) {
             }
         },
     );
-}
-
-/// Sums that grow side by side.
-const LANES: usize = 32;
-/// Values whose products are added up in `f32`: an error of 10⁻⁶ of their length at most, and twice as many at a time.
-const STRETCH: usize = 16 * LANES;
-/// Within these bounds no square or product of values that count in a sum is lost in `f32`.
-const SAFE: std::ops::Range<f64> = 1e-25..1e35;
-
-/// Dot product, summed in a fixed order: the same bits on every machine. Stretches in `f32`, their sums in `f64`; if numbers are so
-/// small or so large that `f32` may lose some, everything in `f64`.
-#[inline(always)]
-pub fn dot(a: &[f32], b: &[f32]) -> f64 {
-    let sum = simd(
-        #[inline(always)]
-        || sum_of_products(a, b),
-    );
-    if SAFE.contains(&sum.abs()) { sum } else { a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() }
-}
-
-/// Squared length: [`dot`] with itself, bit for bit.
-#[inline(always)]
-pub fn square(values: &[f32]) -> f64 {
-    dot(values, values)
-}
-
-#[inline(always)]
-fn sum_of_products(a: &[f32], b: &[f32]) -> f64 {
-    let mut sums = [0.0f64; LANES];
-    let mut rest = 0.0;
-    for (a, b) in a.chunks(STRETCH).zip(b.chunks(STRETCH)) {
-        let mut lanes = [0.0f32; LANES];
-        let (a_blocks, a_rest) = a.as_chunks::<LANES>();
-        let (b_blocks, b_rest) = b.as_chunks::<LANES>();
-        for (a, b) in a_blocks.iter().zip(b_blocks) {
-            for lane in 0..LANES {
-                lanes[lane] += a[lane] * b[lane];
-            }
-        }
-        for lane in 0..LANES {
-            sums[lane] += f64::from(lanes[lane]);
-        }
-        for (a, b) in a_rest.iter().zip(b_rest) {
-            rest += f64::from(*a) * f64::from(*b);
-        }
-    }
-    sums.iter().sum::<f64>() + rest
-}
-
-/// Euclidean length, in the same fixed order as [`dot`].
-pub fn norm(values: &[f32]) -> f64 {
-    square(values).sqrt()
-}
-
-/// Cosine of the angle between two vectors; 0 if one of them has no length.
-pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let lengths = norm(a) * norm(b);
-    if lengths > 0.0 { dot(a, b) / lengths } else { 0.0 }
 }

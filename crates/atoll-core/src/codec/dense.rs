@@ -2,10 +2,23 @@
 
 use half::bf16;
 
+use super::Codec;
+
 /// Weights in a block of E3M0.
 pub(super) const BLOCK: usize = 128;
 /// Bytes of such a block, full or not.
 pub(super) const BLOCK_BYTES: usize = 2 + BLOCK / 2;
+
+/// Writes what bytes of such a codec say; of another one, nothing.
+#[inline(always)]
+pub(super) fn decode(codec: Codec, bytes: &[u8], values: &mut [f32]) {
+    match codec {
+        Codec::F32 => decode_f32(bytes, values),
+        Codec::Bf16 => decode_bf16(bytes, values),
+        Codec::E3m0 => decode_e3m0(bytes, values),
+        Codec::Sparse(_) | Codec::Tcq(_) => {}
+    }
+}
 
 #[inline(always)]
 pub(super) fn encode_f32(values: &[f32], out: &mut [u8]) {
@@ -15,7 +28,7 @@ pub(super) fn encode_f32(values: &[f32], out: &mut [u8]) {
 }
 
 #[inline(always)]
-pub(super) fn decode_f32(bytes: &[u8], values: &mut [f32]) {
+fn decode_f32(bytes: &[u8], values: &mut [f32]) {
     for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
         *value = f32::from_le_bytes(*bytes);
     }
@@ -29,7 +42,7 @@ pub(super) fn encode_bf16(values: &[f32], out: &mut [u8]) {
 }
 
 #[inline(always)]
-pub(super) fn decode_bf16(bytes: &[u8], values: &mut [f32]) {
+fn decode_bf16(bytes: &[u8], values: &mut [f32]) {
     for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
         *value = widen(*bytes);
     }
@@ -110,7 +123,7 @@ fn fit(block: &[f32], nibbles: &[u8; BLOCK]) -> bf16 {
 }
 
 #[inline(always)]
-pub(super) fn decode_e3m0(bytes: &[u8], values: &mut [f32]) {
+fn decode_e3m0(bytes: &[u8], values: &mut [f32]) {
     let (blocks, rest) = values.as_chunks_mut::<BLOCK>();
     let (bytes, _) = bytes.as_chunks::<BLOCK_BYTES>();
     for (block, bytes) in blocks.iter_mut().zip(bytes) {

@@ -186,8 +186,8 @@ proptest! {
         let mut visited = Vec::new();
         let is_sound = codec.each(0, &payload[7..], count, |place, value| visited.push((place as u16, value))).is_some();
         let mut room = Unpacked::default();
-        room.read(&parsed, 0);
-        let unpacked::Part::Sparse(values, places, 0) = room.part(0..count) else { panic!("it is sparse") };
+        room.read(&parsed, 0, 0..count);
+        let unpacked::Part::Sparse(values, places) = room.part() else { panic!("it is sparse") };
         let unpacked: Vec<(u16, f32)> = places.iter().copied().zip(values.iter().copied()).collect();
         prop_assert_eq!(unpacked, if is_sound { visited } else { Vec::new() });
     }

@@ -1,23 +1,35 @@
-//! A chunk of a payload, unpacked into a core's nearest cache: whoever needs its values more than once decodes them
-//! once, and whatever the codec, they are then plain slices.
+//! A chunk of a payload, or a part of it, for whoever needs its values more than once. Codecs that write every weight are read
+//! piece by piece wherever values are needed: that is faster than to have them lie somewhere. Others are unpacked once,
+//! into a core's nearest cache.
 
 use std::ops::Range;
 
+use super::dense::{self, BLOCK};
 use super::sparse::{self, GROUP, Shape};
 use super::{Codec, Payload};
-use crate::delta::{dot, square};
+use crate::delta::{Products, dot, square};
 use crate::simd::simd;
 
 /// Sums that grow side by side.
 const LANES: usize = 4;
+/// Weights that are read at a time.
+const PIECE: usize = 4 * BLOCK;
 
-/// Room for the values of one chunk of one payload.
+/// Room for the values of one chunk of one payload, or where they are written.
 #[derive(Debug, Default)]
-pub(crate) struct Unpacked {
+pub(crate) struct Unpacked<'a> {
+    form: Form<'a>,
     values: Vec<f32>,
-    /// Where they belong in the chunk, ascending; none if there is a value for every place.
+    /// Where they belong in the part, ascending; none if there is a value for every place.
     places: Vec<u16>,
-    is_sparse: bool,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+enum Form<'a> {
+    #[default]
+    Dense,
+    Sparse,
+    Written(Written<'a>),
 }
 
 /// What a chunk says of some of its weights.
@@ -26,41 +38,105 @@ pub(crate) enum Part<'a> {
     /// All values.
     Dense(&'a [f32]),
     /// Values, and how far each is from the part's beginning.
-    Sparse(&'a [f32], &'a [u16], u16),
+    Sparse(&'a [f32], &'a [u16]),
+    /// All values, as they are written.
+    Written(Written<'a>),
 }
 
-impl Unpacked {
-    /// Takes in chunk number `number` of a checked payload. A chunk that is malformed says nothing.
+/// So many values of a codec that writes all.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Written<'a> {
+    codec: Codec,
+    bytes: &'a [u8],
+    len: usize,
+}
+
+impl<'a> Unpacked<'a> {
+    /// Takes in the weights at `range` in chunk number `number` of a checked payload. A chunk that is malformed says nothing.
     #[inline(always)]
-    pub(crate) fn read(&mut self, payload: &Payload<'_>, number: usize) {
+    pub(crate) fn read(&mut self, payload: &Payload<'a>, number: usize, range: Range<usize>) {
         let (len, bytes) = payload.chunk(number);
-        let Self { values, places, is_sparse } = self;
-        let Codec::Sparse(keep) = payload.codec else {
-            *is_sparse = false;
-            values.resize(len, 0.0);
-            payload.codec.unpack(payload.turn, bytes, values);
+        if let Codec::Sparse(keep) = payload.codec {
+            self.form = Form::Sparse;
+            return self.read_sparse(Shape::new(keep, len), bytes, range);
+        }
+        if let Some(written) = Written::of(payload.codec, bytes, len, &range) {
+            self.form = Form::Written(written);
             return;
-        };
-        *is_sparse = true;
-        let shape = Shape::new(keep, len);
+        }
+        let values = &mut self.values;
+        self.form = Form::Dense;
+        values.resize(len, 0.0);
+        payload.codec.unpack(payload.turn, bytes, values);
+        values.truncate(range.end);
+        values.drain(..range.start);
+    }
+
+    #[inline(always)]
+    fn read_sparse(&mut self, shape: Shape, bytes: &[u8], range: Range<usize>) {
+        let Self { values, places, .. } = self;
         let room = shape.kept().next_multiple_of(GROUP);
         values.resize(room, 0.0);
         places.resize(room, 0);
         let said = sparse::unpack(shape, bytes, values, places).map_or(0, |()| shape.kept());
-        values.truncate(said);
-        places.truncate(said);
+        let places_before = |end| places[..said].partition_point(|&place| usize::from(place) < end);
+        let (from, to) = (places_before(range.start), places_before(range.end));
+        values.truncate(to);
+        places.truncate(to);
+        if range.start > 0 {
+            values.drain(..from);
+            places.drain(..from);
+            for place in places {
+                *place -= range.start as u16;
+            }
+        }
     }
 
-    /// What it says of the weights at `range` in the chunk.
+    /// What was read last.
     #[inline(always)]
-    pub(crate) fn part(&self, range: Range<usize>) -> Part<'_> {
-        let Self { values, places, is_sparse } = self;
-        if !is_sparse {
-            return Part::Dense(&values[range]);
+    pub(crate) fn part(&self) -> Part<'_> {
+        match self.form {
+            Form::Dense => Part::Dense(&self.values),
+            Form::Sparse => Part::Sparse(&self.values, &self.places),
+            Form::Written(written) => Part::Written(written),
         }
-        let from = places.partition_point(|&place| usize::from(place) < range.start);
-        let to = places.partition_point(|&place| usize::from(place) < range.end);
-        Part::Sparse(&values[from..to], &places[from..to], range.start as u16)
+    }
+}
+
+impl<'a> Written<'a> {
+    /// The values at `range` of a chunk, if they can be read by themselves.
+    #[inline(always)]
+    fn of(codec: Codec, bytes: &'a [u8], len: usize, range: &Range<usize>) -> Option<Self> {
+        let is_block = |at: usize| codec != Codec::E3m0 || at.is_multiple_of(BLOCK);
+        let fits = !codec.is_partial() && is_block(range.start) && (is_block(range.end) || range.end == len);
+        let bytes = fits.then(|| &bytes[codec.chunk_bytes(range.start)..codec.chunk_bytes(range.end)])?;
+        Some(Self { codec, bytes, len: range.len() })
+    }
+
+    /// Shows piece after piece with the place of its first value.
+    #[inline(always)]
+    fn pieces(self, mut show: impl FnMut(usize, &[f32])) {
+        let Self { codec, bytes, len } = self;
+        let mut room = [0.0; PIECE];
+        for (start, bytes) in (0..len).step_by(PIECE).zip(bytes.chunks(codec.chunk_bytes(PIECE))) {
+            let values = &mut room[..PIECE.min(len - start)];
+            dense::decode(codec, bytes, values);
+            show(start, values);
+        }
+    }
+
+    /// A sum of products that `add` takes from each piece.
+    #[inline(always)]
+    fn products(self, add: impl Fn(&mut Products, usize, &[f32])) -> f64 {
+        Products::sum(
+            #[inline(always)]
+            |products| {
+                self.pieces(
+                    #[inline(always)]
+                    |start, values| add(products, start, values),
+                );
+            },
+        )
     }
 }
 
@@ -68,8 +144,13 @@ impl Part<'_> {
     /// Squared length.
     #[inline(always)]
     pub(crate) fn square(self) -> f64 {
-        let (Part::Dense(values) | Part::Sparse(values, ..)) = self;
-        square(values)
+        match self {
+            Part::Dense(values) | Part::Sparse(values, _) => square(values),
+            Part::Written(written) => written.products(
+                #[inline(always)]
+                |products, _, values| products.add(values, values),
+            ),
+        }
     }
 
     /// Dot product with the weights of the same stretch.
@@ -77,17 +158,21 @@ impl Part<'_> {
     pub(crate) fn along(self, other: &[f32]) -> f64 {
         match self {
             Part::Dense(values) => dot(values, other),
-            Part::Sparse(values, places, first) => {
+            Part::Written(written) => written.products(
+                #[inline(always)]
+                |products, start, values| products.add(values, &other[start..]),
+            ),
+            Part::Sparse(values, places) => {
                 let mut lanes = [0.0f64; LANES];
                 let (value_groups, values) = values.as_chunks::<LANES>();
                 let (place_groups, places) = places.as_chunks::<LANES>();
                 for (values, places) in value_groups.iter().zip(place_groups) {
                     for lane in 0..LANES {
-                        lanes[lane] += f64::from(values[lane]) * f64::from(other[usize::from(places[lane] - first)]);
+                        lanes[lane] += f64::from(values[lane]) * f64::from(other[usize::from(places[lane])]);
                     }
                 }
                 for ((lane, value), place) in lanes.iter_mut().zip(values).zip(places) {
-                    *lane += f64::from(*value) * f64::from(other[usize::from(place - first)]);
+                    *lane += f64::from(*value) * f64::from(other[usize::from(*place)]);
                 }
                 lanes.iter().sum()
             }
@@ -98,10 +183,14 @@ impl Part<'_> {
     #[inline(always)]
     pub(crate) fn add_to(self, scale: f32, out: &mut [f32]) {
         match self {
-            Part::Dense(values) => add_scaled(out, scale, values),
-            Part::Sparse(values, places, first) => {
+            Part::Dense(values) => add_all(out, scale, values),
+            Part::Written(written) => written.pieces(
+                #[inline(always)]
+                |start, values| add_all(&mut out[start..], scale, values),
+            ),
+            Part::Sparse(values, places) => {
                 for (value, place) in values.iter().zip(places) {
-                    out[usize::from(place - first)] += scale * value;
+                    out[usize::from(*place)] += scale * value;
                 }
             }
         }
@@ -112,10 +201,13 @@ impl Part<'_> {
 pub(crate) fn add_scaled(out: &mut [f32], scale: f32, values: &[f32]) {
     simd(
         #[inline(always)]
-        || {
-            for (out, value) in out.iter_mut().zip(values) {
-                *out += scale * value;
-            }
-        },
+        || add_all(out, scale, values),
     );
+}
+
+#[inline(always)]
+fn add_all(out: &mut [f32], scale: f32, values: &[f32]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out += scale * value;
+    }
 }

@@ -161,10 +161,15 @@ impl Stretch {
                     sums.squares[index] += square;
                     continue;
                 }
-                room.read(payload, chunk.number);
-                let part = room.part(chunk.inner);
-                sums.squares[index] += known.unwrap_or_else(|| part.square());
-                sums.alongs[index] += momentum.map_or(0.0, |momentum| part.along(&momentum[chunk.outer]));
+                room.read(payload, chunk.number, chunk.inner);
+                let part = room.part();
+                sums.squares[index] += match known {
+                    Some(square) => square,
+                    None => part.square(),
+                };
+                if let Some(momentum) = momentum {
+                    sums.alongs[index] += part.along(&momentum[chunk.outer]);
+                }
             }
         }
         sums.other = momentum.map_or(0.0, |momentum| square(&momentum[self.range.clone()]));
@@ -202,25 +207,25 @@ impl Stretch {
 
 /// Writes the sum of all `parts` of a chunk, each unpacked by itself, and adds to `alongs` how far each goes along it.
 #[inline(always)]
-fn add_up_apart(
+fn add_up_apart<'a>(
     chunk: &Chunk,
     out: &mut [f32],
-    contributions: &[Weighted<'_>],
+    contributions: &[Weighted<'a>],
     parts: &[Part],
     momentum: &[f32],
-    rooms: &mut [Unpacked],
+    rooms: &mut [Unpacked<'a>],
     alongs: &mut [f64],
 ) {
     out.fill(0.0);
     for ((contribution, part), room) in contributions.iter().zip(parts).zip(&mut *rooms) {
-        room.read(&contribution.payload, chunk.number);
-        room.part(chunk.inner.clone()).add_to(part.share as f32, out);
+        room.read(&contribution.payload, chunk.number, chunk.inner.clone());
+        room.part().add_to(part.share as f32, out);
         if part.turn != 0.0 {
             add_scaled(out, part.turn as f32, &momentum[chunk.outer.clone()]);
         }
     }
     for (along, room) in alongs.iter_mut().zip(rooms) {
-        *along += room.part(chunk.inner.clone()).along(out);
+        *along += room.part().along(out);
     }
 }
 

@@ -68,11 +68,11 @@ fn products(contributions: &[Weighted<'_>], chunks: &[usize]) -> Vec<f64> {
         let len = contributions.first().map_or(0, |contribution| contribution.payload.chunk(number).0);
         let spread = &mut spread[..len];
         for (a, contribution) in contributions.iter().enumerate() {
-            rooms[a].read(&contribution.payload, number);
+            rooms[a].read(&contribution.payload, number, 0..len);
             spread.fill(0.0);
-            rooms[a].part(0..len).add_to(1.0, spread);
+            rooms[a].part().add_to(1.0, spread);
             for (b, room) in rooms[..=a].iter().enumerate() {
-                let product = room.part(0..len).along(spread);
+                let product = room.part().along(spread);
                 products[a * count + b] += product;
                 products[b * count + a] = products[a * count + b];
             }
