@@ -315,7 +315,7 @@ impl Codec {
         all_finite(values).then_some(())
     }
 
-    /// Writes what a chunk says; of a codec that leaves something out, nothing.
+    /// Writes what a chunk says; of the sparse codec, nothing.
     #[inline(always)]
     fn unpack(self, turn: u8, bytes: &[u8], values: &mut [f32]) {
         match self {
@@ -501,6 +501,7 @@ impl<'a> Payload<'a> {
     }
 
     /// Squared length of chunk number `number`, if it can be told without unpacking it.
+    #[inline(always)]
     pub(crate) fn chunk_square(&self, number: usize) -> Option<f64> {
         let (len, bytes) = self.chunk(number);
         match self.codec {
@@ -514,7 +515,11 @@ impl<'a> Payload<'a> {
     pub fn norm(&self) -> f64 {
         let mut square = 0.0;
         for number in 0..self.count.div_ceil(CHUNK) {
-            match self.chunk_square(number) {
+            let known = simd(
+                #[inline(always)]
+                || self.chunk_square(number),
+            );
+            match known {
                 Some(known) => square += known,
                 None => self.visit(number * CHUNK..number * CHUNK + 1, |_, value| {
                     square += f64::from(value) * f64::from(value);

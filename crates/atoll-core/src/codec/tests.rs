@@ -100,6 +100,7 @@ fn the_bytes_are_these() {
     let e3m0 = hex(&Codec::E3m0.encode(&values).unwrap());
     assert_eq!(&e3m0[..18], "0304000000803fe705");
     assert!(e3m0[18..].bytes().all(|digit| digit == b'0'));
+    assert_eq!(hex(&Codec::Tcq(1).encode(&chunk).unwrap()), "05100000000100263e7c930f9f24c3e7c9324c9324c9324c");
 }
 
 #[test]
@@ -190,6 +191,35 @@ proptest! {
         let unpacked::Part::Sparse(values, places) = room.part() else { panic!("it is sparse") };
         let unpacked: Vec<(u16, f32)> = places.iter().copied().zip(values.iter().copied()).collect();
         prop_assert_eq!(unpacked, if is_sound { visited } else { Vec::new() });
+    }
+
+    /// Of every codec, wherever a tensor's border cuts a chunk.
+    #[test]
+    fn a_part_of_a_chunk_is_what_the_payload_says_of_it(
+        seed: u64, count in 1usize..9000, ends in prop::collection::vec((0usize..=32, 0usize..3), 2),
+    ) {
+        let mut room = Unpacked::default();
+        let payloads = Codec::ALL.map(|codec| codec.encode(&normal(seed, count)).unwrap());
+        for payload in &payloads {
+            let payload = Payload::parse(payload, count).unwrap();
+            let (values, number) = (payload.values(&Alone), count / CHUNK / 2);
+            let (len, _) = payload.chunk(number);
+            // Borders of blocks, and one before and behind.
+            let [a, b] = [0, 1].map(|end| (BLOCK * ends[end].0 + ends[end].1).saturating_sub(1).min(len));
+            let range = a.min(b)..a.max(b);
+            let values = &values[number * CHUNK..][range.clone()];
+            let other = normal(seed ^ 1, values.len());
+            room.read(&payload, number, range);
+            for _ in 0..2 {
+                let mut sum = vec![0.0; values.len()];
+                room.part().add_to(1.0, &mut sum);
+                prop_assert_eq!(&sum, values);
+                let near = |found: f64, wanted: f64| (found - wanted).abs() <= 1e-12 * (1.0 + values.len() as f64);
+                prop_assert!(near(room.part().square(), crate::delta::square(values)));
+                prop_assert!(near(room.part().along(&other), crate::delta::dot(values, &other)));
+                room.unpack();
+            }
+        }
     }
 
     #[test]

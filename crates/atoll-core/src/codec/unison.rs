@@ -19,7 +19,7 @@ impl Unison {
     pub(crate) fn add_up<'a>(
         self,
         number: usize,
-        shares: impl Iterator<Item = (&'a Payload<'a>, f32)> + Clone,
+        shares: impl Iterator<Item = (&'a Payload<'a>, f32)>,
         sum: &mut [f32; CHUNK],
         alongs: &mut [f64],
     ) {

@@ -20,7 +20,7 @@ const PIECE: usize = 4 * BLOCK;
 pub(crate) struct Unpacked<'a> {
     form: Form<'a>,
     values: Vec<f32>,
-    /// Where they belong in the part, ascending; none if there is a value for every place.
+    /// Where they belong in the part, ascending. Of no meaning unless it is sparse.
     places: Vec<u16>,
 }
 
@@ -64,12 +64,20 @@ impl<'a> Unpacked<'a> {
             self.form = Form::Written(written);
             return;
         }
-        let values = &mut self.values;
         self.form = Form::Dense;
-        values.resize(len, 0.0);
-        payload.codec.unpack(payload.turn, bytes, values);
-        values.truncate(range.end);
-        values.drain(..range.start);
+        self.values.resize(len, 0.0);
+        payload.codec.unpack(payload.turn, bytes, &mut self.values);
+        self.values.truncate(range.end);
+        self.values.drain(..range.start);
+    }
+
+    /// Unpacks what was read, if it is only known where it is written: whoever comes to it again and again.
+    #[inline(always)]
+    pub(crate) fn unpack(&mut self) {
+        let Form::Written(written) = self.form else { return };
+        self.form = Form::Dense;
+        self.values.resize(written.len, 0.0);
+        dense::decode(written.codec, written.bytes, &mut self.values);
     }
 
     #[inline(always)]
@@ -128,15 +136,12 @@ impl<'a> Written<'a> {
     /// A sum of products that `add` takes from each piece.
     #[inline(always)]
     fn products(self, add: impl Fn(&mut Products, usize, &[f32])) -> f64 {
-        Products::sum(
+        let mut products = Products::default();
+        self.pieces(
             #[inline(always)]
-            |products| {
-                self.pieces(
-                    #[inline(always)]
-                    |start, values| add(products, start, values),
-                );
-            },
-        )
+            |start, values| add(&mut products, start, values),
+        );
+        products.total()
     }
 }
 
@@ -160,7 +165,7 @@ impl Part<'_> {
             Part::Dense(values) => dot(values, other),
             Part::Written(written) => written.products(
                 #[inline(always)]
-                |products, start, values| products.add(values, &other[start..]),
+                |products, start, values| products.add(values, &other[start..start + values.len()]),
             ),
             Part::Sparse(values, places) => {
                 let mut lanes = [0.0f64; LANES];

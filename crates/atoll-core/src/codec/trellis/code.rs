@@ -10,8 +10,9 @@ pub(super) const HALF: usize = STATES / 2;
 pub(super) const BLOCK: usize = 8 * STEP;
 /// What stands for one in [`DIRECTIONS`].
 pub(super) const UNIT: i16 = 12;
-/// Weights of two steps, and the states of a step with the bit before them, which tell what both say.
+/// Weights of two steps.
 pub(super) const PAIR: usize = 2 * STEP;
+/// What the last seven bits can be, which tell what two steps say.
 const PAIRS_OF_STATES: usize = 2 * STATES;
 
 /// What states say whose newest bit is zero. All are about as long, twice [`UNIT`]. Made by Lloyd's algorithm from random
@@ -146,4 +147,30 @@ pub(super) fn square(path: &[u8]) -> f64 {
         sum += reader.square(*byte);
     }
     f64::from(sum) / (f64::from(UNIT) * f64::from(UNIT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bit by bit, as the module says it.
+    fn said_plainly(path: &[u8]) -> Vec<f32> {
+        let (mut state, mut said) = (0, Vec::new());
+        for bit in path.iter().flat_map(|byte| (0..8).rev().map(move |place| byte >> place & 1)) {
+            state = (2 * state + usize::from(bit)) % STATES;
+            let sign = if bit == 0 { 1.0 } else { -1.0 };
+            said.extend(DIRECTIONS[state / 2].map(|entry| sign * f32::from(entry) / f32::from(UNIT)));
+        }
+        said
+    }
+
+    #[test]
+    fn two_steps_a_look_up_are_two_steps() {
+        let mut rng = crate::rng::Rng::new(6);
+        let path: Vec<u8> = (0..122).map(|_| rng.below(256) as u8).collect();
+        let mut reader = Reader::default();
+        let said: Vec<f32> = path.iter().flat_map(|byte| reader.read(*byte)).flatten().copied().collect();
+        assert_eq!(said, said_plainly(&path));
+        assert!((square(&path) / crate::delta::square(&said) - 1.0).abs() < 1e-6);
+    }
 }

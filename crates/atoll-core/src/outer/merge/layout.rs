@@ -3,12 +3,12 @@
 //! ```text
 //! fragment   |   tensor    |      tensor        | tensor |
 //! stretches  |      |      |      |      |      |     |  |    what a team's member takes at a time: 16 chunks of a tensor
-//! chunks     ||||||||||||||||||||||||||||||||||||||||||||||    what is unpacked from all contributions, into a core's cache
+//! chunks     ||||||||||||||||||||||||||||||||||||||||||||||    what is read of all contributions, into a core's cache
 //! ```
 //!
-//! Chunks that are a tensor's own and of which all speak in one turn are added up before they are unpacked (`Unison`).
+//! Chunks that are a tensor's own and of which all speak in one turn are added up before they are rotated back (`Unison`).
 //!
-//! Chunks are the payloads' own, so where two tensors meet a chunk is unpacked for both. Sums over a tensor are sums of
+//! Chunks are the payloads' own, so where two tensors meet a chunk is read for both. Sums over a tensor are sums of
 //! its stretches' sums in their order, and these of their chunks', whoever computed them: the same bits on every machine.
 
 use std::ops::Range;
@@ -205,7 +205,7 @@ impl Stretch {
     }
 }
 
-/// Writes the sum of all `parts` of a chunk, each unpacked by itself, and adds to `alongs` how far each goes along it.
+/// Writes the sum of all `parts` of a chunk, each read by itself, and adds to `alongs` how far each goes along it.
 #[inline(always)]
 fn add_up_apart<'a>(
     chunk: &Chunk,

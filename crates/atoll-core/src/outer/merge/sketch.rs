@@ -69,6 +69,7 @@ fn products(contributions: &[Weighted<'_>], chunks: &[usize]) -> Vec<f64> {
         let spread = &mut spread[..len];
         for (a, contribution) in contributions.iter().enumerate() {
             rooms[a].read(&contribution.payload, number, 0..len);
+            rooms[a].unpack();
             spread.fill(0.0);
             rooms[a].part().add_to(1.0, spread);
             for (b, room) in rooms[..=a].iter().enumerate() {
