@@ -1,6 +1,7 @@
 //! The products of contributions with one another, on a sketch: some chunks of the fragment, spread over it. Of M
-//! contributions it takes every 2·M-th chunk, so M²/2 products cost a quarter of a pass over everything; a chunk has
-//! 4,096 weights, and 32 of them tell a cosine to 0.003.
+//! contributions it takes every 2·M-th chunk, so M²/2 products cost a quarter of a pass over everything. Of small fragments it takes
+//! more: a chunk has 4,096 weights, and 32 of them tell a cosine to 0.003. Beyond 32 contributions, whose median cosine to
+//! many peers is what counts, these are fewer, so that the cost goes on to grow with M and not with its square.
 //!
 //! Which chunks follows from the contributions' names: no site knows them before all have sent theirs, so none can
 //! behave where it is looked at only.
@@ -13,8 +14,10 @@ use crate::rng::mix;
 use crate::simd::simd;
 use crate::team::{Team, share_out};
 
-/// Chunks that are looked at, if there are as many.
-const CHUNKS_MIN: usize = 32;
+/// Chunks that are looked at, if there are as many: so many, or for more than so many contributions as many less, …
+const CHUNKS: usize = 32;
+/// … but no fewer than these.
+const CHUNKS_MIN: usize = 4;
 /// Chunks that a team's member takes at a time.
 const STRETCH: usize = 4;
 
@@ -49,7 +52,9 @@ impl Sketch {
 fn choose(contributions: &[Weighted<'_>], chunks: usize) -> Vec<usize> {
     let names = Digest::of_all(contributions.iter().map(|contribution| &contribution.name));
     let seed = names.0.iter().take(8).fold(0, |seed, &byte| seed << 8 | u64::from(byte));
-    let wanted = (chunks / (2 * contributions.len()).max(1)).max(CHUNKS_MIN).min(chunks);
+    let count = contributions.len().max(1);
+    let least = (CHUNKS * CHUNKS / count).clamp(CHUNKS_MIN, CHUNKS);
+    let wanted = (chunks / (2 * count)).max(least).min(chunks);
     let pick = |part: usize| {
         let (start, end) = (part * chunks / wanted, (part + 1) * chunks / wanted);
         start + (mix(seed ^ part as u64) % (end - start) as u64) as usize
