@@ -104,16 +104,18 @@ fn go_back<const PATHS: usize>(choices: [&[Choices; 8]; PATHS], states: &mut [us
     bytes
 }
 
-/// The nearest whole numbers to `scale` times the values.
+/// The nearest whole numbers to `scale` times the values, each in both halves of a word: a load fills a vector with words, but not
+/// with half ones.
 #[inline(always)]
-fn round(values: &[f32; BLOCK], scale: f32) -> [i16; BLOCK] {
+fn round(values: &[f32; BLOCK], scale: f32) -> [u32; BLOCK] {
     /// Added to a small number, it leaves the nearest whole one in the lowest bits.
     const SHIFT: f32 = 12_582_912.0;
-    let mut whole = [0; BLOCK];
-    for (whole, value) in whole.iter_mut().zip(values) {
-        *whole = ((value * scale).clamp(-MOST, MOST) + SHIFT).to_bits() as i16;
+    let mut words = [0; BLOCK];
+    for (word, value) in words.iter_mut().zip(values) {
+        let whole = ((value * scale).clamp(-MOST, MOST) + SHIFT).to_bits() & 0xffff;
+        *word = whole << 16 | whole;
     }
-    whole
+    words
 }
 
 /// Makes room for what is to come: keeps differences, which alone matter, and returns what it takes from all.
@@ -143,14 +145,15 @@ fn farthest(sums: &Sums) -> usize {
 /// A step more. From states that differ in their oldest bit the same two can be reached, which say the same with
 /// opposite signs. A product is at most 127 · 23, so nothing wraps; sums of the farthest and of the nearest may saturate.
 #[inline(always)]
-fn go_on([zero, one]: Sums, [a, b, c, d]: [i16; STEP], choices: &mut Choices) -> Sums {
+fn go_on([zero, one]: Sums, [a, b, c, d]: [u32; STEP], choices: &mut Choices) -> Sums {
     let (mut best, mut along) = ([0i16; HALF], [0i16; HALF]);
     for at in 0..HALF {
         choices[at] = if one[at] > zero[at] { HALF as u8 } else { 0 };
         best[at] = one[at].max(zero[at]);
     }
+    let [a, b, c, d]: [[i16; HALF]; 4] = [a, b, c, d].map(|value| bytemuck::cast([value; HALF / 2]));
     for at in 0..HALF {
-        let times = |value: i16, place: usize| value.wrapping_mul(ENTRIES[place][at]);
+        let times = |value: [i16; HALF], place: usize| value[at].wrapping_mul(ENTRIES[place][at]);
         along[at] = times(a, 0).wrapping_add(times(b, 1)).wrapping_add(times(c, 2)).wrapping_add(times(d, 3));
     }
     let (mut ahead, mut back) = ([0i16; HALF], [0i16; HALF]);
