@@ -73,6 +73,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_bits_are_these() {
+        let mut rng = crate::rng::Rng::new(1);
+        let [a, b]: [Vec<f32>; 2] = std::array::from_fn(|_| (0..1000).map(|_| rng.unit() as f32).collect());
+        assert_eq!(dot(&a, &b).to_bits(), 4_642_559_645_789_056_212);
+    }
+
+    #[test]
     fn a_sum_in_pieces_is_the_sum() {
         let mut rng = crate::rng::Rng::new(4);
         let [a, b]: [Vec<f32>; 2] = std::array::from_fn(|_| (0..1000).map(|_| rng.normal() as f32).collect());

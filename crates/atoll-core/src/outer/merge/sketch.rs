@@ -1,7 +1,7 @@
 //! The products of contributions with one another, on a sketch: some chunks of the fragment, spread over it. Of M
 //! contributions it takes every 2·M-th chunk, so M²/2 products cost a quarter of a pass over everything. Of small fragments it takes
-//! more: a chunk has 4,096 weights, and 32 of them tell a cosine to 0.003. Beyond 32 contributions, whose median cosine to
-//! many peers is what counts, these are fewer, so that the cost goes on to grow with M and not with its square.
+//! more: a chunk has 4,096 weights, and 32 of them tell a cosine to 0.003. From 33 to 128 contributions these become fewer, down to
+//! eight, so that the cost goes on to grow with M and not with its square: what counts is the median cosine to many peers.
 //!
 //! Which chunks follows from the contributions' names: no site knows them before all have sent theirs, so none can
 //! behave where it is looked at only.
@@ -14,10 +14,10 @@ use crate::rng::mix;
 use crate::simd::simd;
 use crate::team::{Team, share_out};
 
-/// Chunks that are looked at, if there are as many: so many, or for more than so many contributions as many less, …
+/// Chunks that are looked at, if there are as many, of up to so many contributions; of M times as many an M-th, …
 const CHUNKS: usize = 32;
-/// … but no fewer than these.
-const CHUNKS_MIN: usize = 4;
+/// … but no fewer than these: whoever is bad in a tenth of its chunks is seen in more than half of the rounds.
+const CHUNKS_MIN: usize = 8;
 /// Chunks that a team's member takes at a time.
 const STRETCH: usize = 4;
 
@@ -48,13 +48,18 @@ impl Sketch {
     }
 }
 
+/// How many of so many chunks are looked at.
+fn wanted(contributions: usize, chunks: usize) -> usize {
+    let count = contributions.max(1);
+    let least = (CHUNKS * CHUNKS / count).clamp(CHUNKS_MIN, CHUNKS);
+    (chunks / (2 * count)).max(least).min(chunks)
+}
+
 /// Chunks to look at, ascending: one in each of as many equal parts, by chance.
 fn choose(contributions: &[Weighted<'_>], chunks: usize) -> Vec<usize> {
+    let wanted = wanted(contributions.len(), chunks);
     let names = Digest::of_all(contributions.iter().map(|contribution| &contribution.name));
     let seed = names.0.iter().take(8).fold(0, |seed, &byte| seed << 8 | u64::from(byte));
-    let count = contributions.len().max(1);
-    let least = (CHUNKS * CHUNKS / count).clamp(CHUNKS_MIN, CHUNKS);
-    let wanted = (chunks / (2 * count)).max(least).min(chunks);
     let pick = |part: usize| {
         let (start, end) = (part * chunks / wanted, (part + 1) * chunks / wanted);
         start + (mix(seed ^ part as u64) % (end - start) as u64) as usize
@@ -85,4 +90,20 @@ fn products(contributions: &[Weighted<'_>], chunks: &[usize]) -> Vec<f64> {
         }
     }
     products
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_contributions_cost_a_chunk_fewer_products_each() {
+        for chunks in [0, 1, 3, 112, 5000] {
+            for few in [1, 2, 3, 32] {
+                assert_eq!(wanted(few, chunks), (chunks / (2 * few)).max(32).min(chunks), "as it always was");
+            }
+        }
+        assert_eq!([33, 64, 128, 256, 4096].map(|count| wanted(count, 112)), [31, 16, 8, 8, 8]);
+        assert_eq!([33, 128, 4096].map(|count| wanted(count, 100_000)), [1515, 390, 12]);
+    }
 }
