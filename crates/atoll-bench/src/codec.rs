@@ -8,12 +8,13 @@
 //! what must be moved, in bytes per weight:     read                                        written
 //!   encode   residual += reference − θ         12                                          4 + payload
 //!   decode   check, then Θ += payload          4 + payload                                 4
+//!   look     is it sound, how long is it       payload                                     0
 //!   merge    of 8 contributions                8 × payload                                 4
 //!   step     b ← μ·b + Δ, encode, apply        16 (Δ, b, residual, Θ)                      12 + payload
 //! ```
 //!
-//! A merge in which each contribution's length counts must know it before it can add: it reads its contributions
-//! twice, which is *not* in what must be moved. Memory that the work itself asks for is fresh, as in the product, and
+//! A merge in which each contribution's length counts must know it before it can add: a coordinator looks at each when it
+//! comes, which the row `look` is. Memory that the work itself asks for is fresh, as in the product, and
 //! the system's price for it is in the seconds; the row `fresh memory` is that price alone: a vector allocated and
 //! filled. Everything is done in turns, a round of all after the other, and each figure is the median of the rounds.
 //! One core: the main thread alone, in processor seconds, so that others on the machine stretch them little. All cores:
@@ -62,7 +63,11 @@ impl Line {
     fn all() -> Vec<Self> {
         let codecs = |work: fn(Codec) -> Work| Codec::ALL.into_iter().map(work);
         let works = [Work::Triad, Work::Fresh].into_iter();
-        let works = works.chain(codecs(Work::Encode)).chain(codecs(Work::Decode)).chain(codecs(Work::Merge));
+        let works = works
+            .chain(codecs(Work::Encode))
+            .chain(codecs(Work::Decode))
+            .chain(codecs(Work::Look))
+            .chain(codecs(Work::Merge));
         works.chain([Work::Step]).map(|work| Self { work, alone: Vec::new(), crew: Vec::new() }).collect()
     }
 
@@ -74,6 +79,7 @@ impl Line {
             Work::Step => (format!("step {}", material::DOWN), material.payload_bytes(material::DOWN)),
             Work::Encode(codec) => (format!("encode {codec}"), material.payload_bytes(codec)),
             Work::Decode(codec) => (format!("decode {codec}"), material.payload_bytes(codec)),
+            Work::Look(codec) => (format!("look {codec}"), material.payload_bytes(codec)),
             Work::Merge(codec) => (format!("merge{SITES} {codec}"), material.payload_bytes(codec)),
         };
         let gigabytes = worked_on(self.work) * weights / 1e9;
@@ -92,7 +98,7 @@ fn worked_on(work: Work) -> f64 {
     match work {
         Work::Triad => 12.0,
         Work::Merge(_) => 4.0 * SITES as f64,
-        Work::Fresh | Work::Encode(_) | Work::Decode(_) | Work::Step => 4.0,
+        Work::Fresh | Work::Encode(_) | Work::Decode(_) | Work::Look(_) | Work::Step => 4.0,
     }
 }
 
@@ -103,6 +109,7 @@ fn must_move(work: Work, payload: f64) -> f64 {
         Work::Fresh => 4.0,
         Work::Encode(_) => 12.0 + 4.0 + payload,
         Work::Decode(_) => 4.0 + payload + 4.0,
+        Work::Look(_) => payload,
         Work::Merge(_) => SITES as f64 * payload + 4.0,
         Work::Step => 16.0 + 12.0 + payload,
     }

@@ -30,6 +30,7 @@
 mod dense;
 mod rotation;
 mod sparse;
+mod squares;
 #[cfg(test)]
 mod tests;
 mod trellis;
@@ -47,8 +48,9 @@ use crate::team::{Alone, Team, share_out};
 use dense::{BLOCK, BLOCK_BYTES};
 pub(crate) use sparse::CHUNK;
 use sparse::Shape;
+pub use squares::Squares;
 pub(crate) use unison::Unison;
-pub(crate) use unpacked::{Unpacked, add_scaled};
+pub(crate) use unpacked::{PIECE as AT_A_TIME, Unpacked, add_all};
 
 /// A way to write weights. In `run.toml` and the journal: `"f32"`, `"bf16"`, `"e3m0"`, `"sparse:96"`, `"tcq:1"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -334,6 +336,8 @@ pub struct Payload<'a> {
     turn: u8,
     count: usize,
     body: &'a [u8],
+    /// What is known of its length.
+    squares: Option<&'a Squares>,
 }
 
 impl<'a> Payload<'a> {
@@ -414,7 +418,7 @@ impl<'a> Payload<'a> {
             return Err(CodecError::Length { found: payload.len(), expected: codec.payload_len(count) });
         }
         let turn = if let Codec::Tcq(_) = codec { rest[1] } else { 0 };
-        Ok(Self { codec, turn, count, body: &payload[codec.header_len()..] })
+        Ok(Self { codec, turn, count, body: &payload[codec.header_len()..], squares: None })
     }
 
     /// The turn of a codec that has some.
@@ -503,6 +507,9 @@ impl<'a> Payload<'a> {
     /// Squared length of chunk number `number`, if it can be told without unpacking it.
     #[inline(always)]
     pub(crate) fn chunk_square(&self, number: usize) -> Option<f64> {
+        if let Some(square) = self.squares.and_then(|squares| squares.get(number)) {
+            return Some(square);
+        }
         let (len, bytes) = self.chunk(number);
         match self.codec {
             Codec::Sparse(keep) => sparse::square(Shape::new(keep, len), bytes),
@@ -511,22 +518,9 @@ impl<'a> Payload<'a> {
         }
     }
 
-    /// Euclidean length, summed in the order of positions.
-    pub fn norm(&self) -> f64 {
-        let mut square = 0.0;
-        for number in 0..self.count.div_ceil(CHUNK) {
-            let known = simd(
-                #[inline(always)]
-                || self.chunk_square(number),
-            );
-            match known {
-                Some(known) => square += known,
-                None => self.visit(number * CHUNK..number * CHUNK + 1, |_, value| {
-                    square += f64::from(value) * f64::from(value);
-                }),
-            }
-        }
-        square.sqrt()
+    /// The same payload, of whose chunks these are the lengths: then nobody looks for them in it.
+    pub fn knowing(self, squares: &'a Squares) -> Self {
+        Self { squares: Some(squares), ..self }
     }
 }
 

@@ -244,7 +244,7 @@ impl Local {
             weights.iter_mut().zip(&wish).for_each(|(weight, rest)| *weight += rest);
         }
         let sent = codec::Payload::parse(&bytes, theta.len()).map_err(|source| DeltaError { fragment, source })?;
-        let (norm, digest) = (sent.norm(), Digest::of(&bytes));
+        let (norm, digest) = (codec::Squares::of(&sent, team).norm(), Digest::of(&bytes));
         copies.undecided = Some(Residual { after: digest, values: wish });
         let spare = copies.reference.replace(weights);
         Ok(Payload { digest, bytes, norm, agreement: copies.agreement, spare })

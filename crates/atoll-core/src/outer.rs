@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use merge::guard::{self, Guard, Reason, Robust, Usual, Verdict};
 pub use merge::{Averaging, Merged, Weighted, merge};
 
-use crate::codec::{CHUNK, Codec, CodecError, Payload, turn_of};
+use crate::codec::{CHUNK, Codec, CodecError, Payload, Squares, turn_of};
 use crate::delta::{dot, square};
 use crate::hash::Digest;
 use crate::journal::{Accepted, Commit};
@@ -201,6 +201,21 @@ pub enum StepError {
     },
 }
 
+/// The payload of a contribution.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Found {
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// What is known of its length, if it was looked at before.
+    pub squares: Squares,
+}
+
+impl From<Vec<u8>> for Found {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { bytes, squares: Squares::default() }
+    }
+}
+
 /// A fragment of weights `theta` as a whole step along one payload alone would leave it.
 ///
 /// # Errors
@@ -255,17 +270,18 @@ impl Global {
         version: u64,
         contributions: &[Accepted],
         recipe: &Recipe,
-        payload: &dyn Fn(Digest) -> Option<Vec<u8>>,
+        payload: &dyn Fn(Digest) -> Option<Found>,
         team: &dyn Team,
     ) -> Result<Step, StepError> {
         let count = self.theta[fragment.index()].len();
         let bytes = |accepted: &Accepted| payload(accepted.payload).ok_or(StepError::Missing(accepted.payload));
-        let payloads: Vec<Vec<u8>> = contributions.iter().map(bytes).collect::<Result<_, _>>()?;
+        let payloads: Vec<Found> = contributions.iter().map(bytes).collect::<Result<_, _>>()?;
         let mut weighted = Vec::new();
-        for (accepted, bytes) in contributions.iter().zip(&payloads) {
+        for (accepted, Found { bytes, squares }) in contributions.iter().zip(&payloads) {
             // Every payload was checked when it came, and its address says that it is still the same.
             let sound = Payload::parse(bytes, count);
             let sound = sound.map_err(|source| StepError::Codec { payload: accepted.payload, source })?;
+            let sound = sound.knowing(squares);
             let stale = accepted.base + 1 < version;
             let &Accepted { weight, steps, trust, quality, payload: name, .. } = accepted;
             weighted.push(Weighted { weight, steps, trust, quality, name, stale, payload: sound });
@@ -273,7 +289,7 @@ impl Global {
         let first = contributions.first().map_or(Digest::default(), |accepted| accepted.payload);
         let step = self.step(fragment, &weighted, recipe, team);
         let mut step = step.map_err(|source| StepError::Codec { payload: first, source })?;
-        step.measures.bytes = payloads.iter().map(|bytes| bytes.len() as u64).collect();
+        step.measures.bytes = payloads.iter().map(|found| found.bytes.len() as u64).collect();
         Ok(step)
     }
 
@@ -284,7 +300,7 @@ impl Global {
     pub fn replay(
         &mut self,
         commit: &Commit,
-        payload: &dyn Fn(Digest) -> Option<Vec<u8>>,
+        payload: &dyn Fn(Digest) -> Option<Found>,
         team: &dyn Team,
     ) -> Result<Step, StepError> {
         let Commit { fragment, version, contributions, recipe, .. } = commit;

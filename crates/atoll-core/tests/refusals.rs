@@ -97,8 +97,8 @@ impl Desk {
     }
 
     fn merge(&mut self, merge: &Merge) {
-        let Merge { fragment, version, contributions, recipe } = merge;
-        let payload = |digest| self.payloads.get(&digest).cloned();
+        let Merge { fragment, version, contributions, recipe, .. } = merge;
+        let payload = |digest| Some(merge.found(digest, self.payloads.get(&digest)?.clone()));
         let step = self.global.perform(*fragment, *version, contributions, recipe, &payload, &Alone).unwrap();
         let (fragment, bytes) = (*fragment, step.payload.len() as u64);
         self.deltas.insert(step.delta, step.payload);
@@ -108,7 +108,8 @@ impl Desk {
 
     /// Takes in a payload as the gate does: it believes only what it sees.
     fn arrive(&mut self, from: &SiteId, name: Digest, bytes: &[u8]) {
-        let seen = Payload::check_any(bytes, &[64, 7], &Alone).map(Seen::from).map_err(|error| error.to_string());
+        let seen = Payload::check_any(bytes, &[64, 7], &Alone);
+        let seen = seen.map(|payload| Seen::of(&payload, &Alone)).map_err(|error| error.to_string());
         match seen {
             _ if Digest::of(bytes) != name => self.handle(Event::Useless(from.clone(), name, "another name".into())),
             Err(why) => self.handle(Event::Useless(from.clone(), name, why)),

@@ -5,13 +5,13 @@
 
 use std::collections::BTreeMap;
 
-use atoll_core::codec::Codec;
+use atoll_core::codec::{Codec, Payload, Squares};
 use atoll_core::data::Ranges;
 use atoll_core::hash::Digest;
 use atoll_core::journal::Accepted;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::{Tensor, TensorKind};
-use atoll_core::outer::{Averaging, Global, Guard, OuterRule, Recipe, Robust};
+use atoll_core::outer::{Averaging, Found, Global, Guard, OuterRule, Recipe, Robust};
 use atoll_core::rng::Rng;
 use atoll_core::team::Alone;
 
@@ -33,8 +33,15 @@ fn noise(seed: u64, count: usize) -> Vec<f32> {
     (0..count).map(|_| cube(rng.unit() - 0.5)).collect()
 }
 
-/// Digest of Θ after some rounds of three sites, one of them late, with these codecs up and down.
+/// Digest of Θ after some rounds of three sites, one of them late, with these codecs up and down. Whether contributions were
+/// looked at when they came makes no difference.
 fn model_after(up: Codec, down: Codec) -> Digest {
+    let [seen, unseen] = [true, false].map(|is_seen| model_of(up, down, is_seen));
+    assert_eq!(seen, unseen, "{up}");
+    seen
+}
+
+fn model_of(up: Codec, down: Codec, is_seen: bool) -> Digest {
     let count = manifest().parameters();
     let mut global = Global::new(manifest(), vec![vec![0.25; count]]);
     for version in 1..=4 {
@@ -60,7 +67,11 @@ fn model_after(up: Codec, down: Codec) -> Digest {
         let contributions = [contribution(0), contribution(1), contribution(2)];
         let (merge, guard) = (Averaging::Radial, Guard { robust: Robust::Guard, weight_max: 0.5, usual: None });
         let recipe = Recipe { merge, rule: OuterRule::default(), codec: down, share: 0.75, guard };
-        let find = |name| payloads.get(&name).cloned();
+        let find = |name| {
+            let bytes: &Vec<u8> = payloads.get(&name)?;
+            let look = || Squares::of(&Payload::check(bytes, count, &Alone).unwrap(), &Alone);
+            Some(Found { bytes: bytes.clone(), squares: if is_seen { look() } else { Squares::default() } })
+        };
         global.perform(FragmentId(0), version, &contributions, &recipe, &find, &Alone).unwrap();
     }
     global.digests()[0]

@@ -626,12 +626,12 @@ impl Heart {
         self.merging += 1;
         let (global, store) = (self.global.clone(), self.store.clone());
         self.on_a_thread(move || {
-            let Merge { fragment, version, contributions, recipe } = &merge;
+            let Merge { fragment, version, contributions, recipe, .. } = &merge;
             // The lock is taken outside of the crew, whose threads do other work while they wait for one another.
             let mut global = lock(&global);
             let model: &mut Global = &mut global;
             let result = Crew.run(|| {
-                let find = |digest| store.get(digest);
+                let find = |digest| Some(merge.found(digest, store.get(digest)?));
                 model.perform(*fragment, *version, contributions, recipe, &find, &Crew)
             });
             drop(global);

@@ -19,7 +19,7 @@ use atoll_core::hash::{Digest, from_little_endian, little_endian};
 use atoll_core::journal::{Book, Chain, Commit, Entry};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
-use atoll_core::outer::Global;
+use atoll_core::outer::{Found, Global};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -292,7 +292,7 @@ fn set_aside(folder: &Path) {
 /// If a payload is gone or the result differs.
 pub fn replay(global: &mut Global, commit: &Commit, store: &Store) -> Result<()> {
     let step = global
-        .replay(commit, &|digest| store.get(digest), &Crew)
+        .replay(commit, &|digest| store.get(digest).map(Found::from), &Crew)
         .map_err(|error| {
             let Commit { fragment, version, .. } = commit;
             anyhow!(

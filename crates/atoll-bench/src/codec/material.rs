@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
-use atoll_core::codec::{Codec, Payload};
+use atoll_core::codec::{Codec, Payload, Squares};
 use atoll_core::hash::Digest;
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
@@ -38,6 +38,7 @@ pub(super) enum Work {
     Fresh,
     Encode(Codec),
     Decode(Codec),
+    Look(Codec),
     Merge(Codec),
     Step,
 }
@@ -56,6 +57,8 @@ pub(super) struct Material {
     residuals: BTreeMap<Codec, Vec<f32>>,
     /// A contribution of each site.
     payloads: BTreeMap<Codec, Vec<Vec<u8>>>,
+    /// What was seen of these when they came.
+    squares: BTreeMap<Codec, Vec<Squares>>,
     merged: Merged,
     /// The memory of merges.
     memory: Vec<f32>,
@@ -78,6 +81,7 @@ impl Material {
             noise,
             residuals: Codec::ALL.map(|codec| (codec, vec![0.0; weights])).into(),
             payloads: BTreeMap::new(),
+            squares: BTreeMap::new(),
             merged: Merged::default(),
             memory: Vec::new(),
             triad: [1.0, 2.0, 3.0].map(|value| vec![value; weights]),
@@ -94,6 +98,8 @@ impl Material {
             let count = if codec.is_partial() { CONTRIBUTIONS_BEFORE } else { SITES };
             let payloads = (0..count).map(|_| self.encode(codec, &team)).collect::<Result<Vec<_>>>()?;
             self.payloads.insert(codec, payloads.into_iter().skip(count - SITES).collect());
+            let squares = (0..SITES).map(|site| self.look(codec, site, &team)).collect::<Result<_>>()?;
+            self.squares.insert(codec, squares);
         }
         self.merged = self.merged(UP, &team)?;
         Ok(())
@@ -118,6 +124,7 @@ impl Material {
             Work::Fresh => drop(black_box(vec![1.0f32; self.weights()])),
             Work::Encode(codec) => drop(black_box(self.encode(codec, team)?)),
             Work::Decode(codec) => self.decode(codec, team)?,
+            Work::Look(codec) => drop(black_box(self.look(codec, self.turn % SITES, team)?)),
             Work::Merge(codec) => self.merge(codec, team)?,
             Work::Step => self.step(team)?,
         }
@@ -168,6 +175,12 @@ impl Material {
         Ok(())
     }
 
+    /// As a coordinator looks at a contribution when it comes.
+    fn look(&self, codec: Codec, site: usize, team: &dyn Team) -> Result<Squares> {
+        let payload = Payload::check(&self.payloads[&codec][site], self.weights(), team)?;
+        Ok(Squares::of(&payload, team))
+    }
+
     /// Merges all sites' contributions into the memory of the merge before, as a coordinator does.
     fn merge(&mut self, codec: Codec, team: &dyn Team) -> Result<()> {
         self.memory = self.merged(codec, team)?.into_memory();
@@ -175,10 +188,11 @@ impl Material {
     }
 
     fn merged(&mut self, codec: Codec, team: &dyn Team) -> Result<Merged> {
-        let payloads = self.payloads[&codec].iter().map(|bytes| Payload::parse(bytes, self.weights()));
-        let weighted = payloads.zip(0..).map(|(payload, site)| {
+        let seen = self.payloads[&codec].iter().zip(&self.squares[&codec]);
+        let weighted = seen.zip(0..).map(|((bytes, squares), site)| {
+            let payload = Payload::parse(bytes, self.weights())?.knowing(squares);
             let name = Digest::of(&[site]);
-            Ok(Weighted { weight: 1.0, steps: 1, trust: 0.0, quality: 0.0, name, stale: false, payload: payload? })
+            Ok(Weighted { weight: 1.0, steps: 1, trust: 0.0, quality: 0.0, name, stale: false, payload })
         });
         let contributions = weighted.collect::<Result<Vec<_>>>()?;
         let memory = std::mem::take(&mut self.memory);

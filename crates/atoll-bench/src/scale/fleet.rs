@@ -8,10 +8,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use atoll_core::codec::Payload;
 use atoll_core::data::{DatasetId, Ranges};
 use atoll_core::hash::Digest;
-use atoll_core::journal::{Accepted, Book, Entry, Role};
+use atoll_core::journal::{Book, Entry, Role};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::ModelConfig;
-use atoll_core::outer::{Global, Recipe};
+use atoll_core::outer::Global;
 use atoll_core::plan;
 use atoll_core::rng::Rng;
 use atoll_core::round::{
@@ -100,19 +100,21 @@ impl Model {
     pub(super) fn step_alone(&mut self) -> Result<Cost> {
         let sync = Sync::default();
         let recipe = sync.recipe(plan::THINNEST.1, 1.0, sync.guard());
+        let merge = Merge { fragment: FRAGMENT, version: 1, contributions: Vec::new(), squares: Vec::new(), recipe };
         let (mut cost, began) = (Cost::default(), Instant::now());
-        timed(&mut cost.step, || self.perform(1, &[], &recipe))?;
+        timed(&mut cost.step, || self.perform(&merge))?;
         cost.wall = began.elapsed().as_secs_f64();
         Ok(cost)
     }
 
-    fn perform(&mut self, version: u64, contributions: &[Accepted], recipe: &Recipe) -> Result<Merged> {
+    fn perform(&mut self, merge: &Merge) -> Result<Merged> {
+        let Merge { version, contributions, recipe, .. } = merge;
         let payload = |name| {
             let index = contributions.iter().position(|accepted| accepted.payload == name)?;
-            Some(self.payloads[index % KINDS].clone())
+            Some(merge.found(name, self.payloads[index % KINDS].clone()))
         };
         let global = &mut self.global;
-        let step = Crew.run(|| global.perform(FRAGMENT, version, contributions, recipe, &payload, &Crew));
+        let step = Crew.run(|| global.perform(FRAGMENT, *version, contributions, recipe, &payload, &Crew));
         let step = step.map_err(|error| anyhow!(error))?;
         self.digests[FRAGMENT.index()] = step.digest;
         let (delta, bytes) = (step.delta, step.payload.len() as u64);
@@ -124,7 +126,7 @@ impl Model {
         let payload = &self.payloads[index % KINDS];
         std::hint::black_box(Digest::of(payload));
         let lens: Vec<usize> = self.global.theta.iter().map(Vec::len).collect();
-        Ok(Payload::check_any(payload, &lens, &Crew)?.into())
+        Ok(Seen::of(&Payload::check_any(payload, &lens, &Crew)?, &Crew))
     }
 }
 
@@ -288,8 +290,8 @@ impl Fleet {
                     let islet = self.sites.get_mut(&site).context("only sites are told")?;
                     islet.hear(&standing);
                 }
-                Order::Merge(Merge { version, contributions, recipe, .. }) => {
-                    let merged = timed(&mut cost.step, || model.perform(version, &contributions, &recipe))?;
+                Order::Merge(merge) => {
+                    let merged = timed(&mut cost.step, || model.perform(&merge))?;
                     self.handle(Event::Merged(merged), model, cost)?;
                 }
                 Order::Record(Entry::Refused { why, .. }) | Order::Halt(why) => bail!("a round went wrong: {why}"),

@@ -173,7 +173,7 @@ proptest! {
         let sound = Payload::check(&payload, count, &Alone).unwrap();
         let mut square = 0.0;
         sound.visit(0..count, |_, value| square += f64::from(value) * f64::from(value));
-        prop_assert_eq!(sound.norm(), square.sqrt());
+        prop_assert_eq!(Squares::of(&sound, &Alone).norm(), square.sqrt());
     }
 
     /// A merge unpacks what everybody else visits, and both find the same chunks malformed.

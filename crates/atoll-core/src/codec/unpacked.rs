@@ -8,12 +8,11 @@ use super::dense::{self, BLOCK};
 use super::sparse::{self, GROUP, Shape};
 use super::{Codec, Payload};
 use crate::delta::{Products, dot, square};
-use crate::simd::simd;
 
 /// Sums that grow side by side.
 const LANES: usize = 4;
 /// Weights that are read at a time.
-const PIECE: usize = 4 * BLOCK;
+pub(crate) const PIECE: usize = 4 * BLOCK;
 
 /// Room for the values of one chunk of one payload, or where they are written.
 #[derive(Debug, Default)]
@@ -69,6 +68,18 @@ impl<'a> Unpacked<'a> {
         payload.codec.unpack(payload.turn, bytes, &mut self.values);
         self.values.truncate(range.end);
         self.values.drain(..range.start);
+    }
+
+    /// Squared length of chunk number `number` of a checked payload. What was read is then of no meaning.
+    #[inline(always)]
+    pub(crate) fn square(&mut self, payload: &Payload<'a>, number: usize) -> f64 {
+        match payload.chunk_square(number) {
+            Some(square) => square,
+            None => {
+                self.read(payload, number, 0..payload.chunk(number).0);
+                self.part().square()
+            }
+        }
     }
 
     /// Unpacks what was read, if it is only known where it is written: whoever comes to it again and again.
@@ -146,6 +157,25 @@ impl<'a> Written<'a> {
 }
 
 impl Part<'_> {
+    /// Whether it says something of every weight.
+    #[inline(always)]
+    pub(crate) fn is_dense(self) -> bool {
+        !matches!(self, Part::Sparse(..))
+    }
+
+    /// Writes the values of a dense part from `start` on, which is a multiple of [`PIECE`], into `out`, which is no longer than
+    /// that.
+    #[inline(always)]
+    pub(crate) fn piece(self, start: usize, out: &mut [f32]) {
+        match self {
+            Part::Dense(values) => out.copy_from_slice(&values[start..start + out.len()]),
+            Part::Written(Written { codec, bytes, .. }) => {
+                dense::decode(codec, &bytes[codec.chunk_bytes(start)..], out);
+            }
+            Part::Sparse(..) => {}
+        }
+    }
+
     /// Squared length.
     #[inline(always)]
     pub(crate) fn square(self) -> f64 {
@@ -203,15 +233,8 @@ impl Part<'_> {
 }
 
 /// Adds `scale` times `values` to `out`.
-pub(crate) fn add_scaled(out: &mut [f32], scale: f32, values: &[f32]) {
-    simd(
-        #[inline(always)]
-        || add_all(out, scale, values),
-    );
-}
-
 #[inline(always)]
-fn add_all(out: &mut [f32], scale: f32, values: &[f32]) {
+pub(crate) fn add_all(out: &mut [f32], scale: f32, values: &[f32]) {
     for (out, value) in out.iter_mut().zip(values) {
         *out += scale * value;
     }

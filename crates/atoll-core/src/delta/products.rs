@@ -29,6 +29,21 @@ impl Products {
         }
     }
 
+    /// The same of an `a` that is `f64` already.
+    #[inline(always)]
+    pub(crate) fn add_wide(&mut self, a: &[f64], b: &[f32]) {
+        debug_assert_eq!(a.len(), b.len());
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        for (a, b) in a.iter().zip(b) {
+            for lane in 0..LANES {
+                self.lanes[lane] += a[lane] * f64::from(b[lane]);
+            }
+        }
+        for (a, b) in a_rest.iter().zip(b_rest) {
+            self.rest += a * f64::from(*b);
+        }
+    }
+
     /// All of it.
     #[inline(always)]
     pub(crate) fn total(self) -> f64 {

@@ -3,7 +3,7 @@
 use std::fmt::{Debug, Display};
 use std::str::FromStr;
 
-use crate::codec::{self, Codec, CodecError, Payload};
+use crate::codec::{self, Codec, CodecError, Payload, Squares};
 use crate::data::{DatasetId, Ranges};
 use crate::engine::Progress;
 use crate::hash::Digest;
@@ -50,7 +50,7 @@ fn read(payload: &Payload<'_>, count: usize) {
     payload.visit(0..count, |place, value| visited[place] = value);
     payload.add_to(&mut sums, &Alone);
     assert_eq!((&visited, &sums), (&values, &values));
-    let seen = Seen::from(*payload);
+    let seen = Seen::of(payload, &Alone);
     assert!(seen.norm.is_finite() && seen.norm >= 0.0 && seen.weights == count);
     let again = payload.codec().encode(&values).expect("finite values can be encoded");
     assert_eq!(again.len(), payload.codec().payload_len(count));
@@ -134,7 +134,8 @@ pub(super) fn status(bytes: &[u8]) {
     let mut now = Time(1_000_000);
     let mut events = vec![Event::Heard(liar.clone(), Box::new(a_status()))];
     let payloads = status.outstanding.iter().map(|receipt| receipt.payload);
-    let arrivals = payloads.map(|payload| Event::Arrived(liar.clone(), payload, Seen { weights: 64, norm: 1.0 }));
+    let seen = Seen { weights: 64, norm: 1.0, squares: Squares::default() };
+    let arrivals = payloads.map(|payload| Event::Arrived(liar.clone(), payload, seen.clone()));
     events.push(Event::Heard(liar.clone(), status.clone()));
     events.extend(arrivals.take(100));
     events.push(Event::Heard(liar, status));

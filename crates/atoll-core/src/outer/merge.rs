@@ -7,8 +7,9 @@
 //!   scale      whoever reads a value gets scale·u, so that this takes no pass over the memory
 //! ```
 //!
-//! So contributions are looked at twice; they are never unpacked as a whole (see [`layout`]). Between the two the
-//! [`guard`] says how much of each is merged, from lengths and from a [`sketch`] of the angles between them.
+//! Contributions are never unpacked as a whole (see [`layout`]), and read once if they were looked at when they came
+//! ([`Squares`](crate::codec::Squares)): then only late ones, and chunks where two tensors meet, are read for the lengths.
+//! Between the two the [`guard`] says how much of each is merged, from lengths and from a [`sketch`] of the angles between them.
 
 pub mod guard;
 mod layout;

@@ -10,14 +10,15 @@ mod weights;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::codec::Payload;
+use crate::codec::{Payload, Squares};
 use crate::hash::Digest;
 use crate::journal::{Accepted, Act, Book, Commit, Entry, Evaluated, Trial};
 use crate::manifest::FragmentId;
-use crate::outer::{Measures, Recipe, guard};
+use crate::outer::{Found, Measures, Recipe, guard};
 use crate::plan::{self, Codecs, Link, Load, Rung};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
+use crate::team::Team;
 use census::Census;
 pub use members::Refusal;
 use pace::Lead;
@@ -48,17 +49,21 @@ pub enum Event {
 }
 
 /// What the coordinator saw in a payload, whatever its site says of it.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Seen {
     /// Weights that it is for.
     pub weights: usize,
     /// Euclidean length of what it says.
     pub norm: f64,
+    /// The same chunk by chunk, for whoever merges it.
+    pub squares: Squares,
 }
 
-impl From<Payload<'_>> for Seen {
-    fn from(payload: Payload<'_>) -> Self {
-        Self { weights: payload.count(), norm: payload.norm() }
+impl Seen {
+    /// Looks at a checked payload.
+    pub fn of(payload: &Payload<'_>, team: &dyn Team) -> Self {
+        let squares = Squares::of(payload, team);
+        Self { weights: payload.count(), norm: squares.norm(), squares }
     }
 }
 
@@ -89,6 +94,8 @@ pub struct Merge {
     pub version: u64,
     /// What to merge, in this order.
     pub contributions: Vec<Accepted>,
+    /// What was seen of each contribution's length when it came.
+    pub squares: Vec<Squares>,
     /// How.
     pub recipe: Recipe,
 }
@@ -573,7 +580,9 @@ impl Coordinator {
             Absent::Reserve => self.reserve(index, &mut contributions),
         };
         let recipe = self.sync.recipe(self.down(), share, self.guard(index));
-        let merge = Merge { fragment, version, contributions, recipe };
+        let seen = |accepted: &Accepted| self.arrived.get(&accepted.payload).map(|seen| seen.squares.clone());
+        let squares = contributions.iter().map(|accepted| seen(accepted).unwrap_or_default()).collect();
+        let merge = Merge { fragment, version, contributions, squares, recipe };
         self.rounds[index].merging = Some(merge.clone());
         merge
     }
@@ -795,6 +804,13 @@ impl Coordinator {
 }
 
 impl Merge {
+    /// What an outer step is told of a contribution's payload, of which these are the bytes.
+    pub fn found(&self, payload: Digest, bytes: Vec<u8>) -> Found {
+        let index = self.contributions.iter().position(|accepted| accepted.payload == payload);
+        let squares = index.and_then(|index| self.squares.get(index)).cloned().unwrap_or_default();
+        Found { bytes, squares }
+    }
+
     fn holds(&self, (site, number): &(SiteId, u64)) -> bool {
         self.contributions.iter().any(|accepted| accepted.site == *site && accepted.number == *number)
     }

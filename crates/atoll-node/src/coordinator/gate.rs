@@ -450,5 +450,6 @@ fn look_at(lens: &[usize], digest: Digest, payload: &[u8]) -> Result<Seen, Strin
     if Digest::of(payload) != digest {
         return Err("its bytes are not those that its name promises".to_string());
     }
-    Payload::check_any(payload, lens, &Crew).map(Seen::from).map_err(|error| error.to_string())
+    let payload = Payload::check_any(payload, lens, &Crew).map_err(|error| error.to_string())?;
+    Ok(Seen::of(&payload, &Crew))
 }

@@ -9,7 +9,7 @@ use atoll_core::data::{DatasetId, Ranges};
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Accepted, Book, Chain, Commit, Entry, Role};
 use atoll_core::manifest::{FragmentId, Manifest};
-use atoll_core::outer::{Averaging, Global, Guard, OuterRule, Recipe};
+use atoll_core::outer::{Averaging, Found, Global, Guard, OuterRule, Recipe};
 use atoll_core::round::{Coordinator, Event, Goal, Sync};
 use atoll_core::site::Time;
 
@@ -104,7 +104,8 @@ fn commit(global: &mut Global, store: &Store) -> Entry {
     let (merge, guard) = (Averaging::Radial, Guard::default());
     let recipe = Recipe { merge, rule: OuterRule::default(), codec: Codec::F32, share: 1.0, guard };
     let contributions = vec![accepted];
-    let step = global.perform(fragment, 1, &contributions, &recipe, &|digest| store.get(digest), &Crew);
+    let step =
+        global.perform(fragment, 1, &contributions, &recipe, &|digest| store.get(digest).map(Found::from), &Crew);
     let step = step.expect("its payload is here");
     store.put(step.delta, &step.payload).expect("the disk takes it");
     let (delta, bytes, digest) = (step.delta, step.payload.len() as u64, step.digest);

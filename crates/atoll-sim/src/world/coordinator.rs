@@ -6,7 +6,7 @@ use std::rc::Rc;
 use atoll_core::codec::Payload;
 use atoll_core::hash::{Digest, little_endian};
 use atoll_core::journal::{Book, Entry, Role};
-use atoll_core::outer::{Global, Reason, StepError, step_alone};
+use atoll_core::outer::{Found, Global, Reason, StepError, step_alone};
 use atoll_core::round::{Coordinator, Event, Merge, Merged, Order, Seen, Tried};
 use atoll_core::site::SiteId;
 use atoll_core::team::Alone;
@@ -66,7 +66,7 @@ impl World<'_> {
 
     pub(super) fn replay(&self) -> Result<(Book, Global, Store), String> {
         let (mut book, mut global, mut deltas) = (Book::default(), self.first_weights(), BTreeMap::new());
-        let payload = |digest| self.disk.payload(digest);
+        let payload = |digest| self.disk.payload(digest).map(Found::from);
         for entry in &self.disk.read().map_err(|error| error.to_string())? {
             book.apply(entry).map_err(|error| error.to_string())?;
             if let Entry::Committed(commit) = entry {
@@ -157,7 +157,7 @@ impl World<'_> {
         let life = self.posts[post].life;
         let tried = self.attempt(post, merge);
         let Some(head) = self.posts[post].head_mut() else { return Ok(()) };
-        let payload = |digest| self.disk.payload(digest);
+        let payload = |digest| Some(merge.found(digest, self.disk.payload(digest)?));
         let step =
             head.global.perform(merge.fragment, merge.version, &merge.contributions, &merge.recipe, &payload, &Alone);
         let step = match step {
@@ -230,7 +230,8 @@ impl World<'_> {
         }
         self.send(index, 0.0, &Happening::Acknowledged(index, connection, digest, true));
         let site = self.sites[index].residence.name.clone();
-        let seen = Payload::check_any(bytes, &self.lens(), &Alone).map(Seen::from).map_err(|error| error.to_string());
+        let seen = Payload::check_any(bytes, &self.lens(), &Alone);
+        let seen = seen.map(|payload| Seen::of(&payload, &Alone)).map_err(|error| error.to_string());
         self.tell_coordinator_of(index, Event::Arrived(site.clone(), digest, seen?))?;
         // Now and then a payload turns out to be useless, perhaps when it is being merged already.
         if self.chance.chance(self.description.hardships.loss / 10.0) {

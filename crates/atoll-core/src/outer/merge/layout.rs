@@ -14,8 +14,8 @@
 use std::ops::Range;
 
 use super::{Part, Weighted};
-use crate::codec::{CHUNK, Unison, Unpacked, add_scaled};
-use crate::delta::square;
+use crate::codec::{AT_A_TIME, CHUNK, Unison, Unpacked, add_all};
+use crate::delta::{Products, square};
 use crate::manifest::{FragmentId, Manifest};
 use crate::model::TensorKind;
 use crate::simd::simd;
@@ -180,7 +180,7 @@ impl Stretch {
     #[inline(always)]
     fn add_up(&self, values: &mut [f32], contributions: &[Weighted<'_>], parts: &[Part], momentum: &[f32]) -> Sums {
         let mut sums = Sums::zero(contributions.len());
-        let mut rooms: Vec<Unpacked> = contributions.iter().map(|_| Unpacked::default()).collect();
+        let mut desk = Desk::new(contributions.len());
         let unison = Unison::of(contributions.iter().map(|contribution| &contribution.payload));
         let unison = unison.filter(|_| parts.iter().all(|part| part.turn == 0.0));
         for chunk in self.chunks() {
@@ -190,7 +190,13 @@ impl Stretch {
                 let shares = shares.zip(parts.iter().map(|part| part.share as f32));
                 unison.add_up(chunk.number, shares, out, &mut sums.alongs);
             } else {
-                add_up_apart(&chunk, out, contributions, parts, momentum, &mut rooms, &mut sums.alongs);
+                // Without momentum nothing is turned towards it.
+                let momentum = momentum.get(chunk.outer.clone()).unwrap_or_default();
+                if desk.read(&chunk, contributions) {
+                    desk.add_up(parts, momentum, out, &mut sums.alongs);
+                } else {
+                    desk.add_up_sparse(parts, momentum, out, &mut sums.alongs);
+                }
             }
             sums.other += square(out);
         }
@@ -205,27 +211,72 @@ impl Stretch {
     }
 }
 
-/// Writes the sum of all `parts` of a chunk, each read by itself, and adds to `alongs` how far each goes along it.
-#[inline(always)]
-fn add_up_apart<'a>(
-    chunk: &Chunk,
-    out: &mut [f32],
-    contributions: &[Weighted<'a>],
-    parts: &[Part],
-    momentum: &[f32],
-    rooms: &mut [Unpacked<'a>],
-    alongs: &mut [f64],
-) {
-    out.fill(0.0);
-    for ((contribution, part), room) in contributions.iter().zip(parts).zip(&mut *rooms) {
-        room.read(&contribution.payload, chunk.number, chunk.inner.clone());
-        room.part().add_to(part.share as f32, out);
-        if part.turn != 0.0 {
-            add_scaled(out, part.turn as f32, &momentum[chunk.outer.clone()]);
+/// Where a chunk of every contribution is read.
+struct Desk<'a> {
+    rooms: Vec<Unpacked<'a>>,
+    /// As many values of each as are read at a time.
+    pieces: Vec<[f32; AT_A_TIME]>,
+}
+
+impl<'a> Desk<'a> {
+    fn new(contributions: usize) -> Self {
+        let rooms = (0..contributions).map(|_| Unpacked::default()).collect();
+        Self { rooms, pieces: vec![[0.0; AT_A_TIME]; contributions] }
+    }
+
+    /// Takes in a chunk of every contribution. Whether all speak of all its weights.
+    #[inline(always)]
+    fn read(&mut self, chunk: &Chunk, contributions: &[Weighted<'a>]) -> bool {
+        let mut all_dense = true;
+        for (Weighted { payload, .. }, room) in contributions.iter().zip(&mut self.rooms) {
+            room.read(payload, chunk.number, chunk.inner.clone());
+            all_dense &= room.part().is_dense();
+        }
+        all_dense
+    }
+
+    /// Writes the sum of all `parts` of a chunk, of whose weights all speak, and adds to `alongs` how far each goes along it.
+    /// Piece by piece, so that what is unpacked for the one is still in the nearest cache for the other.
+    #[inline(always)]
+    fn add_up(&mut self, parts: &[Part], momentum: &[f32], out: &mut [f32], alongs: &mut [f64]) {
+        let mut products: Vec<Products> = parts.iter().map(|_| Products::default()).collect();
+        for (number, out) in out.chunks_mut(AT_A_TIME).enumerate() {
+            let start = number * AT_A_TIME;
+            out.fill(0.0);
+            for ((part, room), piece) in parts.iter().zip(&self.rooms).zip(&mut self.pieces) {
+                let piece = &mut piece[..out.len()];
+                room.part().piece(start, piece);
+                add_all(out, part.share as f32, piece);
+                if part.turn != 0.0 {
+                    add_all(out, part.turn as f32, &momentum[start..]);
+                }
+            }
+            let mut sum = [0.0; AT_A_TIME];
+            for (sum, out) in sum.iter_mut().zip(&*out) {
+                *sum = f64::from(*out);
+            }
+            for (products, piece) in products.iter_mut().zip(&self.pieces) {
+                products.add_wide(&sum[..out.len()], &piece[..out.len()]);
+            }
+        }
+        for (along, products) in alongs.iter_mut().zip(products) {
+            *along += products.total();
         }
     }
-    for (along, room) in alongs.iter_mut().zip(rooms) {
-        *along += room.part().along(out);
+
+    /// The same of a chunk of which some speak in part.
+    #[inline(always)]
+    fn add_up_sparse(&self, parts: &[Part], momentum: &[f32], out: &mut [f32], alongs: &mut [f64]) {
+        out.fill(0.0);
+        for (part, room) in parts.iter().zip(&self.rooms) {
+            room.part().add_to(part.share as f32, out);
+            if part.turn != 0.0 {
+                add_all(out, part.turn as f32, momentum);
+            }
+        }
+        for (along, room) in alongs.iter_mut().zip(&self.rooms) {
+            *along += room.part().along(out);
+        }
     }
 }
 

@@ -171,11 +171,11 @@ impl Coordinator {
 
     /// Turns down whatever contributions a payload that is here does not fit.
     fn judge(&mut self, payload: Digest, orders: &mut Vec<Order>) {
-        let Some(seen) = self.arrived.get(&payload).copied() else { return };
+        let Some(seen) = self.arrived.get(&payload).cloned() else { return };
         for index in 0..self.rounds.len() {
             let receipts = self.rounds[index].pending.iter().filter(|(_, receipt)| receipt.payload == payload);
             let misfit = |(key, receipt): (&(SiteId, u64), &Receipt)| {
-                Some((key.clone(), self.misfit(index, seen, receipt.steps)?))
+                Some((key.clone(), self.misfit(index, &seen, receipt.steps)?))
             };
             let misfits: Vec<_> = receipts.filter_map(misfit).collect();
             for ((owner, number), why) in misfits {
@@ -185,7 +185,7 @@ impl Coordinator {
     }
 
     /// Why a payload can be no contribution of so many steps to fragment number `index`, if it cannot.
-    fn misfit(&self, index: usize, Seen { weights, norm }: Seen, steps: u64) -> Option<String> {
+    fn misfit(&self, index: usize, &Seen { weights, norm, .. }: &Seen, steps: u64) -> Option<String> {
         let len = self.lens.get(index).copied().unwrap_or(0);
         if weights != len {
             return Some(format!("its payload is for {weights} weights, and {} has {len}", FragmentId(index as u16)));
