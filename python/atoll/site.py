@@ -28,7 +28,7 @@ def join(ticket, engine, *, data=None, dir=None, rows=None, streams=4):
     data      text to train on: a file, a folder, or what `atoll ingest` made.
     dir       the site's own folder, for its key and its tokens; without it, `atoll-SITE`.
     rows      samples per micro-batch, if not the run's; all ranks of a site share them.
-    streams   data connections to the coordinator.
+    streams   data connections to the coordinator; twice as many while the model is fetched.
 
     Ctrl-C and SIGTERM leave the run after the present step, a second one at once; the same call comes back to it.
     Under torchrun all ranks make this call, and are one site, which the first leaves for all.

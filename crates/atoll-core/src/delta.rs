@@ -196,18 +196,18 @@ impl Local {
     ///
     /// # Errors
     /// If the weights are not finite or not as many as the fragment has.
-    pub fn install(&mut self, fragment: FragmentId, weights: &[f32]) -> Result<(Digest, Change), DeltaError> {
+    pub fn install(&mut self, fragment: FragmentId, weights: Vec<f32>) -> Result<(Digest, Change), DeltaError> {
         let copies = &mut self.fragments[fragment.index()];
         let expected = copies.theta.len();
         let fits = match weights.len() {
             found if found != expected => Err(CodecError::Count { found, expected }),
-            _ => codec::check_finite(weights),
+            _ => codec::check_finite(&weights),
         };
         fits.map_err(|source| DeltaError { fragment, source })?;
-        copies.theta.copy_from_slice(weights);
+        let digest = Digest::of_weights(&weights);
+        copies.theta = weights;
         copies.reference = None;
         copies.last = Vec::new();
-        let digest = Digest::of_weights(weights);
         copies.turn = turn_of(&digest);
         Ok((digest, Change::Write(copies.start(self.feedback))))
     }

@@ -236,7 +236,7 @@ impl Island {
             SiteOrder::Install(fragment, version, digest) => {
                 let bytes = desk.fetch(digest).unwrap();
                 let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                let (digest, change) = self.local.install(fragment, &weights.collect::<Vec<_>>()).unwrap();
+                let (digest, change) = self.local.install(fragment, weights.collect()).unwrap();
                 self.change(fragment, change);
                 return Some(SiteEvent::Applied { fragment, version, digest, overwritten: true });
             }

@@ -17,6 +17,7 @@ mod desk;
 mod donors;
 mod meter;
 mod net;
+mod parcel;
 mod pile;
 mod residuals;
 pub mod told;

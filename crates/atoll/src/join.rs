@@ -35,7 +35,7 @@ pub(crate) struct Arguments {
     /// Share of the threads' time that training may take, for machines that have other work to do.
     #[arg(long, default_value_t = 1.0)]
     share: f64,
-    /// Data connections to the coordinator.
+    /// Data connections to the coordinator; twice as many while the model is fetched.
     #[arg(long, default_value_t = 4)]
     streams: usize,
     /// Stop when standard input ends.

@@ -14,7 +14,7 @@ use atoll_core::hash::Digest;
 use atoll_core::journal::{Book, Entry};
 use atoll_core::wire::{Frame, Purpose};
 use atoll_node::identity::Identity;
-use atoll_node::link::{Dialer, read_frame, write_frame};
+use atoll_node::link::{Dialer, Link, read_frame, write_frame};
 use atoll_node::report::Report;
 use common::cable::Cable;
 use common::{LARGER, Lab, Process, atoll, greet, s3, signal, text, wait};
@@ -239,17 +239,28 @@ async fn only_members_get_bytes(pair: &Pair) {
         let answer = greet(dialer, &pair.other, None, purpose).await.1;
         assert!(answer.is_none(), "{purpose:?}: {answer:?}");
     }
-    let (mut link, welcome) = greet(&member, &pair.other, None, Purpose::Fetch).await;
-    assert!(matches!(welcome, Some(Frame::Welcome(_))), "{welcome:?}");
-    let digest = Digest::of(b"nothing");
-    write_frame(&mut link, &Frame::Get { digest, offset: 0, length: 0 }).await.unwrap();
-    assert_eq!(read_frame(&mut link).await.unwrap(), Some(Frame::Missing(digest)));
+    let mut link = fetching(&member, &pair.other).await;
+    let mut from_leader = fetching(&member, &pair.lab.listen()).await;
+    let refused = greet(&stranger, &pair.lab.listen(), None, Purpose::Fetch).await.1;
+    assert!(matches!(refused, Some(Frame::Refused(_))), "{refused:?}");
 
     let revoked = atoll(&["revoke", &pair.lab.path("run"), "b"]);
     assert!(revoked.status.success(), "{}", text(&revoked.stderr));
     let end = tokio::time::timeout(Duration::from_secs(20), read_frame(&mut link)).await;
     assert!(matches!(end.expect("it is still let in"), Ok(None) | Err(_)));
     assert!(greet(&member, &pair.other, None, Purpose::Fetch).await.1.is_none());
+    let end = tokio::time::timeout(Duration::from_secs(20), read_frame(&mut from_leader)).await;
+    assert!(matches!(end.expect("the leader still lets it in"), Ok(None) | Err(_)));
+}
+
+/// A connection over which a coordinator, leading or not, answers gets.
+async fn fetching(member: &Dialer, address: &str) -> Link {
+    let (mut link, welcome) = greet(member, address, None, Purpose::Fetch).await;
+    assert!(matches!(welcome, Some(Frame::Welcome(_))), "{welcome:?}");
+    let digest = Digest::of(b"nothing");
+    write_frame(&mut link, &Frame::Get { digest, offset: 0, length: 0 }).await.unwrap();
+    assert_eq!(read_frame(&mut link).await.unwrap(), Some(Frame::Missing(digest)));
+    link
 }
 
 #[test]

@@ -45,7 +45,7 @@ pub(super) fn run(row: &Row, setting: &Wished, seed: u64, steps_per_round: u64) 
         let options = options(text, training, training.rows, Precision::best());
         let engine = CpuEngine::new(options, manifest.clone(), first.clone(), Box::new(feed))?;
         let mut local = Local::new(&manifest, row.sync.follow, row.sync.feedback);
-        local.install(ALL, &first[0])?;
+        local.install(ALL, first[0].clone())?;
         sites.push(Site { engine, leases, local });
     }
     let mut global = Global::new(manifest.clone(), first);

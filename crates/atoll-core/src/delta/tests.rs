@@ -102,7 +102,7 @@ impl Story {
 
     fn install(&mut self) {
         let theta = self.some();
-        let (_, change) = self.local.install(FRAGMENT, &theta).unwrap();
+        let (_, change) = self.local.install(FRAGMENT, theta.clone()).unwrap();
         self.change(change);
         self.steps = vec![0.0; COUNT];
     }
@@ -267,7 +267,7 @@ fn what_a_stopped_process_owed_is_in_the_first_contribution_of_the_next() {
 #[test]
 fn what_is_handed_in_stays_in_the_weights_until_a_commit_tells_of_it() {
     let mut local = local(Follow::Carry, Feedback::Weights);
-    local.install(FRAGMENT, &[0.0; COUNT]).unwrap();
+    local.install(FRAGMENT, vec![0.0; COUNT]).unwrap();
     let mut chance = Rng::new(5);
     let mut weights: Vec<f32> = (0..COUNT).map(|_| chance.normal() as f32).collect();
     let sent = local.contribute(FRAGMENT, weights.clone(), Codec::F32, &Alone).unwrap();
@@ -297,7 +297,7 @@ fn what_is_handed_in_stays_in_the_weights_until_a_commit_tells_of_it() {
 fn who_gives_up_steps_gives_up_nothing_that_was_handed_in() {
     for feedback in [Feedback::Weights, Feedback::Buffer] {
         let mut local = local(Follow::Overwrite, feedback);
-        local.install(FRAGMENT, &[0.0; COUNT]).unwrap();
+        local.install(FRAGMENT, vec![0.0; COUNT]).unwrap();
         let mut chance = Rng::new(5);
         let handed_in: Vec<f32> = (0..COUNT).map(|_| chance.normal() as f32).collect();
         local.contribute(FRAGMENT, handed_in.clone(), Codec::F32, &Alone).unwrap();
@@ -316,7 +316,7 @@ fn who_gives_up_steps_gives_up_nothing_that_was_handed_in() {
 #[test]
 fn who_has_given_up_steps_keeps_the_next_ones_until_it_has_contributed() {
     let mut local = local(Follow::Overwrite, Feedback::Weights);
-    local.install(FRAGMENT, &[0.0; COUNT]).unwrap();
+    local.install(FRAGMENT, vec![0.0; COUNT]).unwrap();
     let commit = Codec::F32.encode(&[1.0; COUNT]).unwrap();
     for contributed in 0..3 {
         let overwrites = [0, 1, 2].map(|_| local.commit(FRAGMENT, commit.clone(), &Alone).unwrap().1.overwrites());

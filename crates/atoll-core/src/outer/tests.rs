@@ -256,7 +256,7 @@ fn the_coordinator_speaks_in_the_turn_of_the_sites_that_it_has_heard() {
     use crate::delta::{Feedback, Follow, Local};
     let (mut global, fragment) = (still(), FragmentId(0));
     let mut local = Local::new(&manifest(), Follow::Auto, Feedback::Weights);
-    local.install(fragment, &global.theta[0]).unwrap();
+    local.install(fragment, global.theta[0].clone()).unwrap();
     for seed in 1..4 {
         let said = local.contribute(fragment, random(seed), Codec::Tcq(1), &Alone).unwrap();
         let contributions = [(1.0, said.bytes)];

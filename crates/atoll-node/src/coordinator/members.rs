@@ -16,9 +16,6 @@ use crate::acts;
 impl Heart {
     /// Lets a site in or tells it why not.
     pub(super) fn answer(&mut self, knock: Knock) -> Result<()> {
-        if knock.hello.purpose == Purpose::Fetch {
-            return Ok(()); // Whoever leads gives weights over data connections; this one is hung up on.
-        }
         self.take_up_acts()?;
         self.carry_out()?; // The peer is told nothing that could yet be forgotten.
         let answer = self.consider(&knock)?;

@@ -116,8 +116,10 @@ impl Partial {
     /// Some more bytes have come.
     pub(super) fn add(&mut self, offset: u64, bytes: &[u8]) {
         let Some(file) = &mut self.file else { return };
-        let part = [&offset.to_le_bytes()[..], &(bytes.len() as u32).to_le_bytes(), bytes].concat();
-        if let Err(error) = file.write_all(&part) {
+        let mut head = [0; HEAD];
+        head[..8].copy_from_slice(&offset.to_le_bytes());
+        head[8..].copy_from_slice(&(bytes.len() as u32).to_le_bytes());
+        if let Err(error) = file.write_all(&head).and_then(|()| file.write_all(bytes)) {
             complain(&self.path, &error);
             self.give_up();
         }

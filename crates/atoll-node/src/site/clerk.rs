@@ -19,6 +19,7 @@ use atoll_core::site::Time;
 use super::desk::{Desk, Done, Job};
 use super::meter::Meter;
 use super::net::{Command, Incoming};
+use super::parcel::Parcel;
 use super::trainer::{Look, Pause, Task, Trainer};
 use crate::coordinator::lock;
 use crate::data::Leases;
@@ -37,7 +38,7 @@ pub(super) struct Clerk {
     /// Encoded contributions that are not settled.
     payloads: BTreeMap<Digest, Arc<Vec<u8>>>,
     /// Fetched bytes that the desk has not taken yet.
-    fetched: BTreeMap<Digest, Vec<u8>>,
+    fetched: BTreeMap<Digest, Parcel>,
     /// Commits that came before they were asked for.
     pushed: Pushed,
     /// Memory for the next reading of weights.
@@ -196,7 +197,9 @@ impl Clerk {
             Incoming::Standing(standing) => self.events.push_back(SiteEvent::Standing(standing)),
             Incoming::Uploaded(digest, done) => self.events.push_back(SiteEvent::Uploaded(digest, done)),
             Incoming::Fetched(digest, bytes) => self.fetched(digest, bytes),
-            Incoming::Pushed(digest, bytes) if self.machine.awaits(digest) => self.fetched(digest, Some(bytes)),
+            Incoming::Pushed(digest, bytes) if self.machine.awaits(digest) => {
+                self.fetched(digest, Some(Parcel::Bytes(bytes)));
+            }
             Incoming::Pushed(digest, bytes) => self.pushed.put(digest, bytes),
             Incoming::Worked(done) => return self.worked(done),
             Incoming::Paused(Ok(pause)) => self.paused(pause),
@@ -206,7 +209,7 @@ impl Clerk {
         Ok(())
     }
 
-    fn fetched(&mut self, digest: Digest, bytes: Option<Vec<u8>>) {
+    fn fetched(&mut self, digest: Digest, bytes: Option<Parcel>) {
         let done = bytes.is_some();
         if let Some(bytes) = bytes {
             self.fetched.insert(digest, bytes);
@@ -329,12 +332,12 @@ impl Clerk {
                 self.desk.put(Job::Rebase(fragment))?;
             }
             SiteOrder::Commit(notice) => {
-                let payload = self.fetched.remove(&notice.delta).unwrap_or_default();
+                let payload = self.fetched.remove(&notice.delta).map_or_else(Vec::new, Parcel::into_bytes);
                 self.desk.put(Job::Commit(notice, payload))?;
             }
             SiteOrder::Install(fragment, version, digest) => {
-                let bytes = self.fetched.remove(&digest).unwrap_or_default();
-                self.desk.put(Job::Install(fragment, version, bytes))?;
+                let weights = self.fetched.remove(&digest).map_or_else(Vec::new, Parcel::into_weights);
+                self.desk.put(Job::Install(fragment, version, weights))?;
             }
             SiteOrder::Evaluate(request) => {
                 let (commits, thetas) = (self.commits(), self.desk.lend()?);
@@ -346,7 +349,7 @@ impl Clerk {
                 }
             }
             SiteOrder::Fetch { digest, bytes, pushed, weights } => match self.pushed.take(digest) {
-                Some(bytes) => self.fetched(digest, Some(bytes)),
+                Some(bytes) => self.fetched(digest, Some(Parcel::Bytes(bytes))),
                 None if pushed => {} // It is on its way.
                 None => self.command(Command::Fetch(digest, bytes, weights)),
             },

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 use atoll_core::codec::Codec;
 use atoll_core::delta::{Change, DeltaError, Local, Payload};
-use atoll_core::hash::{Digest, from_little_endian};
+use atoll_core::hash::Digest;
 use atoll_core::journal::Notice;
 use atoll_core::manifest::FragmentId;
 use atoll_core::team::Team;
@@ -30,8 +30,8 @@ pub(super) enum Job {
     Rebase(FragmentId),
     /// Apply a commit's payload.
     Commit(Notice, Vec<u8>),
-    /// Start over from these bytes of weights.
-    Install(FragmentId, u64, Vec<u8>),
+    /// Start over from these weights.
+    Install(FragmentId, u64, Vec<f32>),
     /// Hand out a copy of Θ.
     Lend(mpsc::Sender<Vec<Vec<f32>>>),
     /// Keep what is not delivered, unless the run is finished; nothing comes after it.
@@ -159,8 +159,8 @@ fn work(
                 toll::note(&mut lock(spent).decoding, began.elapsed());
                 Some(applied(notice.fragment, notice.version, result))
             }
-            Job::Install(fragment, version, bytes) => {
-                Some(applied(fragment, version, local.install(fragment, &from_little_endian(&bytes))))
+            Job::Install(fragment, version, weights) => {
+                Some(applied(fragment, version, local.install(fragment, weights)))
             }
             Job::Lend(answer) => {
                 let _ = answer.send(local.thetas()); // Whoever asked may have stopped.

@@ -1,4 +1,4 @@
-//! Weights from coordinators that stand by, beside those from the one that leads. A donor is asked first whether it has what is
+//! Weights from coordinators that stand by, beside those from the one that leads, and from that one over more connections. A donor is asked first whether it has what is
 //! wanted, or comes to it within a moment; then its connections take pieces from the same pile as the leader's. Nothing
 //! else is asked of it, what it owes when it fails goes back on the pile, and a site that finds none is no worse off.
 
@@ -11,6 +11,7 @@ use anyhow::{Result, bail};
 use atoll_core::hash::Digest;
 use atoll_core::wire::{Frame, Purpose};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::net::Stream;
 use super::pile::Piece;
@@ -18,14 +19,16 @@ use super::window::Window;
 use crate::link::{Link, read_frame, write_frame};
 use crate::way::Way;
 
-/// Fewer bytes are not worth another handshake.
+/// Fewer bytes are not worth another handshake …
 const WORTH_ASKING: u64 = 256 << 10;
+/// … with the leader, that is asked already.
+const WORTH_MORE: u64 = 16 << 20;
 /// A donor that owes something and has been silent for so long is given up.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// After a donor was of no use: it may not have heard yet that this site is a member.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// Pieces that a connection may owe at first and at most.
-const OWED: (usize, usize) = (4, 64);
+const OWED: (usize, usize) = (4, 256);
 
 /// Whether what donors give can be trusted to be what its name says; false for ever once it was not.
 #[derive(Clone, Default)]
@@ -45,10 +48,12 @@ impl Suspicion {
     }
 }
 
-/// A coordinator that may stand by.
+/// A coordinator that may have weights.
 #[derive(Clone)]
 pub(super) struct Donor {
     pub(super) address: String,
+    /// Whether it is the one that leads.
+    pub(super) leads: bool,
     pub(super) way: Way,
     /// Connections to it.
     pub(super) streams: usize,
@@ -56,11 +61,17 @@ pub(super) struct Donor {
 }
 
 impl Donor {
-    /// Takes as much from it as it can give, as long as there is something to fetch.
-    pub(super) async fn ask(self, stream: Stream) {
-        while !self.suspicion.is_raised() {
-            stream.pile.until(|| (stream.weights_to_come() >= WORTH_ASKING).then_some(())).await;
-            if let Err(error) = self.visit(&stream).await {
+    /// Takes as much from it as it can give, as long as there is something to fetch, first over the connections that there are.
+    pub(super) async fn ask(self, stream: Stream, mut links: Vec<Link>) {
+        let worth = if self.leads { WORTH_MORE } else { WORTH_ASKING };
+        while self.leads || !self.suspicion.is_raised() {
+            let asked = if links.is_empty() {
+                stream.pile.until(|| (stream.weights_to_come() >= worth).then_some(())).await;
+                self.visit(&stream).await
+            } else {
+                self.take_all(&stream, links.drain(..)).await
+            };
+            if let Err(error) = asked {
                 tracing::debug!("nothing more from {}: {error:#}", self.address);
             }
             tokio::time::sleep(TRY_AGAIN).await;
@@ -70,24 +81,28 @@ impl Donor {
     /// Over all connections, once there is one.
     async fn visit(&self, stream: &Stream) -> Result<()> {
         let Some(first) = self.way.visit(&self.address, Purpose::Fetch).await? else { return Ok(()) };
-        let mut links = tokio::task::JoinSet::new();
-        links.spawn(self.clone().take(stream.clone(), first));
-        for _ in 1..self.streams {
-            let (donor, stream) = (self.clone(), stream.clone());
-            links.spawn(async move {
-                let link = donor.way.visit(&donor.address, Purpose::Fetch).await?;
-                if let Some(link) = link { donor.take(stream, link).await } else { Ok(()) }
-            });
+        let others = async {
+            let links = self.way.visits(&self.address, Purpose::Fetch, self.streams.saturating_sub(1)).await;
+            self.take_all(stream, links).await
+        };
+        let (first, others) = tokio::join!(self.clone().take(stream.clone(), first), others);
+        first.and(others)
+    }
+
+    async fn take_all(&self, stream: &Stream, links: impl IntoIterator<Item = Link>) -> Result<()> {
+        let mut takes = JoinSet::new();
+        for link in links {
+            takes.spawn(self.clone().take(stream.clone(), link));
         }
         let mut result = Ok(());
-        while let Some(end) = links.join_next().await {
+        while let Some(end) = takes.join_next().await {
             result = end?;
         }
         result
     }
 
     async fn take(self, stream: Stream, link: Link) -> Result<()> {
-        let mut account = Account::new(stream, self.suspicion);
+        let mut account = Account::new(stream, self.suspicion, self.leads);
         let result = account.keep(link).await;
         if account.given > 0 {
             tracing::info!("{} stood by and gave {:.1} MB of weights", self.address, account.given as f64 / 1e6);
@@ -100,6 +115,7 @@ impl Donor {
 struct Account {
     stream: Stream,
     suspicion: Suspicion,
+    leads: bool,
     window: Arc<Window>,
     owed: Vec<Piece>,
     /// Weights that the donor was asked whether it has, those of which it has not said it, and those that it has.
@@ -110,10 +126,10 @@ struct Account {
 }
 
 impl Account {
-    fn new(stream: Stream, suspicion: Suspicion) -> Self {
+    fn new(stream: Stream, suspicion: Suspicion, leads: bool) -> Self {
         let window = Arc::new(Window::new(OWED.0, OWED.1));
         let (asked, unsaid, has) = Default::default();
-        Self { stream, suspicion, window, owed: Vec::new(), asked, unsaid, has, given: 0 }
+        Self { stream, suspicion, leads, window, owed: Vec::new(), asked, unsaid, has, given: 0 }
     }
 
     /// Asks and takes until the donor fails, or hangs up because it was asked nothing for long.
@@ -130,7 +146,9 @@ impl Account {
         let (pile, window) = (self.stream.pile.clone(), self.window.clone());
         let talk = async {
             loop {
-                let unasked = || pile.digests().into_iter().find(|digest| !self.asked.contains(digest));
+                // The leader has what it told of.
+                let to_ask = |digest: &Digest| !self.leads && !self.asked.contains(digest);
+                let unasked = || pile.digests().into_iter().find(to_ask);
                 let owes = !(self.owed.is_empty() && self.unsaid.is_empty());
                 tokio::select! {
                     biased;
@@ -140,7 +158,7 @@ impl Account {
                         self.unsaid.insert(digest);
                         write_frame(&mut writer, &Frame::Get { digest, offset: 0, length: 0 }).await?;
                     }
-                    (room, piece) = pile.take(&window, |digest| self.has.contains(digest)) => {
+                    (room, piece) = pile.take(&window, |digest| self.leads || self.has.contains(digest)) => {
                         window.ask(room, Instant::now());
                         self.owed.push(piece);
                         write_frame(&mut writer, &piece.get()).await?;
@@ -166,6 +184,9 @@ impl Account {
                 };
                 self.owed.remove(index);
                 self.window.answered(Instant::now());
+                if self.leads {
+                    return self.stream.arrive(digest, offset, &bytes);
+                }
                 self.given += bytes.len() as u64;
                 if self.suspicion.is_raised() {
                     bail!("what a donor gave was damaged");

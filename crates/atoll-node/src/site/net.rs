@@ -15,11 +15,13 @@ use atoll_core::round::{Standing, Status};
 use atoll_core::wire::{CHUNK, Frame, Purpose, Welcome};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{SemaphorePermit, mpsc};
+use tokio::task::JoinSet;
 
 use super::arriving::{Arriving, Partial, Weights};
 use super::desk::Done;
 use super::donors::{Donor, Suspicion};
 use super::meter::Meter;
+use super::parcel::Parcel;
 use super::pile::{Piece, Pile};
 use super::told;
 use super::trainer::Pause;
@@ -34,7 +36,7 @@ pub(super) enum Incoming {
     Disconnected,
     Standing(Box<Standing>),
     Uploaded(Digest, bool),
-    Fetched(Digest, Option<Vec<u8>>),
+    Fetched(Digest, Option<Parcel>),
     /// The payload of a commit, which nobody asked for.
     Pushed(Digest, Vec<u8>),
     /// From the desk, over the same channel, so that the clerk waits for all.
@@ -70,8 +72,9 @@ pub(super) struct Route {
 
 /// How fast a long pause is forgotten, from answer to answer.
 const FORGETTING: f64 = 0.1;
-/// Gets that may be unanswered per data connection: with eight of them 16 MiB, the product of 1 Gbit/s and 130 ms.
-const GETS_AHEAD: usize = 64;
+/// Gets that may be unanswered per data connection, if they are answered soon: 8 MiB, more than a kernel lets a connection send
+/// ahead unless it is told to.
+const GETS_AHEAD: usize = 256;
 /// Gets that may be unanswered before it is known how soon they are answered.
 const GETS_AT_FIRST: usize = 8;
 /// A status is repeated after this many seconds, so that a busy site does not look like a silent one.
@@ -80,10 +83,15 @@ const REPEAT_SECONDS: u64 = 1;
 const RETRY_SECONDS_MAX: f64 = 2.0;
 
 impl Route {
-    /// The coordinator at that address, as one that may stand by.
-    fn donor(&self, address: String) -> Donor {
-        let Self { way, streams, suspicion, .. } = self.clone();
-        Donor { address, way, streams, suspicion }
+    /// Whoever has weights to give: those that may stand by, and the leader once more. A kernel lets a connection send a few
+    /// megabytes ahead, which is less than a fast and long link holds; but more connections would be of no use to a site that trains.
+    fn donors(&self) -> impl Iterator<Item = Donor> {
+        let donor = |address, leads| {
+            let Self { way, streams, suspicion, .. } = self.clone();
+            Donor { address, leads, way, streams, suspicion }
+        };
+        let others = self.way.doors.others().into_iter().map(move |address| donor(address, false));
+        others.chain(self.way.doors.last().map(|address| donor(address, true)))
     }
 
     /// Connects once, patiently, and fetches the tokenizer unless `have` says that it is known.
@@ -122,14 +130,16 @@ pub(super) async fn keep_connected(
     let mut pause = 0.1;
     let (mut told, mut refusals) = (None, Refusals::default());
     let fetches = Fetches::default();
+    let mut joins = true;
     loop {
-        match connect(&route).await {
-            Ok((control, data)) => {
+        match connect(&route, joins).await {
+            Ok(links) => {
+                joins = false;
                 (pause, refusals) = (0.1, Refusals::default());
                 if inbox.send(Incoming::Connected).is_err() {
                     return;
                 }
-                let end = talk(control, data, &mut commands, &inbox, &fetches, &route).await;
+                let end = talk(links, &mut commands, &inbox, &fetches, &route).await;
                 if end.as_ref().is_err_and(anyhow::Error::is::<Silence>) {
                     route.way.doors.try_another();
                 }
@@ -160,13 +170,31 @@ pub(super) async fn keep_connected(
     }
 }
 
-async fn connect(route: &Route) -> Result<(Link, Vec<Link>)> {
+/// The connections to the leader.
+struct Links {
+    control: Link,
+    data: Vec<Link>,
+    /// Over these weights are fetched, too.
+    fetch: Vec<Link>,
+}
+
+/// Connects to the leader. A site that joins is about to fetch the model.
+async fn connect(route: &Route, joins: bool) -> Result<Links> {
     let (control, _) = route.way.greet(Purpose::Control).await?;
-    let mut data = Vec::new();
-    for _ in 0..route.streams.max(1) {
-        data.push(route.way.greet(Purpose::Data).await?.0);
-    }
-    Ok((control, data))
+    let way = &route.way;
+    let greet = |_| {
+        let way = way.clone();
+        async move { Ok(way.greet(Purpose::Data).await?.0) }
+    };
+    let greetings: JoinSet<Result<Link>> = (0..route.streams.max(1)).map(greet).collect();
+    let fetch = async {
+        match way.doors.last().filter(|_| joins) {
+            Some(leader) => way.visits(&leader, Purpose::Fetch, route.streams).await,
+            None => Vec::new(),
+        }
+    };
+    let (data, fetch) = tokio::join!(greetings.join_all(), fetch);
+    Ok(Links { control, data: data.into_iter().collect::<Result<_>>()?, fetch })
 }
 
 /// A piece of a payload to move.
@@ -180,7 +208,7 @@ type Fetches = Arc<Mutex<BTreeMap<Digest, Fetch>>>;
 
 /// Bytes of which some are here. They outlast a connection: what has arrived is not asked for again.
 struct Fetch {
-    buffer: Vec<u8>,
+    buffer: Parcel,
     here: Ranges,
     /// Whether the clerk waits for it; else it is being pushed.
     wanted: bool,
@@ -196,14 +224,14 @@ const RESUME_BYTES: u64 = 256 << 10;
 const FETCHES_MAX: usize = 1 << 13;
 
 impl Fetch {
-    fn new(bytes: usize) -> Self {
-        Self { buffer: vec![0; bytes], here: Ranges::new(), wanted: false, weights: None, donated: 0 }
+    fn new(buffer: Parcel) -> Self {
+        Self { buffer, here: Ranges::new(), wanted: false, weights: None, donated: 0 }
     }
 
     /// A fetch that goes on where an earlier process has stopped.
     fn go_on(bytes: usize, arriving: &Arriving, weights: Weights) -> Self {
-        let mut fetch = Self::new(bytes);
-        let partial = arriving.go_on(weights, &mut fetch.buffer, &mut fetch.here);
+        let mut fetch = Self::new(Parcel::of_weights(bytes));
+        let partial = arriving.go_on(weights, fetch.buffer.as_mut_bytes(), &mut fetch.here);
         Self { weights: Some((weights.fragment, partial)), ..fetch }
     }
 
@@ -211,7 +239,7 @@ impl Fetch {
         let start = usize::try_from(offset)?;
         let end = start.checked_add(bytes.len()).filter(|&end| end <= self.buffer.len());
         let end = end.ok_or_else(|| anyhow!("the coordinator sent bytes that nobody asked for"))?;
-        self.buffer[start..end].copy_from_slice(bytes);
+        self.buffer.as_mut_bytes()[start..end].copy_from_slice(bytes);
         if let Some((_, file)) = self.weights.as_mut().filter(|_| !self.here.contains_span(offset, end as u64)) {
             file.add(offset, bytes);
         }
@@ -222,9 +250,9 @@ impl Fetch {
     /// What the clerk is told when the last bytes have come.
     fn into_news(self, digest: Digest) -> Incoming {
         let Self { buffer, wanted, weights, .. } = self;
-        match (wanted, Digest::of(&buffer) == digest) {
+        match (wanted, Digest::of(buffer.as_bytes()) == digest) {
             (true, true) => Incoming::Fetched(digest, Some(buffer)),
-            (false, true) => Incoming::Pushed(digest, buffer),
+            (false, true) => Incoming::Pushed(digest, buffer.into_bytes()),
             (_, false) => {
                 weights.into_iter().for_each(|(_, mut file)| file.give_up());
                 Incoming::Fetched(digest, None)
@@ -255,32 +283,32 @@ struct Silence;
 
 /// Runs all connections until one breaks (an error) or the clerk hangs up.
 async fn talk(
-    control: Link,
-    data: Vec<Link>,
+    links: Links,
     commands: &mut mpsc::UnboundedReceiver<Command>,
     inbox: &Sender<Incoming>,
     fetches: &Fetches,
     route: &Route,
 ) -> Result<()> {
+    let Links { control, data, mut fetch } = links;
     let (work, queue) = mpsc::unbounded_channel();
     let pile = Arc::new(Pile::default());
-    let donors = route.way.doors.others();
     let stream = Stream {
         queue: Arc::new(tokio::sync::Mutex::new(queue)),
         pile: pile.clone(),
         fetches: fetches.clone(),
         inbox: inbox.clone(),
-        window: Arc::new(window(data.len(), !donors.is_empty())),
+        window: Arc::new(Window::new(GETS_AT_FIRST, GETS_AHEAD * data.len())),
         largest: route.largest,
         meter: route.meter.clone(),
         suspicion: route.suspicion.clone(),
     };
     let meter = &route.meter;
-    let mut helpers = tokio::task::JoinSet::new();
-    for address in donors {
-        helpers.spawn(route.donor(address).ask(stream.clone()));
+    let mut helpers = JoinSet::new();
+    for donor in route.donors() {
+        let links = if donor.leads { std::mem::take(&mut fetch) } else { Vec::new() };
+        helpers.spawn(donor.ask(stream.clone(), links));
     }
-    let mut streams = tokio::task::JoinSet::new();
+    let mut streams = JoinSet::new();
     for link in data {
         streams.spawn(stream.clone().carry(link));
     }
@@ -363,12 +391,6 @@ fn tell(inbox: &Sender<Incoming>, incoming: Incoming) {
     let _ = inbox.send(incoming);
 }
 
-/// How many gets the leader may owe over so many connections: if others may give, too, few at first.
-fn window(connections: usize, others_give: bool) -> Window {
-    let most = GETS_AHEAD * connections;
-    Window::new(if others_give { GETS_AT_FIRST.min(most) } else { most }, most)
-}
-
 /// Notes that some bytes are wanted.
 fn want(fetches: &Fetches, digest: Digest, bytes: usize, weights: Option<Weights>, arriving: &Arriving) {
     let mut fetches = lock(fetches);
@@ -378,7 +400,8 @@ fn want(fetches: &Fetches, digest: Digest, bytes: usize, weights: Option<Weights
     }
     let begin = || match weights {
         Some(weights) if bytes as u64 >= RESUME_BYTES => Fetch::go_on(bytes, arriving, weights),
-        _ => Fetch::new(bytes),
+        Some(_) => Fetch::new(Parcel::of_weights(bytes)),
+        None => Fetch::new(Parcel::of_bytes(bytes)),
     };
     let fetch = fetches.entry(digest).or_insert_with(begin);
     if fetch.buffer.len() != bytes {
@@ -490,12 +513,12 @@ impl Stream {
         if total > self.largest || fetches.len() >= FETCHES_MAX {
             bail!("the coordinator sends more than a commit can be");
         }
-        fetches.entry(digest).or_insert_with(|| Fetch::new(total));
+        fetches.entry(digest).or_insert_with(|| Fetch::new(Parcel::of_bytes(total)));
         Ok(())
     }
 
     /// Adds bytes of the leader; tells the clerk when the last have come.
-    fn arrive(&self, digest: Digest, offset: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn arrive(&self, digest: Digest, offset: u64, bytes: &[u8]) -> Result<()> {
         self.meter.receiving(digest, bytes.len() as u64);
         self.put(digest, offset, bytes, 0)
     }

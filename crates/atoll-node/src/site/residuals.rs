@@ -190,7 +190,7 @@ mod tests {
         let mut residuals = Residuals::open(dir, &manifest()).unwrap();
         let mut local = Local::new(&manifest(), Follow::Carry, Feedback::Weights);
         residuals.recall(&mut local, &[Some(delivered)]);
-        local.install(ID, &[0.0; 8]).unwrap();
+        local.install(ID, vec![0.0; 8]).unwrap();
         (residuals, local)
     }
 
@@ -296,7 +296,7 @@ mod tests {
         let mut residuals = Residuals::open(dir.path(), &manifest()).unwrap();
         let mut local = Local::new(&manifest(), Follow::Overwrite, Feedback::Weights);
         residuals.recall(&mut local, &[None]);
-        local.install(ID, &[0.0; 8]).unwrap();
+        local.install(ID, vec![0.0; 8]).unwrap();
         let first = contribute(&mut residuals, &mut local, SPARSE, WEIGHTS);
         local.delivered(ID);
         residuals.settled(&local, ID);

@@ -498,8 +498,7 @@ impl Process {
     fn install(&mut self, fragment: FragmentId, version: u64, digest: Digest) -> Result<Work, String> {
         let bytes = self.fetched.get(&digest).ok_or("weights were ordered before they came")?;
         let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        let (digest, change) =
-            self.local.install(fragment, &weights.collect::<Vec<_>>()).map_err(|error| error.to_string())?;
+        let (digest, change) = self.local.install(fragment, weights.collect()).map_err(|error| error.to_string())?;
         Ok(Work::applied(fragment, version, digest, change))
     }
 
