@@ -72,7 +72,7 @@ pub struct SiteOptions {
     pub threads: usize,
     /// Share of these threads' time that training may take, above 0 and at most 1.
     pub share: f64,
-    /// Data connections.
+    /// Data connections; twice as many while a large model is fetched.
     pub streams: usize,
     /// Name of the engine, for people.
     pub engine: String,

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 use atoll_core::hash::Digest;
 use atoll_core::wire::{CHUNK, Frame, Hello, Purpose, Welcome};
-use tokio::task::JoinSet;
 
 use crate::acquaintance::Acquaintance;
 use crate::identity::{Identity, Ticket};
@@ -180,23 +179,6 @@ impl Way {
             Answer::Opened(link, _) => Some(*link),
             Answer::Refused(_) => None,
         })
-    }
-
-    /// So many connections to whoever is at that address, made side by side; fewer if some fail.
-    pub(crate) async fn visits(&self, address: &str, purpose: Purpose, count: usize) -> Vec<Link> {
-        let visit = |_| {
-            let (way, address) = (self.clone(), address.to_string());
-            async move { way.visit(&address, purpose).await }
-        };
-        let mut visits: JoinSet<_> = (0..count).map(visit).collect();
-        let mut links = Vec::new();
-        while let Some(visited) = visits.join_next().await {
-            match visited.map_err(anyhow::Error::from).flatten() {
-                Ok(link) => links.extend(link),
-                Err(error) => tracing::debug!("no connection to {address}: {error:#}"),
-            }
-        }
-        links
     }
 
     async fn knock(&self, address: &str, purpose: Purpose) -> Result<Answer> {

@@ -176,6 +176,15 @@ proptest! {
         prop_assert_eq!(Squares::of(&sound, &Alone).norm(), square.sqrt());
     }
 
+    /// So it is of every codec: lengths of chunks are lengths of values.
+    #[test]
+    fn the_length_of_a_payload_is_that_of_its_values(seed: u64, count in 1usize..300_000, kind in 0..Codec::ALL.len()) {
+        let payload = Codec::ALL[kind].encode(&normal(seed, count)).unwrap();
+        let sound = Payload::check(&payload, count, &Alone).unwrap();
+        let (told, length) = (Squares::of(&sound, &Alone).norm(), crate::delta::norm(&sound.values(&Alone)));
+        prop_assert!((told - length).abs() <= 1e-6 * length, "{told} instead of {length}");
+    }
+
     /// A merge unpacks what everybody else visits, and both find the same chunks malformed.
     #[test]
     fn a_chunk_unpacks_to_what_a_visit_shows(

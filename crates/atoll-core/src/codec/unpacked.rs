@@ -170,7 +170,8 @@ impl Part<'_> {
         match self {
             Part::Dense(values) => out.copy_from_slice(&values[start..start + out.len()]),
             Part::Written(Written { codec, bytes, .. }) => {
-                dense::decode(codec, &bytes[codec.chunk_bytes(start)..], out);
+                let end = codec.chunk_bytes(start + out.len());
+                dense::decode(codec, &bytes[codec.chunk_bytes(start)..end], out);
             }
             Part::Sparse(..) => {}
         }

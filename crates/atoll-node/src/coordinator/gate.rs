@@ -93,7 +93,8 @@ pub(super) struct House {
 /// Frames that may wait for a slow reader; further standings are dropped, since the next says it all.
 const OUTBOX: usize = 64;
 
-/// Connections that a site may have; ours have one and as many as their `--streams`.
+/// Connections that a site may have; ours have one and as many as their `--streams`, and as many again while they
+/// fetch weights, if there is room.
 const CONNECTIONS_MAX: usize = 64;
 
 /// How many connections each site has.

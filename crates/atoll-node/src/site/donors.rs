@@ -1,5 +1,5 @@
-//! Weights from coordinators that stand by, beside those from the one that leads, and from that one over more connections. A donor is asked first whether it has what is
-//! wanted, or comes to it within a moment; then its connections take pieces from the same pile as the leader's. Nothing
+//! Weights from coordinators that stand by, beside those from the one that leads; and from that one over more connections,
+//! since a kernel lets each send a few megabytes ahead. A donor is asked first whether it has what is wanted, or comes to it within a moment; then its connections take pieces from the same pile as the leader's. Nothing
 //! else is asked of it, what it owes when it fails goes back on the pile, and a site that finds none is no worse off.
 
 use std::collections::BTreeSet;
@@ -13,7 +13,7 @@ use atoll_core::wire::{Frame, Purpose};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::net::Stream;
+use super::net::{Origin, Stream};
 use super::pile::Piece;
 use super::window::Window;
 use crate::link::{Link, read_frame, write_frame};
@@ -43,7 +43,7 @@ impl Suspicion {
         }
     }
 
-    fn is_raised(&self) -> bool {
+    pub(super) fn is_raised(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
@@ -61,17 +61,15 @@ pub(super) struct Donor {
 }
 
 impl Donor {
-    /// Takes as much from it as it can give, as long as there is something to fetch, first over the connections that there are.
-    pub(super) async fn ask(self, stream: Stream, mut links: Vec<Link>) {
+    /// Takes as much from it as it can give, as long as there is something to fetch. A site that `joins` is about to fetch the
+    /// model, so a leader is not waited with.
+    pub(super) async fn ask(self, stream: Stream, joins: bool) {
         let worth = if self.leads { WORTH_MORE } else { WORTH_ASKING };
+        let mut at_once = self.leads && joins && stream.largest as u64 >= worth;
         while self.leads || !self.suspicion.is_raised() {
-            let asked = if links.is_empty() {
-                stream.pile.until(|| (stream.weights_to_come() >= worth).then_some(())).await;
-                self.visit(&stream).await
-            } else {
-                self.take_all(&stream, links.drain(..)).await
-            };
-            if let Err(error) = asked {
+            stream.pile.until(|| (at_once || stream.weights_to_come() >= worth).then_some(())).await;
+            at_once = false;
+            if let Err(error) = self.visit(&stream).await {
                 tracing::debug!("nothing more from {}: {error:#}", self.address);
             }
             tokio::time::sleep(TRY_AGAIN).await;
@@ -81,21 +79,17 @@ impl Donor {
     /// Over all connections, once there is one.
     async fn visit(&self, stream: &Stream) -> Result<()> {
         let Some(first) = self.way.visit(&self.address, Purpose::Fetch).await? else { return Ok(()) };
-        let others = async {
-            let links = self.way.visits(&self.address, Purpose::Fetch, self.streams.saturating_sub(1)).await;
-            self.take_all(stream, links).await
-        };
-        let (first, others) = tokio::join!(self.clone().take(stream.clone(), first), others);
-        first.and(others)
-    }
-
-    async fn take_all(&self, stream: &Stream, links: impl IntoIterator<Item = Link>) -> Result<()> {
-        let mut takes = JoinSet::new();
-        for link in links {
-            takes.spawn(self.clone().take(stream.clone(), link));
+        let mut links = JoinSet::new();
+        links.spawn(self.clone().take(stream.clone(), first));
+        for _ in 1..self.streams {
+            let (donor, stream) = (self.clone(), stream.clone());
+            links.spawn(async move {
+                let link = donor.way.visit(&donor.address, Purpose::Fetch).await?;
+                if let Some(link) = link { donor.take(stream, link).await } else { Ok(()) }
+            });
         }
         let mut result = Ok(());
-        while let Some(end) = takes.join_next().await {
+        while let Some(end) = links.join_next().await {
             result = end?;
         }
         result
@@ -163,7 +157,8 @@ impl Account {
                         self.owed.push(piece);
                         write_frame(&mut writer, &piece.get()).await?;
                     }
-                    () = tokio::time::sleep(PATIENCE), if owes => bail!("it fell silent"),
+                    // Whether the leader is silent is seen on the control connection.
+                    () = tokio::time::sleep(PATIENCE), if owes && !self.leads => bail!("it fell silent"),
                 }
             }
         };
@@ -185,13 +180,21 @@ impl Account {
                 self.owed.remove(index);
                 self.window.answered(Instant::now());
                 if self.leads {
-                    return self.stream.arrive(digest, offset, &bytes);
+                    return self.stream.arrive(digest, offset, &bytes, Origin::Aside);
                 }
                 self.given += bytes.len() as u64;
                 if self.suspicion.is_raised() {
                     bail!("what a donor gave was damaged");
                 }
-                self.stream.arrive_from_donor(digest, offset, &bytes)
+                self.stream.arrive(digest, offset, &bytes, Origin::Donor)
+            }
+            // The leader has moved on: nobody is asked for these any more.
+            Frame::Missing(digest) if self.leads => {
+                let owed = self.owed.len();
+                self.owed.retain(|piece| piece.digest != digest);
+                (self.owed.len()..owed).for_each(|_| self.window.given_up());
+                self.stream.lack(digest);
+                Ok(())
             }
             // It never had it, or has it no more. It took its time to say so, and may be asked again.
             Frame::Missing(digest) => {
@@ -209,12 +212,58 @@ impl Account {
 
     fn give_back(&self, pieces: Vec<Piece>) {
         pieces.iter().for_each(|_| self.window.given_up());
-        self.stream.pile.add(pieces);
+        self.stream.pile.add(pieces.into_iter().filter(|piece| self.stream.wants(piece.digest)));
     }
 }
 
 impl Drop for Account {
     fn drop(&mut self) {
         self.give_back(self.owed.clone());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::net::{Incoming, tests::fetching};
+    use super::*;
+
+    fn account(leads: bool, digest: Digest) -> (Account, std::sync::mpsc::Receiver<Incoming>) {
+        let (stream, inbox) = fetching(digest, 4);
+        let mut account = Account::new(stream, Suspicion::default(), leads);
+        for offset in 0..2 {
+            let room = account.window.clone();
+            room.ask(room.try_room().unwrap(), Instant::now());
+            account.owed.push(Piece { digest, offset, length: 1 });
+        }
+        account.stream.pile.add((2..4).map(|offset| Piece { digest, offset, length: 1 }));
+        (account, inbox)
+    }
+
+    /// Else it would be asked for the same again and again.
+    #[test]
+    fn nobody_asks_on_for_what_the_leader_has_no_more() {
+        let digest = Digest::of(b"weights");
+        let (mut account, inbox) = account(true, digest);
+        for _ in 0..2 {
+            account.take(Frame::Missing(digest)).unwrap();
+        }
+        assert!(account.owed.is_empty() && account.stream.pile.digests().is_empty());
+        assert!(account.window.try_room().is_some(), "there is room for other weights");
+        assert!(matches!(inbox.try_recv(), Ok(Incoming::Fetched(missing, None)) if missing == digest));
+        assert!(inbox.try_recv().is_err(), "told once");
+        drop(account);
+    }
+
+    #[test]
+    fn what_a_donor_owes_goes_back_as_long_as_it_is_wanted() {
+        let digest = Digest::of(b"weights");
+        let (mut donor, _inbox) = account(false, digest);
+        let pile = donor.stream.pile.clone();
+        donor.take(Frame::Missing(digest)).unwrap();
+        assert_eq!(pile.digests(), [digest], "others may have it");
+        donor.stream.lack(digest);
+        donor.owed.push(Piece { digest, offset: 0, length: 1 });
+        drop(donor);
+        assert!(pile.digests().is_empty(), "nobody waits for it");
     }
 }

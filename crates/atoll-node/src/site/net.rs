@@ -1,5 +1,5 @@
 //! The site's connections, on threads of their own: one control connection and several data
-//! connections that live and die together. When one breaks all are made anew, and the machine sends
+//! connections that live and die together, and more while the model is fetched (see [`donors`](super::donors)). When one breaks all are made anew, and the machine sends
 //! again what is still wanted.
 
 use std::collections::BTreeMap;
@@ -129,17 +129,16 @@ pub(super) async fn keep_connected(
 ) {
     let mut pause = 0.1;
     let (mut told, mut refusals) = (None, Refusals::default());
-    let fetches = Fetches::default();
-    let mut joins = true;
+    let (fetches, mut joins) = (Fetches::default(), true);
     loop {
-        match connect(&route, joins).await {
-            Ok(links) => {
-                joins = false;
+        match connect(&route).await {
+            Ok((control, data)) => {
                 (pause, refusals) = (0.1, Refusals::default());
                 if inbox.send(Incoming::Connected).is_err() {
                     return;
                 }
-                let end = talk(links, &mut commands, &inbox, &fetches, &route).await;
+                let end = talk(control, data, &mut commands, &inbox, &fetches, &route, joins).await;
+                joins = false;
                 if end.as_ref().is_err_and(anyhow::Error::is::<Silence>) {
                     route.way.doors.try_another();
                 }
@@ -170,31 +169,13 @@ pub(super) async fn keep_connected(
     }
 }
 
-/// The connections to the leader.
-struct Links {
-    control: Link,
-    data: Vec<Link>,
-    /// Over these weights are fetched, too.
-    fetch: Vec<Link>,
-}
-
-/// Connects to the leader. A site that joins is about to fetch the model.
-async fn connect(route: &Route, joins: bool) -> Result<Links> {
+async fn connect(route: &Route) -> Result<(Link, Vec<Link>)> {
     let (control, _) = route.way.greet(Purpose::Control).await?;
-    let way = &route.way;
-    let greet = |_| {
-        let way = way.clone();
-        async move { Ok(way.greet(Purpose::Data).await?.0) }
-    };
-    let greetings: JoinSet<Result<Link>> = (0..route.streams.max(1)).map(greet).collect();
-    let fetch = async {
-        match way.doors.last().filter(|_| joins) {
-            Some(leader) => way.visits(&leader, Purpose::Fetch, route.streams).await,
-            None => Vec::new(),
-        }
-    };
-    let (data, fetch) = tokio::join!(greetings.join_all(), fetch);
-    Ok(Links { control, data: data.into_iter().collect::<Result<_>>()?, fetch })
+    let mut data = Vec::new();
+    for _ in 0..route.streams.max(1) {
+        data.push(route.way.greet(Purpose::Data).await?.0);
+    }
+    Ok((control, data))
 }
 
 /// A piece of a payload to move.
@@ -214,8 +195,20 @@ struct Fetch {
     wanted: bool,
     /// Whose weights they are, with the file that gets them too.
     weights: Option<(FragmentId, Partial)>,
-    /// Bytes that did not come from the leader.
-    donated: u64,
+    /// Bytes that came over other connections than the usual ones, and whether others than the leader gave some.
+    aside: u64,
+    is_donated: bool,
+}
+
+/// Over which connection bytes have come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// A data connection, whose speed is measured.
+    Usual,
+    /// One that the leader gives weights over, and that ends with the fetch.
+    Aside,
+    /// One from a coordinator that stands by.
+    Donor,
 }
 
 /// A fetch of which less has come is begun anew when its connection is lost.
@@ -225,7 +218,7 @@ const FETCHES_MAX: usize = 1 << 13;
 
 impl Fetch {
     fn new(buffer: Parcel) -> Self {
-        Self { buffer, here: Ranges::new(), wanted: false, weights: None, donated: 0 }
+        Self { buffer, here: Ranges::new(), wanted: false, weights: None, aside: 0, is_donated: false }
     }
 
     /// A fetch that goes on where an earlier process has stopped.
@@ -283,13 +276,14 @@ struct Silence;
 
 /// Runs all connections until one breaks (an error) or the clerk hangs up.
 async fn talk(
-    links: Links,
+    control: Link,
+    data: Vec<Link>,
     commands: &mut mpsc::UnboundedReceiver<Command>,
     inbox: &Sender<Incoming>,
     fetches: &Fetches,
     route: &Route,
+    joins: bool,
 ) -> Result<()> {
-    let Links { control, data, mut fetch } = links;
     let (work, queue) = mpsc::unbounded_channel();
     let pile = Arc::new(Pile::default());
     let stream = Stream {
@@ -305,8 +299,7 @@ async fn talk(
     let meter = &route.meter;
     let mut helpers = JoinSet::new();
     for donor in route.donors() {
-        let links = if donor.leads { std::mem::take(&mut fetch) } else { Vec::new() };
-        helpers.spawn(donor.ask(stream.clone(), links));
+        helpers.spawn(donor.ask(stream.clone(), joins));
     }
     let mut streams = JoinSet::new();
     for link in data {
@@ -432,7 +425,8 @@ pub(super) struct Stream {
     inbox: Sender<Incoming>,
     /// For gets over all connections to the leader.
     window: Arc<Window>,
-    largest: usize,
+    /// Bytes of the largest fragment's weights.
+    pub(super) largest: usize,
     meter: Meter,
     suspicion: Suspicion,
 }
@@ -476,18 +470,17 @@ impl Stream {
         match frame {
             Frame::Chunk { digest, offset, bytes } => {
                 self.window.answered(Instant::now());
-                self.arrive(digest, offset, &bytes)
+                self.arrive(digest, offset, &bytes, Origin::Usual)
             }
             Frame::Put { digest, total, offset, bytes } => {
                 self.expect(digest, total)?;
-                self.arrive(digest, offset, &bytes)
+                self.arrive(digest, offset, &bytes, Origin::Usual)
             }
             Frame::Missing(digest) => {
                 self.window.answered(Instant::now());
-                let was_fetch = lock(&self.fetches).remove(&digest).is_some();
-                let incoming =
-                    if was_fetch { Incoming::Fetched(digest, None) } else { Incoming::Uploaded(digest, false) };
-                tell(&self.inbox, incoming);
+                if !self.lack(digest) {
+                    tell(&self.inbox, Incoming::Uploaded(digest, false));
+                }
                 Ok(())
             }
             Frame::Have(digest) => {
@@ -517,27 +510,36 @@ impl Stream {
         Ok(())
     }
 
-    /// Adds bytes of the leader; tells the clerk when the last have come.
-    pub(super) fn arrive(&self, digest: Digest, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.meter.receiving(digest, bytes.len() as u64);
-        self.put(digest, offset, bytes, 0)
+    /// Whether bytes of that address are still to come.
+    pub(super) fn wants(&self, digest: Digest) -> bool {
+        lock(&self.fetches).contains_key(&digest)
     }
 
-    /// Adds bytes that tell nothing about the link to the leader.
-    pub(super) fn arrive_from_donor(&self, digest: Digest, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.put(digest, offset, bytes, bytes.len() as u64)
+    /// The leader does not have what is fetched: nobody asks for more of it, and the clerk is told. False if nobody waited for it.
+    pub(super) fn lack(&self, digest: Digest) -> bool {
+        self.pile.retain(|at| *at != digest);
+        let was_fetch = lock(&self.fetches).remove(&digest).is_some();
+        if was_fetch {
+            tell(&self.inbox, Incoming::Fetched(digest, None));
+        }
+        was_fetch
     }
 
-    fn put(&self, digest: Digest, offset: u64, bytes: &[u8], donated: u64) -> Result<()> {
+    /// Adds bytes; tells the clerk when the last have come.
+    pub(super) fn arrive(&self, digest: Digest, offset: u64, bytes: &[u8], origin: Origin) -> Result<()> {
         if let Some(fetch) = lock(&self.fetches).get_mut(&digest) {
             fetch.put(offset, bytes)?;
-            fetch.donated += donated;
+            match origin {
+                Origin::Usual => self.meter.receiving(digest, bytes.len() as u64),
+                Origin::Aside | Origin::Donor => fetch.aside += bytes.len() as u64,
+            }
+            fetch.is_donated |= origin == Origin::Donor;
         }
         let Some(whole) = take_whole(&self.fetches, digest) else { return Ok(()) };
-        self.meter.received(digest, (whole.buffer.len() as u64).saturating_sub(whole.donated));
-        let donated = whole.donated;
+        self.meter.received(digest, (whole.buffer.len() as u64).saturating_sub(whole.aside));
+        let is_donated = whole.is_donated;
         let news = whole.into_news(digest);
-        if donated > 0 && matches!(news, Incoming::Fetched(_, None)) {
+        if is_donated && matches!(news, Incoming::Fetched(_, None)) {
             self.suspicion.raise();
         }
         tell(&self.inbox, news);
@@ -558,6 +560,45 @@ impl Work {
                 }
             }
             Work::Get(piece) => piece.get(),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A stream without connections that waits for so many bytes of weights of that address, and what the clerk is told.
+    pub(in super::super) fn fetching(digest: Digest, bytes: usize) -> (Stream, std::sync::mpsc::Receiver<Incoming>) {
+        let (inbox, told) = std::sync::mpsc::channel();
+        let stream = Stream {
+            queue: Arc::new(tokio::sync::Mutex::new(mpsc::unbounded_channel().1)),
+            pile: Arc::default(),
+            fetches: Fetches::default(),
+            inbox,
+            window: Arc::new(Window::new(1, 1)),
+            largest: bytes,
+            meter: Meter::default(),
+            suspicion: Suspicion::default(),
+        };
+        lock(&stream.fetches).insert(digest, Fetch { wanted: true, ..Fetch::new(Parcel::of_weights(bytes)) });
+        (stream, told)
+    }
+
+    /// What comes over other connections tells nothing about the usual ones, and a leader's damage nothing about donors.
+    #[test]
+    fn bytes_are_told_apart_by_where_they_come_from() {
+        let weights = [1u8, 2, 3, 4];
+        for (last, damaged) in
+            [(Origin::Aside, false), (Origin::Aside, true), (Origin::Donor, false), (Origin::Donor, true)]
+        {
+            let digest = Digest::of(if damaged { b"else" } else { &weights });
+            let (stream, told) = fetching(digest, 4);
+            stream.arrive(digest, 0, &weights[..2], Origin::Usual).unwrap();
+            stream.arrive(digest, 2, &weights[2..], last).unwrap();
+            let Ok(Incoming::Fetched(_, parcel)) = told.try_recv() else { panic!("nothing is told") };
+            assert_eq!(parcel.map(|parcel| parcel.as_bytes().to_vec()), (!damaged).then(|| weights.to_vec()));
+            assert_eq!(stream.suspicion.is_raised(), damaged && last == Origin::Donor);
         }
     }
 }

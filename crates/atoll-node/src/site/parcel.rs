@@ -1,4 +1,4 @@
-//! Bytes that are fetched, in memory as whoever wants them has them: weights become nobody's copy.
+//! Bytes that are fetched: weights into the vector that becomes the site's Θ, everything else as bytes.
 
 /// A place for bytes, and the bytes when all are there.
 #[derive(Debug)]

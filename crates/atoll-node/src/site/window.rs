@@ -47,6 +47,12 @@ impl Window {
         self.room.acquire().await.expect("it is never closed")
     }
 
+    /// Room for another get, if there is some.
+    #[cfg(test)]
+    pub(super) fn try_room(&self) -> Option<SemaphorePermit<'_>> {
+        self.room.try_acquire().ok()
+    }
+
     /// A get is sent that room was found for.
     pub(super) fn ask(&self, room: SemaphorePermit<'_>, now: Instant) {
         room.forget();

@@ -153,7 +153,8 @@ impl Stretch {
     fn lengths(&self, contributions: &[Weighted<'_>], momentum: Option<&[f32]>) -> Sums {
         let mut sums = Sums::zero(contributions.len());
         let mut room = Unpacked::default();
-        for (index, Weighted { payload, .. }) in contributions.iter().enumerate() {
+        for (index, Weighted { payload, stale, .. }) in contributions.iter().enumerate() {
+            let momentum = momentum.filter(|_| *stale);
             for chunk in self.chunks() {
                 let is_whole = chunk.inner.len() == payload.chunk(chunk.number).0;
                 let known = if is_whole { payload.chunk_square(chunk.number) } else { None };
@@ -180,7 +181,7 @@ impl Stretch {
     #[inline(always)]
     fn add_up(&self, values: &mut [f32], contributions: &[Weighted<'_>], parts: &[Part], momentum: &[f32]) -> Sums {
         let mut sums = Sums::zero(contributions.len());
-        let mut desk = Desk::new(contributions.len());
+        let mut reading = Reading::new(contributions.len());
         let unison = Unison::of(contributions.iter().map(|contribution| &contribution.payload));
         let unison = unison.filter(|_| parts.iter().all(|part| part.turn == 0.0));
         for chunk in self.chunks() {
@@ -192,10 +193,10 @@ impl Stretch {
             } else {
                 // Without momentum nothing is turned towards it.
                 let momentum = momentum.get(chunk.outer.clone()).unwrap_or_default();
-                if desk.read(&chunk, contributions) {
-                    desk.add_up(parts, momentum, out, &mut sums.alongs);
+                if reading.read(&chunk, contributions) {
+                    reading.add_up(parts, momentum, out, &mut sums.alongs);
                 } else {
-                    desk.add_up_sparse(parts, momentum, out, &mut sums.alongs);
+                    reading.add_up_sparse(parts, momentum, out, &mut sums.alongs);
                 }
             }
             sums.other += square(out);
@@ -212,13 +213,13 @@ impl Stretch {
 }
 
 /// Where a chunk of every contribution is read.
-struct Desk<'a> {
+struct Reading<'a> {
     rooms: Vec<Unpacked<'a>>,
     /// As many values of each as are read at a time.
     pieces: Vec<[f32; AT_A_TIME]>,
 }
 
-impl<'a> Desk<'a> {
+impl<'a> Reading<'a> {
     fn new(contributions: usize) -> Self {
         let rooms = (0..contributions).map(|_| Unpacked::default()).collect();
         Self { rooms, pieces: vec![[0.0; AT_A_TIME]; contributions] }
