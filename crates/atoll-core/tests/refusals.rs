@@ -9,7 +9,7 @@ use atoll_core::codec::{Codec, Payload};
 use atoll_core::data::{DatasetId, Ranges};
 use atoll_core::delta::{Change, Feedback, Follow, Local};
 use atoll_core::engine::Progress;
-use atoll_core::hash::Digest;
+use atoll_core::hash::{Digest, from_little_endian};
 use atoll_core::journal::{Book, Entry, Evaluated, Role, Settled};
 use atoll_core::manifest::{FragmentId, Manifest};
 use atoll_core::model::{Tensor, TensorKind};
@@ -235,8 +235,7 @@ impl Island {
             }
             SiteOrder::Install(fragment, version, digest) => {
                 let bytes = desk.fetch(digest).unwrap();
-                let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                let (digest, change) = self.local.install(fragment, weights.collect()).unwrap();
+                let (digest, change) = self.local.install(fragment, from_little_endian(&bytes)).unwrap();
                 self.change(fragment, change);
                 return Some(SiteEvent::Applied { fragment, version, digest, overwritten: true });
             }

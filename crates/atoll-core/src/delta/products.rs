@@ -14,33 +14,18 @@ pub(crate) struct Products {
 
 impl Products {
     /// Adds a · b. What is added in pieces is the same sum as what is added at once, if each but the last is a multiple of
-    /// [`LANES`].
+    /// [`LANES`]. Of an `a` that many are multiplied with, `f64` is made once.
     #[inline(always)]
-    pub(crate) fn add(&mut self, a: &[f32], b: &[f32]) {
+    pub(crate) fn add<A: Copy + Into<f64>>(&mut self, a: &[A], b: &[f32]) {
         debug_assert_eq!(a.len(), b.len());
         let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
         for (a, b) in a.iter().zip(b) {
             for lane in 0..LANES {
-                self.lanes[lane] += f64::from(a[lane]) * f64::from(b[lane]);
+                self.lanes[lane] += a[lane].into() * f64::from(b[lane]);
             }
         }
         for (a, b) in a_rest.iter().zip(b_rest) {
-            self.rest += f64::from(*a) * f64::from(*b);
-        }
-    }
-
-    /// The same of an `a` that is `f64` already.
-    #[inline(always)]
-    pub(crate) fn add_wide(&mut self, a: &[f64], b: &[f32]) {
-        debug_assert_eq!(a.len(), b.len());
-        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-        for (a, b) in a.iter().zip(b) {
-            for lane in 0..LANES {
-                self.lanes[lane] += a[lane] * f64::from(b[lane]);
-            }
-        }
-        for (a, b) in a_rest.iter().zip(b_rest) {
-            self.rest += a * f64::from(*b);
+            self.rest += (*a).into() * f64::from(*b);
         }
     }
 

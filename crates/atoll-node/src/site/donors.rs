@@ -1,6 +1,7 @@
 //! Weights from coordinators that stand by, beside those from the one that leads; and from that one over more connections,
-//! since a kernel lets each send a few megabytes ahead. A donor is asked first whether it has what is wanted, or comes to it within a moment; then its connections take pieces from the same pile as the leader's. Nothing
-//! else is asked of it, what it owes when it fails goes back on the pile, and a site that finds none is no worse off.
+//! since a kernel lets each send a few megabytes ahead. A donor is asked first whether it has what is wanted, or comes to
+//! it within a moment; then its connections take pieces from the same pile as the leader's. Nothing else is asked of it,
+//! what it owes when it fails goes back on the pile, and a site that finds none is no worse off.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

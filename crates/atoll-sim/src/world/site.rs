@@ -7,7 +7,7 @@ use atoll_core::codec::{Codec, Payload};
 use atoll_core::delta::residual::{self, Residual};
 use atoll_core::delta::{Change, Local};
 use atoll_core::engine::{Engine, EngineError};
-use atoll_core::hash::Digest;
+use atoll_core::hash::{Digest, from_little_endian};
 use atoll_core::journal::Evaluated;
 use atoll_core::manifest::FragmentId;
 use atoll_core::round::{Event, Measured, Site, SiteEvent, SiteOrder, SiteSettings, SiteState, Stop, Sync};
@@ -497,8 +497,8 @@ impl Process {
 
     fn install(&mut self, fragment: FragmentId, version: u64, digest: Digest) -> Result<Work, String> {
         let bytes = self.fetched.get(&digest).ok_or("weights were ordered before they came")?;
-        let weights = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        let (digest, change) = self.local.install(fragment, weights.collect()).map_err(|error| error.to_string())?;
+        let (digest, change) =
+            self.local.install(fragment, from_little_endian(bytes)).map_err(|error| error.to_string())?;
         Ok(Work::applied(fragment, version, digest, change))
     }
 

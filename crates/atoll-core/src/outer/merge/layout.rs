@@ -257,7 +257,7 @@ impl<'a> Reading<'a> {
                 *sum = f64::from(*out);
             }
             for (products, piece) in products.iter_mut().zip(&self.pieces) {
-                products.add_wide(&sum[..out.len()], &piece[..out.len()]);
+                products.add(&sum[..out.len()], &piece[..out.len()]);
             }
         }
         for (along, products) in alongs.iter_mut().zip(products) {
