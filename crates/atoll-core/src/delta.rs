@@ -7,19 +7,21 @@
 //!              payload = encode(wish), residual ← wish − decode(payload)
 //!              reference ← θ + residual                 reference ← θ
 //! refused      θ ← θ + (Θ − reference)                  reference ← Θ, and the residual is the one before
-//! commit       Θ ← Θ + decode(payload), and then, of a sparse payload only where it speaks,
-//!   carry      θ ← θ + (Θ − reference),                 reference ← Θ
-//!   overwrite  reference ← Θ, and everywhere
+//! commit       untold ← what the payload leaves of Θ − reference, and Θ ← Θ + decode(payload), and then
+//!   carry      θ ← θ + (Θ − untold − reference),        reference ← Θ − untold
+//!   overwrite  reference ← Θ − untold
 //!              θ ← reference − residual                 θ ← reference
 //! install      θ ← Θ − residual                         θ ← Θ
 //! ```
 //!
 //! A wish is a pseudo-gradient: the outer step subtracts it. *Carry* keeps the steps taken while a contribution
 //! travelled on top of the new global model; work already sent is not applied twice, whether the commit contains it or
-//! not. A sparse commit tells the rest later; until then what this site has handed in stays in its weights, or it would
-//! learn it again and hand it in twice. As long as a contribution is undecided two residuals are kept: the one that it
-//! has left and the one before, which holds if its samples go back to the pool. Everything here runs beside the
-//! training: an engine only hands out its weights and takes in a [`Change`].
+//! not. A commit in a codec that leaves most to later ones tells the rest later; until then what this site has handed in
+//! stays in its weights, or it would learn it again and hand it in twice: of a sparse payload where it does not speak, of
+//! trellis-coded quantization, which speaks of everything, the share that it leaves ([`Codec::untold`]). As long as a
+//! contribution is undecided two residuals are kept: the one that it has left and the one before, which holds if its
+//! samples go back to the pool. Everything here runs beside the training: an engine only hands out its weights and takes
+//! in a [`Change`].
 
 mod products;
 pub mod residual;
@@ -87,6 +89,8 @@ struct Copies {
     undecided: Option<Residual>,
     /// The last commit's payload.
     last: Vec<u8>,
+    /// The codec of the last contribution.
+    up: Option<Codec>,
     /// The turn of the next contribution: that of Θ.
     turn: u8,
     /// Smoothed cosine of this site's steps to the last commit, where that one moved Θ.
@@ -225,7 +229,7 @@ impl Local {
     ) -> Result<Payload, DeltaError> {
         let copies = &mut self.fragments[fragment.index()];
         copies.agree(&weights);
-        copies.gave_up = false;
+        (copies.gave_up, copies.up) = (false, Some(codec));
         let mut wish = of_length(mem::take(&mut self.scratch), weights.len());
         let Copies { theta, reference, owed, .. } = &*copies;
         let from = reference.as_deref().unwrap_or(theta);
@@ -266,8 +270,13 @@ impl Local {
         if copies.reference.is_none() {
             copies.reference = Some(copies.theta.clone()); // Nothing was contributed since the last commit.
         }
+        let untold = copies.untold(sound.codec());
         sound.add_to(&mut copies.theta, team);
-        let carried = if sound.codec().is_sparse() { copies.carry_where_told(&sound) } else { copies.carry() };
+        let carried = match untold {
+            Some(untold) => copies.carry_but(untold),
+            None if sound.codec().is_sparse() => copies.carry_where_told(&sound),
+            None => copies.carry(),
+        };
         let carries = copies.carries(self.follow);
         copies.gave_up |= !carries;
         let change = if carries { carried } else { Change::Write(copies.start(self.feedback)) };
@@ -352,6 +361,31 @@ impl Copies {
             });
         }
         Change::Add(change)
+    }
+
+    /// What of this site's work, handed in and not told yet, a commit in that codec, which Θ has not in it yet, leaves untold:
+    /// the coordinator still owes that. None if the codec tells nearly everything, or shows itself of what it does not speak.
+    fn untold(&self, commit: Codec) -> Option<Vec<f32>> {
+        let reference = self.reference.as_ref().filter(|_| matches!(commit, Codec::Tcq(_)))?;
+        let share = commit.untold(self.up?);
+        Some(self.theta.iter().zip(reference).map(|(theta, reference)| share * (theta - reference)).collect())
+    }
+
+    /// Makes Θ, but for what is `untold`, the reference; what the engine must do for that.
+    fn carry_but(&mut self, mut untold: Vec<f32>) -> Change {
+        let Self { theta, reference, .. } = self;
+        let reference = reference.get_or_insert_with(|| theta.clone());
+        simd(
+            #[inline(always)]
+            || {
+                for ((untold, theta), reference) in untold.iter_mut().zip(theta).zip(reference) {
+                    let from = *theta - *untold;
+                    *untold = from - *reference;
+                    *reference = from;
+                }
+            },
+        );
+        Change::Add(untold)
     }
 
     /// Weights with no step since the last contribution.

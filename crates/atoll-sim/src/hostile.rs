@@ -20,7 +20,22 @@ const SAMPLES: u64 = 1000;
 /// # Errors
 /// The first invariant that did not hold, with the simulated time.
 pub fn simulate(seed: u64, hardships: Hardships) -> Result<Outcome, String> {
-    let description = describe(seed, hardships);
+    live(seed, describe(seed, hardships))
+}
+
+/// Runs the world of `seed` where some link is thin: commits tell half a bit of a weight, contributions that or all.
+///
+/// # Errors
+/// As [`simulate`].
+pub fn simulate_thin(seed: u64, hardships: Hardships) -> Result<Outcome, String> {
+    let mut description = describe(seed, hardships);
+    let up = [Codec::F32, Codec::E3m0, Codec::Tcq(1), Codec::Tcq(2)];
+    description.sync.up = Setting::Is(up[Rng::new(seed ^ 0x7417).below(up.len() as u64) as usize]);
+    description.sync.down = Setting::Is(Codec::Tcq(2));
+    live(seed, description)
+}
+
+fn live(seed: u64, description: Description) -> Result<Outcome, String> {
     let toys = Toys::new(&description, vec![Nature::default(); description.sites.len()]);
     let mut toys = toys.trying(Rng::new(seed ^ 0x7E57).chance(0.5));
     run(description, &mut toys).map_err(|broken| format!("seed {seed}: {broken}"))

@@ -21,5 +21,5 @@ mod world;
 pub use absent::{Absences, Attendance, absences};
 pub use description::{Description, Hardships, Link, Residence};
 pub use habitat::{Habitat, Inhabitant, Leases};
-pub use hostile::simulate;
+pub use hostile::{simulate, simulate_thin};
 pub use world::{DiskFailures, Outcome, Presence, run};

@@ -1,17 +1,28 @@
 //! Worlds that must end well. A failing seed goes into `seeds.txt` and stays there.
 
-use atoll_sim::{DiskFailures, Hardships, simulate};
+use atoll_sim::{DiskFailures, Hardships, Outcome, simulate, simulate_thin};
 
-#[test]
-fn two_hundred_hostile_worlds_keep_every_invariant() {
-    let half = |first: u64| (first..200).step_by(2).filter_map(|seed| simulate(seed, Hardships::of(seed)).err());
-    let broken: Vec<String> = std::thread::scope(|scope| {
+/// What broke in the worlds of the first `count` seeds.
+fn broken(count: u64, simulate: fn(u64, Hardships) -> Result<Outcome, String>) -> Vec<String> {
+    let half = |first: u64| (first..count).step_by(2).filter_map(move |seed| simulate(seed, Hardships::of(seed)).err());
+    std::thread::scope(|scope| {
         let other = scope.spawn(|| half(1).collect::<Vec<_>>());
         let mut broken: Vec<String> = half(0).collect();
         broken.extend(other.join().unwrap());
         broken
-    });
+    })
+}
+
+#[test]
+fn two_hundred_hostile_worlds_keep_every_invariant() {
+    let broken = broken(200, simulate);
     assert!(broken.is_empty(), "{} of 200 worlds broke:\n{}", broken.len(), broken.join("\n"));
+}
+
+#[test]
+fn sixty_hostile_worlds_with_thin_links_keep_every_invariant() {
+    let broken = broken(60, simulate_thin);
+    assert!(broken.is_empty(), "{} of 60 worlds broke:\n{}", broken.len(), broken.join("\n"));
 }
 
 #[test]

@@ -108,7 +108,7 @@ impl Story {
     }
 
     fn follow(&mut self) {
-        let codec = if self.chance.chance(0.5) { Codec::F32 } else { Codec::Sparse(1024) };
+        let codec = [Codec::F32, Codec::Sparse(1024), Codec::Tcq(2)][self.chance.below(3) as usize];
         let delta = codec.encode(&self.some()).unwrap();
         let (_, change) = self.local.commit(FRAGMENT, delta, &Alone).unwrap();
         if change.overwrites() {
@@ -291,6 +291,34 @@ fn what_is_handed_in_stays_in_the_weights_until_a_commit_tells_of_it() {
     let Change::Add(change) = change else { panic!("it carries") };
     add(&mut weights, &change);
     assert!(weights.iter().zip(local.theta(FRAGMENT)).all(|(own, theta)| (own - theta).abs() < 1e-6));
+}
+
+/// A site that learns most of what there is in every round, and hears less than half of it in each commit. If it lost what it has
+/// handed in and not heard yet, it would learn that again and hand it in twice, until the model blows up.
+#[test]
+fn who_hears_a_part_of_its_own_work_does_not_learn_the_rest_again() {
+    const MANY: usize = 2 * codec::CHUNK + 500;
+    const LEARNT: f32 = 0.7;
+    let manifest = Manifest::balanced(vec![Tensor::new("a", &[MANY], TensorKind::Vector)], 1);
+    for up in [Codec::F32, Codec::E3m0, Codec::Tcq(1)] {
+        let mut local = Local::new(&manifest, Follow::Carry, Feedback::Weights);
+        local.install(FRAGMENT, vec![0.0; MANY]).unwrap();
+        let mut chance = Rng::new(5);
+        let all: Vec<f32> = (0..MANY).map(|_| chance.normal() as f32).collect();
+        let (mut weights, mut owed) = (vec![0.0; MANY], vec![0.0; MANY]);
+        for _ in 0..100 {
+            weights.iter_mut().zip(&all).for_each(|(weight, all)| *weight += LEARNT * (all - *weight));
+            let handed_in = local.contribute(FRAGMENT, weights.clone(), up, &Alone).unwrap();
+            codec::Payload::parse(&handed_in.bytes, MANY).unwrap().add_scaled(-1.0, &mut owed, &Alone);
+            let turn = local.fragments[0].turn;
+            let told = Codec::Tcq(2).encode_prepared(&mut owed, turn, &Alone, |_, _| {}).unwrap();
+            let (_, change) = local.commit(FRAGMENT, told, &Alone).unwrap();
+            let Change::Add(change) = change else { panic!("it carries") };
+            add(&mut weights, &change);
+        }
+        let far: Vec<f32> = local.theta(FRAGMENT).iter().zip(&all).map(|(theta, all)| theta - all).collect();
+        assert!(norm(&far) < 0.05 * norm(&all), "{up}: {} of {}", norm(&far), norm(&all));
+    }
 }
 
 #[test]

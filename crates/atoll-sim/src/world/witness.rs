@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use atoll_core::codec::Payload;
+use atoll_core::codec::{Codec, Payload};
 use atoll_core::data::{DatasetId, Ranges};
 use atoll_core::delta::residual::Residual;
 use atoll_core::delta::{Feedback, Follow};
@@ -43,9 +43,10 @@ pub(super) struct Witness {
     damaged: BTreeSet<Digest>,
 }
 
-/// What a contribution has left undelivered, and of which weights it spoke.
+/// What a contribution has left undelivered, its payload, and of which weights alone that spoke.
 struct Left {
     residual: Residual,
+    payload: Vec<u8>,
     spoken: BTreeSet<usize>,
 }
 
@@ -82,9 +83,11 @@ impl Witness {
     ) -> Result<(), String> {
         let count = residual.values.len();
         let mut spoken = BTreeSet::new();
-        let payload = Payload::check(payload, count, &Alone).map_err(|error| error.to_string())?;
-        payload.visit(0..count, |place, _| _ = spoken.insert(place));
-        let left = Left { residual: residual.clone(), spoken };
+        let sound = Payload::check(payload, count, &Alone).map_err(|error| error.to_string())?;
+        if !speaks_along_paths(&sound) {
+            sound.visit(0..count, |place, _| _ = spoken.insert(place));
+        }
+        let left = Left { residual: residual.clone(), payload: payload.to_vec(), spoken };
         self.left.entry((site.clone(), fragment)).or_default().push(left);
         Ok(())
     }
@@ -114,9 +117,14 @@ impl Witness {
     ) -> Result<(), String> {
         let key = (site.clone(), fragment);
         let history = self.left.entry(key.clone()).or_default();
-        for (place, &value) in taken.values.iter().enumerate().filter(|(_, value)| **value != 0.0) {
-            let owed = is_owed(history, &self.merged, taken.after, place, value);
-            check(owed, || format!("{site} takes up {value} of {fragment} that it does not owe"))?;
+        if history.iter().any(|left| left.payload().as_ref().is_some_and(speaks_along_paths)) {
+            let owed = is_owed_along_paths(history, &self.merged, &taken);
+            check(owed, || format!("{site} takes up of {fragment} what it does not owe"))?;
+        } else {
+            for (place, &value) in taken.values.iter().enumerate().filter(|(_, value)| **value != 0.0) {
+                let owed = is_owed(history, &self.merged, taken.after, place, value);
+                check(owed, || format!("{site} takes up {value} of {fragment} that it does not owe"))?;
+            }
         }
         // What is in weights that were overwritten is given up.
         let keeps = sync.feedback == Feedback::Buffer || sync.follow == Follow::Carry;
@@ -124,7 +132,7 @@ impl Witness {
         if let (true, Some(left), None) = (self.handed_over.remove(&key) && keeps, made.next(), made.next()) {
             check(left.residual == taken, || format!("{site} has lost what it owed of {fragment}"))?;
         }
-        *history = vec![Left { residual: taken, spoken: BTreeSet::new() }];
+        *history = vec![Left { residual: taken, payload: Vec::new(), spoken: BTreeSet::new() }];
         Ok(())
     }
 
@@ -206,6 +214,32 @@ impl Witness {
     pub(super) fn share_of(&self, site: &SiteId) -> Share {
         self.shares.get(site).copied().unwrap_or_default()
     }
+}
+
+impl Left {
+    /// None of what a process has taken up.
+    fn payload(&self) -> Option<Payload<'_>> {
+        Payload::parse(&self.payload, self.residual.values.len()).ok()
+    }
+}
+
+/// Whether a payload speaks of no weight alone, but of all along its paths.
+fn speaks_along_paths(payload: &Payload<'_>) -> bool {
+    matches!(payload.codec(), Codec::Tcq(_))
+}
+
+/// Whether a site owes what it has `taken` up: what some contribution has left, but for what it has along the paths of
+/// those since then, of all or of those in the model.
+fn is_owed_along_paths(history: &[Left], merged: &BTreeSet<Digest>, taken: &Residual) -> bool {
+    let Some(last) = history.iter().rposition(|left| left.residual.after == taken.after) else { return false };
+    let left_of = |first: usize, is_heard: &dyn Fn(&Left) -> bool| {
+        let mut values = history[first].residual.values.clone();
+        let heard = history[first + 1..=last].iter().filter(|left| is_heard(left));
+        heard.filter_map(Left::payload).for_each(|payload| payload.silence(&mut values));
+        values
+    };
+    let in_the_model = |left: &Left| merged.contains(&left.residual.after);
+    (0..=last).any(|first| [left_of(first, &|_| true), left_of(first, &in_the_model)].contains(&taken.values))
 }
 
 /// Whether a site owes `value` after a contribution: it must have been left then, or earlier if nothing in between has
