@@ -170,13 +170,10 @@ impl Codec {
     }
 
     /// Share of what a site has handed in that a commit in this codec is taken to leave to later ones, where the site
-    /// contributes in `up`. Of the sum of a few paths a few words tell much more than of anything else; half as much to leave is
-    /// what training did best with (`docs/log.md`, thirteenth day).
+    /// contributes in `up`. Of the sum of a few paths a few words tell much more than of anything else; that half as much is
+    /// left of it is a compromise between sites of one speed and of several (`docs/log.md`, thirteenth day).
     pub fn untold(self, up: Codec) -> f32 {
-        let left = match self {
-            Codec::F32 | Codec::Bf16 | Codec::E3m0 => 0.0,
-            Codec::Sparse(_) | Codec::Tcq(_) => (1.0 - self.density()) as f32,
-        };
+        let left = (1.0 - self.density()) as f32;
         if let Codec::Tcq(_) = up { left / 2.0 } else { left }
     }
 

@@ -18,7 +18,7 @@
 //! travelled on top of the new global model; work already sent is not applied twice, whether the commit contains it or
 //! not. A commit in a codec that leaves most to later ones tells the rest later; until then what this site has handed in
 //! stays in its weights, or it would learn it again and hand it in twice: of a sparse payload where it does not speak, of
-//! trellis-coded quantization, which speaks of everything, the share that it leaves ([`Codec::untold`]). As long as a
+//! trellis-coded quantization, which speaks of everything, a share of it ([`Codec::untold`]). As long as a
 //! contribution is undecided two residuals are kept: the one that it has left and the one before, which holds if its
 //! samples go back to the pool. Everything here runs beside the training: an engine only hands out its weights and takes
 //! in a [`Change`].
@@ -267,10 +267,10 @@ impl Local {
         let copies = &mut self.fragments[fragment.index()];
         let sound = codec::Payload::check(&payload, copies.theta.len(), team);
         let sound = sound.map_err(|source| DeltaError { fragment, source })?;
+        let untold = copies.untold(sound.codec());
         if copies.reference.is_none() {
             copies.reference = Some(copies.theta.clone()); // Nothing was contributed since the last commit.
         }
-        let untold = copies.untold(sound.codec());
         sound.add_to(&mut copies.theta, team);
         let carried = match untold {
             Some(untold) => copies.carry_but(untold),
@@ -286,7 +286,8 @@ impl Local {
         Ok((digest, change))
     }
 
-    /// Gives up a refused contribution, sent and left, keeping what was learnt before and since.
+    /// Gives up a refused contribution, sent and left, keeping what was learnt before and since, but for what was handed in
+    /// before and no commit has told yet.
     pub fn rebase(&mut self, fragment: FragmentId) -> Change {
         let copies = &mut self.fragments[fragment.index()];
         let mut change = copies.carry();
@@ -363,18 +364,23 @@ impl Copies {
         Change::Add(change)
     }
 
-    /// What of this site's work, handed in and not told yet, a commit in that codec, which Θ has not in it yet, leaves untold:
-    /// the coordinator still owes that. None if the codec tells nearly everything, or shows itself of what it does not speak.
+    /// About what a commit in that codec, which Θ has not in it yet, is taken to leave of this site's work that is handed in and
+    /// not told yet: less with every commit. None if the codec tells nearly everything, or shows itself of what it does not speak.
     fn untold(&self, commit: Codec) -> Option<Vec<f32>> {
         let reference = self.reference.as_ref().filter(|_| matches!(commit, Codec::Tcq(_)))?;
         let share = commit.untold(self.up?);
-        Some(self.theta.iter().zip(reference).map(|(theta, reference)| share * (theta - reference)).collect())
+        let mut untold = self.theta.clone();
+        simd(
+            #[inline(always)]
+            || untold.iter_mut().zip(reference).for_each(|(untold, reference)| *untold = share * (*untold - reference)),
+        );
+        Some(untold)
     }
 
     /// Makes Θ, but for what is `untold`, the reference; what the engine must do for that.
     fn carry_but(&mut self, mut untold: Vec<f32>) -> Change {
         let Self { theta, reference, .. } = self;
-        let reference = reference.get_or_insert_with(|| theta.clone());
+        let Some(reference) = reference else { return Change::Add(vec![0.0; theta.len()]) };
         simd(
             #[inline(always)]
             || {

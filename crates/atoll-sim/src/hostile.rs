@@ -23,7 +23,8 @@ pub fn simulate(seed: u64, hardships: Hardships) -> Result<Outcome, String> {
     live(seed, describe(seed, hardships))
 }
 
-/// Runs the world of `seed` where some link is thin: commits tell half a bit of a weight, contributions that or all.
+/// Runs the world of `seed` with the codecs of a run that has a thin link: commits tell half a bit of a weight, contributions
+/// a quarter, a half, or all. A toy has so few weights that they tell it more of these than of a model.
 ///
 /// # Errors
 /// As [`simulate`].

@@ -8,7 +8,7 @@ fn broken(count: u64, simulate: fn(u64, Hardships) -> Result<Outcome, String>) -
     std::thread::scope(|scope| {
         let other = scope.spawn(|| half(1).collect::<Vec<_>>());
         let mut broken: Vec<String> = half(0).collect();
-        broken.extend(other.join().unwrap());
+        broken.extend(other.join().expect("the other half ends"));
         broken
     })
 }
@@ -30,6 +30,7 @@ fn seeds_that_once_failed_hold() {
     for line in include_str!("seeds.txt").lines().filter(|line| !line.starts_with('#')) {
         let seed = line.split_whitespace().next().and_then(|seed| seed.parse().ok()).expect("a seed per line");
         let hardships = Hardships::of(seed);
+        simulate_thin(seed, hardships).unwrap();
         simulate(seed, Hardships { standby: false, disk_faults: 0, ..hardships }).unwrap();
         simulate(seed, Hardships { standby: true, disk_faults: 0, ..hardships }).unwrap();
         simulate(seed, hardships).unwrap();

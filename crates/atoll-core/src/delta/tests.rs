@@ -293,8 +293,37 @@ fn what_is_handed_in_stays_in_the_weights_until_a_commit_tells_of_it() {
     assert!(weights.iter().zip(local.theta(FRAGMENT)).all(|(own, theta)| (own - theta).abs() < 1e-6));
 }
 
+/// Whatever becomes of its steps, a share of what it has handed in is in its weights and in the reference.
+#[test]
+fn a_share_of_what_is_handed_in_stays_where_a_commit_tells_a_part_of_everything() {
+    const LEFT: f32 = 0.751 * 0.751;
+    let all = [Follow::Carry, Follow::Overwrite]
+        .map(|follow| [(follow, Codec::F32, LEFT), (follow, Codec::Tcq(1), 0.5 * LEFT)]);
+    for (follow, up, share) in all.concat() {
+        let mut local = local(follow, Feedback::Weights);
+        local.install(FRAGMENT, vec![0.0; COUNT]).unwrap();
+        let mut chance = Rng::new(5);
+        let mut weights: Vec<f32> = (0..COUNT).map(|_| chance.normal() as f32).collect();
+        let sent = local.contribute(FRAGMENT, weights.clone(), up, &Alone).unwrap();
+        let sent = codec::decode(&sent.bytes, COUNT).unwrap();
+        let rest: Vec<f32> = weights.iter().zip(&sent).map(|(weight, sent)| weight + sent).collect();
+        let told = Codec::Tcq(2).encode(&[1.0; COUNT]).unwrap();
+        match local.commit(FRAGMENT, told, &Alone).unwrap().1 {
+            Change::Add(change) => add(&mut weights, &change),
+            Change::Write(written) => weights = written,
+        }
+        for place in 0..COUNT {
+            let expected = local.theta(FRAGMENT)[place] - share * sent[place] + rest[place];
+            assert!((weights[place] - expected).abs() < 1e-5, "{follow:?}, {up}: {} is not {expected}", weights[place]);
+        }
+        let again = local.contribute(FRAGMENT, weights, Codec::F32, &Alone).unwrap();
+        assert!((again.norm - norm(&rest)).abs() < 1e-4, "{follow:?}, {up}: only what was not sent is handed in");
+    }
+}
+
 /// A site that learns most of what there is in every round, and hears less than half of it in each commit. If it lost what it has
-/// handed in and not heard yet, it would learn that again and hand it in twice, until the model blows up.
+/// handed in and not heard yet, it would learn that again and hand it in twice, until the model blows up. A path of its own it would
+/// hear nearly all of.
 #[test]
 fn who_hears_a_part_of_its_own_work_does_not_learn_the_rest_again() {
     const MANY: usize = 2 * codec::CHUNK + 500;

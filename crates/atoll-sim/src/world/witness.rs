@@ -228,18 +228,22 @@ fn speaks_along_paths(payload: &Payload<'_>) -> bool {
     matches!(payload.codec(), Codec::Tcq(_))
 }
 
-/// Whether a site owes what it has `taken` up: what some contribution has left, but for what it has along the paths of
-/// those since then, of all or of those in the model.
+/// Whether a site owes what it has `taken` up: nothing, or what some contribution has left, but for what that has along the
+/// paths of those since then that are in the model. Its file may speak of others, too, from some contribution on: it does not
+/// know what became of these.
 fn is_owed_along_paths(history: &[Left], merged: &BTreeSet<Digest>, taken: &Residual) -> bool {
     let Some(last) = history.iter().rposition(|left| left.residual.after == taken.after) else { return false };
-    let left_of = |first: usize, is_heard: &dyn Fn(&Left) -> bool| {
+    let left_of = |first: usize, cut: usize| {
         let mut values = history[first].residual.values.clone();
-        let heard = history[first + 1..=last].iter().filter(|left| is_heard(left));
-        heard.filter_map(Left::payload).for_each(|payload| payload.silence(&mut values));
+        for (index, left) in history.iter().enumerate().take(last + 1).skip(first + 1) {
+            let payload = left.payload().filter(|_| index >= cut || merged.contains(&left.residual.after));
+            payload.inspect(|payload| payload.silence(&mut values));
+        }
         values
     };
-    let in_the_model = |left: &Left| merged.contains(&left.residual.after);
-    (0..=last).any(|first| [left_of(first, &|_| true), left_of(first, &in_the_model)].contains(&taken.values))
+    let cuts = |first: usize| (first + 1..=last + 1).map(move |cut| (first, cut));
+    let is_nothing = taken.values.iter().all(|value| *value == 0.0);
+    is_nothing || (0..=last).flat_map(cuts).any(|(first, cut)| left_of(first, cut) == taken.values)
 }
 
 /// Whether a site owes `value` after a contribution: it must have been left then, or earlier if nothing in between has
@@ -254,4 +258,36 @@ fn is_owed(history: &[Left], merged: &BTreeSet<Digest>, after: Digest, place: us
 
 pub(super) fn check(holds: bool, broken: impl FnOnce() -> String) -> Result<(), String> {
     if holds { Ok(()) } else { Err(broken()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A contribution in one word of a path that spoke of this, and left as much.
+    fn left(values: [f32; 4]) -> Left {
+        let payload = Codec::Tcq(1).encode(&values).expect("finite values");
+        let residual = Residual { after: Digest::of(&payload), values: values.to_vec() };
+        Left { residual, payload, spoken: BTreeSet::new() }
+    }
+
+    #[test]
+    fn nothing_is_owed_along_the_paths_of_what_is_in_the_model() {
+        let history = [left([1.0, 2.0, 3.0, 4.0]), left([4.0, -1.0, 2.0, 0.5]), left([0.1, 0.7, -2.0, 1.0])];
+        let address = |index: usize| history[index].residual.after;
+        let merged = BTreeSet::from([address(0), address(2)]);
+        let is_owed = |values: &[f32], after: usize| {
+            let taken = Residual { after: address(after), values: values.to_vec() };
+            is_owed_along_paths(&history, &merged, &taken)
+        };
+        let mut values = history[0].residual.values.clone();
+        assert!(is_owed(&values, 0) && !is_owed(&values, 2), "what is in the model since has spoken");
+        history[2].payload().expect("a payload").silence(&mut values);
+        assert!(is_owed(&values, 2), "what is not in the model has spoken in vain");
+        let mut values = history[0].residual.values.clone();
+        history[1..].iter().filter_map(Left::payload).for_each(|payload| payload.silence(&mut values));
+        assert!(is_owed(&values, 2), "but the site need not know that");
+        assert!(is_owed(&[0.0; 4], 2) && is_owed(&history[2].residual.values, 2));
+        assert!(!is_owed(&[9.0; 4], 2));
+    }
 }
