@@ -232,6 +232,9 @@ fn speaks_along_paths(payload: &Payload<'_>) -> bool {
 /// paths of those since then that are in the model. Its file may speak of others, too, from some contribution on: it does not
 /// know what became of these.
 fn is_owed_along_paths(history: &[Left], merged: &BTreeSet<Digest>, taken: &Residual) -> bool {
+    if taken.values.iter().all(|value| *value == 0.0) {
+        return true;
+    }
     let Some(last) = history.iter().rposition(|left| left.residual.after == taken.after) else { return false };
     let left_of = |first: usize, cut: usize| {
         let mut values = history[first].residual.values.clone();
@@ -242,8 +245,7 @@ fn is_owed_along_paths(history: &[Left], merged: &BTreeSet<Digest>, taken: &Resi
         values
     };
     let cuts = |first: usize| (first + 1..=last + 1).map(move |cut| (first, cut));
-    let is_nothing = taken.values.iter().all(|value| *value == 0.0);
-    is_nothing || (0..=last).flat_map(cuts).any(|(first, cut)| left_of(first, cut) == taken.values)
+    (0..=last).flat_map(cuts).any(|(first, cut)| left_of(first, cut) == taken.values)
 }
 
 /// Whether a site owes `value` after a contribution: it must have been left then, or earlier if nothing in between has
