@@ -13,7 +13,8 @@
 //!                  | 4 levels: bf16 | codes, 2 bits each, lowest first | positions: Elias–Fano, see below |
 //!           code = large (bit 0), negative (bit 1)
 //! tcq        body = | words: u8 | turn: u8 | then for each chunk of 4,096 values and for each word
-//!                  | gain: bf16 | path: 122 bytes, highest bit first |             see `trellis`
+//!                  | gain: bf16 | path: 121 bytes, highest bit first |             see `trellis`
+//!           or, of a piece of 64 chunks, in as many bytes more of some chunks and less of others: see `trellis/passage`
 //! ```
 //!
 //! E3M0 costs 4.125 bits per value; Streaming DiLoCo (arXiv 2501.18512, section 3.3) found it to
@@ -22,7 +23,7 @@
 //!
 //! Sparse is for two ends that keep an error feedback (SparseLoCo, arXiv 2508.15706): what one payload leaves out
 //! stays in a residual and is part of the next. With `keep` 96 it costs 0.234 bits per value, with 224 0.461. So is
-//! trellis-coded quantization, which tells more with as many: 0.242 bits per value with one word, 0.484 with two.
+//! trellis-coded quantization, which tells more with as many: 0.240 bits per value with one word, 0.480 with two.
 //!
 //! Every byte string decodes or is refused: no panic, no allocation from an unchecked length, and
 //! nothing that is not finite comes out. Blocks are independent, so a [`Team`] may share them.
@@ -49,6 +50,8 @@ use dense::{BLOCK, BLOCK_BYTES};
 pub(crate) use sparse::CHUNK;
 use sparse::Shape;
 pub use squares::Squares;
+pub(crate) use trellis::Passage;
+use trellis::Passages;
 pub(crate) use unison::Unison;
 pub(crate) use unpacked::{PIECE as AT_A_TIME, Unpacked, add_all};
 
@@ -101,7 +104,8 @@ pub enum CodecError {
         /// What codec and count call for.
         expected: usize,
     },
-    /// A sparse chunk's positions do not ascend, or it keeps another number of values than it says.
+    /// A sparse chunk's positions do not ascend, or it keeps another number of values than it says; of trellis-coded
+    /// quantization, a gain or a passage makes no sense.
     #[error("the chunk at value {index} is malformed")]
     Malformed {
         /// Position of its first value.
@@ -117,7 +121,8 @@ pub struct UnknownName(String);
 const HEADER: usize = 5;
 /// A sparse payload keeps at most half of the values; beyond that others are smaller.
 const KEEP_MAX: u16 = (CHUNK / 2) as u16;
-/// Weights that a team's member encodes or decodes at a time.
+/// Weights that a team's member encodes or decodes at a time, and over which trellis-coded quantization spreads its words: part
+/// of the format.
 const PIECE: usize = 64 * CHUNK;
 
 impl Codec {
@@ -132,7 +137,7 @@ impl Codec {
             Codec::Bf16 => 2,
             Codec::E3m0 => 3,
             Codec::Sparse(_) => 4,
-            Codec::Tcq(_) => 5,
+            Codec::Tcq(_) => 6, // 5 had paths of 122 bytes, and even pieces only.
         }
     }
 
@@ -165,16 +170,8 @@ impl Codec {
         match self {
             Codec::F32 | Codec::Bf16 | Codec::E3m0 => 1.0,
             Codec::Sparse(keep) => f64::from(keep.max(1)) / CHUNK as f64,
-            Codec::Tcq(words) => 1.0 - trellis::LEFT.powi(i32::from(words)),
+            Codec::Tcq(words) => 1.0 - trellis::left_by(usize::from(words)),
         }
-    }
-
-    /// Share of what a site has handed in that a commit in this codec is taken to leave to later ones, where the site
-    /// contributes in `up`. Of the sum of a few paths a few words tell much more than of anything else; that half as much is
-    /// left of it is a compromise between sites of one speed and of several (`docs/log.md`, thirteenth day).
-    pub fn untold(self, up: Codec) -> f32 {
-        let left = (1.0 - self.density()) as f32;
-        if let Codec::Tcq(_) = up { left / 2.0 } else { left }
     }
 
     fn header_len(self) -> usize {
@@ -227,8 +224,8 @@ impl Codec {
         self.encode_prepared(wish, 0, team, |_, _| {})
     }
 
-    /// The same for a wish that `prepare` writes stretch by stretch, each when it is about to be encoded and is then
-    /// still in the processor's cache. It is given a stretch and its first position. A codec that looks at weights from
+    /// The same for a wish that `prepare` writes stretch by stretch, each when it, or the piece that it is in, is about to be
+    /// encoded and is then still in the processor's caches. It is given a stretch and its first position. A codec that looks at weights from
     /// another side in each `turn` has the same one in two payloads of the same turn.
     ///
     /// # Errors
@@ -274,66 +271,109 @@ impl Codec {
         body: &mut [u8],
         prepare: impl Fn(usize, &mut [f32]),
     ) -> Result<(), usize> {
+        if let Codec::Tcq(words) = self {
+            // How much is said of a chunk depends on the others.
+            for (number, wish) in wish.chunks_mut(CHUNK).enumerate() {
+                prepare(number * CHUNK, wish);
+                look(wish).map_err(|at| number * CHUNK + at)?;
+            }
+            trellis::encode(turn, words, wish, body);
+            for (number, (chunk, wish)) in self.chunks(wish.len(), body).zip(wish.chunks_mut(CHUNK)).enumerate() {
+                self.meet(turn, chunk, wish, |wish, value| *wish -= value).ok_or(number * CHUNK)?;
+            }
+            return Ok(());
+        }
         for (number, (wish, out)) in wish.chunks_mut(CHUNK).zip(body.chunks_mut(self.chunk_bytes(CHUNK))).enumerate() {
             prepare(number * CHUNK, wish);
-            if !all_finite(wish) {
-                let at = wish.iter().position(|value| !value.is_finite()).unwrap_or(0);
-                return Err(number * CHUNK + at);
-            }
+            look(wish).map_err(|at| number * CHUNK + at)?;
             match self {
                 Codec::F32 => dense::encode_f32(wish, out),
                 Codec::Bf16 => dense::encode_bf16(wish, out),
                 Codec::E3m0 => dense::encode_e3m0(wish, out),
                 Codec::Sparse(keep) => sparse::encode(Shape::new(keep, wish.len()), wish, out),
-                Codec::Tcq(_) => trellis::encode(turn, wish, out),
+                Codec::Tcq(_) => {} // See above.
             }
-            self.meet(turn, out, wish, |wish, value| *wish -= value).ok_or(number * CHUNK)?;
+            let chunk = Chunk { len: wish.len(), bytes: out, ..Chunk::default() };
+            self.meet(turn, chunk, wish, |wish, value| *wish -= value).ok_or(number * CHUNK)?;
         }
         Ok(())
+    }
+
+    /// The chunks of a piece of `len` weights.
+    #[inline(always)]
+    fn chunks(self, len: usize, piece: &[u8]) -> impl Iterator<Item = Chunk<'_>> {
+        let mut passages = self.words().map(|words| Passages::of(len, words, piece));
+        let chunks = (0..len).step_by(CHUNK).zip(piece.chunks(self.chunk_bytes(CHUNK)));
+        chunks.map(
+            #[inline(always)]
+            move |(start, bytes)| {
+                let passage = passages.as_mut().and_then(Iterator::next).flatten();
+                Chunk { len: CHUNK.min(len - start), bytes, passage: passage.unwrap_or_default() }
+            },
+        )
+    }
+
+    /// Words of a chunk of trellis-coded quantization.
+    fn words(self) -> Option<u8> {
+        if let Codec::Tcq(words) = self { Some(words) } else { None }
     }
 
     /// Shows each value of a chunk to `show` with the weight it belongs to; `None` if the chunk is malformed or not
     /// finite, perhaps after some were shown.
     #[inline(always)]
-    fn meet(self, turn: u8, bytes: &[u8], weights: &mut [f32], show: impl Fn(&mut f32, f32)) -> Option<()> {
+    fn meet(self, turn: u8, chunk: Chunk<'_>, weights: &mut [f32], show: impl Fn(&mut f32, f32)) -> Option<()> {
         if let Codec::Sparse(keep) = self {
-            return sparse::visit(Shape::new(keep, weights.len()), bytes, |place, value| {
+            return sparse::visit(Shape::new(keep, weights.len()), chunk.bytes, |place, value| {
                 show(&mut weights[place], value);
             });
         }
         let mut room = [0.0; CHUNK];
         let values = &mut room[..weights.len()];
-        self.unpack(turn, bytes, values);
+        self.unpack(turn, chunk, values);
         for (weight, value) in weights.iter_mut().zip(&*values) {
             show(weight, *value);
         }
         all_finite(values).then_some(())
     }
 
-    /// Shows each value of a chunk of `len` weights with its place in it; `None` as in [`meet`](Self::meet).
+    /// Shows each value of a chunk with its place in it; `None` as in [`meet`](Self::meet).
     #[inline(always)]
-    fn each(self, turn: u8, bytes: &[u8], len: usize, mut show: impl FnMut(usize, f32)) -> Option<()> {
+    fn each(self, turn: u8, chunk: Chunk<'_>, mut show: impl FnMut(usize, f32)) -> Option<()> {
         if let Codec::Sparse(keep) = self {
-            return sparse::visit(Shape::new(keep, len), bytes, show);
+            return sparse::visit(Shape::new(keep, chunk.len), chunk.bytes, show);
         }
         let mut room = [0.0; CHUNK];
-        let values = &mut room[..len];
-        self.unpack(turn, bytes, values);
+        let values = &mut room[..chunk.len];
+        self.unpack(turn, chunk, values);
+        let speaks_of_all = self.words().is_none();
         for (place, value) in values.iter().enumerate() {
-            show(place, *value);
+            if speaks_of_all || chunk.passage.is_about(place) {
+                show(place, *value);
+            }
         }
         all_finite(values).then_some(())
     }
 
     /// Writes what a chunk says; of the sparse codec, nothing.
     #[inline(always)]
-    fn unpack(self, turn: u8, bytes: &[u8], values: &mut [f32]) {
+    fn unpack(self, turn: u8, chunk: Chunk<'_>, values: &mut [f32]) {
         match self {
-            Codec::F32 | Codec::Bf16 | Codec::E3m0 => dense::decode(self, bytes, values),
-            Codec::Tcq(_) => trellis::decode(turn, bytes, values),
+            Codec::F32 | Codec::Bf16 | Codec::E3m0 => dense::decode(self, chunk.bytes, values),
+            Codec::Tcq(_) => trellis::decode(turn, chunk.passage, values),
             Codec::Sparse(_) => {}
         }
     }
+}
+
+/// What a payload says of [`CHUNK`] weights, or of fewer at its end.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Chunk<'a> {
+    /// Weights.
+    pub(crate) len: usize,
+    /// As the codec writes them. Of no meaning if it is trellis-coded quantization …
+    bytes: &'a [u8],
+    /// … and else this is.
+    pub(crate) passage: Passage<'a>,
 }
 
 /// A payload whose header, length and blocks are sound.
@@ -372,14 +412,12 @@ impl<'a> Payload<'a> {
     /// Where in a piece the first chunk begins that says nothing sound.
     #[inline(always)]
     fn first_unsound(&self, len: usize, body: &[u8]) -> Option<usize> {
-        for (number, bytes) in body.chunks(self.codec.chunk_bytes(CHUNK)).enumerate() {
-            let first = number * CHUNK;
-            let is_sound = match self.codec {
-                Codec::Tcq(_) => trellis::is_sound(CHUNK.min(len - first), bytes),
-                _ => self.codec.each(self.turn, bytes, CHUNK.min(len - first), |_, _| {}).is_some(),
-            };
-            if !is_sound {
-                return Some(first);
+        if let Some(words) = self.codec.words() {
+            return trellis::first_unsound(len, words, body).map(|number| number * CHUNK);
+        }
+        for (number, chunk) in self.codec.chunks(len, body).enumerate() {
+            if self.codec.each(self.turn, chunk, |_, _| {}).is_none() {
+                return Some(number * CHUNK);
             }
         }
         None
@@ -412,7 +450,7 @@ impl<'a> Payload<'a> {
                 [low, high, ..] => Codec::Sparse(u16::from_le_bytes([*low, *high])),
                 _ => return Err(too_short),
             },
-            5 => Codec::Tcq(*rest.first().ok_or(too_short)?),
+            6 => Codec::Tcq(*rest.first().ok_or(too_short)?),
             other => return Err(CodecError::UnknownCodec(other)),
         };
         if !codec.is_sane() {
@@ -450,23 +488,39 @@ impl<'a> Payload<'a> {
         lens.zip(self.body.chunks(self.codec.body_len(PIECE)))
     }
 
-    /// Weights and bytes of chunk number `number`.
-    pub(crate) fn chunk(&self, number: usize) -> (usize, &'a [u8]) {
-        let (first, bytes) = (number * CHUNK, self.codec.body_len(CHUNK));
+    /// Weights of chunk number `number`.
+    #[inline(always)]
+    pub(crate) fn chunk_len(&self, number: usize) -> usize {
+        CHUNK.min(self.count - number * CHUNK)
+    }
+
+    /// Chunk number `number`.
+    #[inline(always)]
+    pub(crate) fn chunk(&self, number: usize) -> Chunk<'a> {
+        let bytes = self.codec.chunk_bytes(CHUNK);
         let body = &self.body[number * bytes..];
-        (CHUNK.min(self.count - first), &body[..bytes.min(body.len())])
+        let passage = self.codec.words().map_or_else(Passage::default, |words| self.passage(number, words));
+        Chunk { len: self.chunk_len(number), bytes: &body[..bytes.min(body.len())], passage }
+    }
+
+    /// What is said of chunk number `number` in a payload of so many `words`.
+    #[inline(always)]
+    fn passage(&self, number: usize, words: u8) -> Passage<'a> {
+        let (piece, within) = (number / (PIECE / CHUNK), number % (PIECE / CHUNK));
+        let body = &self.body[piece * self.codec.body_len(PIECE)..];
+        Passages::of(PIECE.min(self.count - piece * PIECE), words, body).at(within)
     }
 
     /// Shows each value that the payload speaks of to `show` with the weight it belongs to.
     fn meet(&self, weights: &mut [f32], team: &dyn Team, show: impl Fn(&mut f32, f32) + Sync) {
         assert_eq!(weights.len(), self.count, "the payload was checked for this count");
         let pieces = self.pieces().zip(weights.chunks_mut(PIECE));
-        share_out(pieces, team, |_, ((_, body), weights)| {
+        share_out(pieces, team, |_, ((len, body), weights)| {
             simd(
                 #[inline(always)]
                 || {
-                    for (bytes, weights) in body.chunks(self.codec.chunk_bytes(CHUNK)).zip(weights.chunks_mut(CHUNK)) {
-                        let _ = self.codec.meet(self.turn, bytes, weights, &show);
+                    for (chunk, weights) in self.codec.chunks(len, body).zip(weights.chunks_mut(CHUNK)) {
+                        let _ = self.codec.meet(self.turn, chunk, weights, &show);
                     }
                 },
             );
@@ -490,14 +544,13 @@ impl<'a> Payload<'a> {
         values
     }
 
-    /// Shows the values between two positions with their position; zeros that a sparse payload leaves out are
-    /// skipped. The positions are rounded outwards to whole chunks.
+    /// Shows the values between two positions with their position; what a payload does not speak of is skipped. The positions are rounded outwards to whole chunks.
     pub fn visit(&self, range: std::ops::Range<usize>, mut show: impl FnMut(usize, f32)) {
         for number in range.start / CHUNK..range.end.div_ceil(CHUNK) {
-            let (len, bytes) = self.chunk(number);
+            let chunk = self.chunk(number);
             let _ = simd(
                 #[inline(always)]
-                || self.codec.each(self.turn, bytes, len, |place, value| show(number * CHUNK + place, value)),
+                || self.codec.each(self.turn, chunk, |place, value| show(number * CHUNK + place, value)),
             );
         }
     }
@@ -508,8 +561,26 @@ impl<'a> Payload<'a> {
             return self.visit(0..self.count, |place, _| values[place] = 0.0);
         };
         for (number, values) in values.chunks_mut(CHUNK).enumerate() {
-            trellis::silence(self.turn, self.chunk(number).1, values);
+            trellis::silence(self.turn, self.chunk(number).passage, values);
         }
+    }
+
+    /// Multiplies `values` with about what a payload of trellis-coded quantization leaves of what there is to say of each to later
+    /// ones, where sites speak in `up`: where it speaks a share by the number of its words, elsewhere all. Of the sum of a
+    /// few paths a few words tell much more than of anything else; that half as much is left of it is a compromise between
+    /// sites of one speed and of several (`docs/log.md`, thirteenth day).
+    pub(crate) fn leave(&self, up: Codec, values: &mut [f32]) {
+        let times = if let Codec::Tcq(_) = up { 0.5 } else { 1.0 };
+        for (number, values) in values.chunks_mut(CHUNK).enumerate() {
+            self.chunk(number).passage.leave(times, values);
+        }
+    }
+
+    /// About the share that chunk number `number` tells of the energy that there is in what it speaks of; all but for
+    /// trellis-coded quantization.
+    #[inline(always)]
+    pub(crate) fn told(&self, number: usize) -> f64 {
+        if self.codec.words().is_some() { self.chunk(number).passage.told() } else { 1.0 }
     }
 
     /// Squared length of chunk number `number`, if it can be told without unpacking it.
@@ -518,10 +589,10 @@ impl<'a> Payload<'a> {
         if let Some(square) = self.squares.and_then(|squares| squares.get(number)) {
             return Some(square);
         }
-        let (len, bytes) = self.chunk(number);
+        let Chunk { len, bytes, passage } = self.chunk(number);
         match self.codec {
             Codec::Sparse(keep) => sparse::square(Shape::new(keep, len), bytes),
-            Codec::Tcq(_) if len == CHUNK => Some(trellis::chunk_square(bytes)),
+            Codec::Tcq(_) if len == CHUNK => Some(trellis::chunk_square(passage)),
             _ => None,
         }
     }
@@ -559,6 +630,15 @@ pub fn check_finite(values: &[f32]) -> Result<(), CodecError> {
         Some(index) => Err(CodecError::NonFinite { index }),
         None => Ok(()),
     }
+}
+
+/// The position of the first value that is not finite is the error.
+#[inline(always)]
+fn look(values: &[f32]) -> Result<(), usize> {
+    if all_finite(values) {
+        return Ok(());
+    }
+    Err(values.iter().position(|value| !value.is_finite()).unwrap_or(0))
 }
 
 /// Whether no exponent is that of infinity and NaN, looked at in a way that vectorizes.

@@ -17,11 +17,10 @@
 //! A wish is a pseudo-gradient: the outer step subtracts it. *Carry* keeps the steps taken while a contribution
 //! travelled on top of the new global model; work already sent is not applied twice, whether the commit contains it or
 //! not. A commit in a codec that leaves most to later ones tells the rest later; until then what this site has handed in
-//! stays in its weights, or it would learn it again and hand it in twice: of a sparse payload where it does not speak, of
-//! trellis-coded quantization, which speaks of everything, a share of it ([`Codec::untold`]). As long as a
-//! contribution is undecided two residuals are kept: the one that it has left and the one before, which holds if its
-//! samples go back to the pool. Everything here runs beside the training: an engine only hands out its weights and takes
-//! in a [`Change`].
+//! stays in its weights, or it would learn it again and hand it in twice: all where the payload does not speak, and where
+//! trellis-coded quantization does, a share. As long as a contribution is undecided two residuals are kept: the one that
+//! it has left and the one before, which holds if its samples go back to the pool. Everything here runs beside the
+//! training: an engine only hands out its weights and takes in a [`Change`].
 
 mod products;
 pub mod residual;
@@ -267,7 +266,7 @@ impl Local {
         let copies = &mut self.fragments[fragment.index()];
         let sound = codec::Payload::check(&payload, copies.theta.len(), team);
         let sound = sound.map_err(|source| DeltaError { fragment, source })?;
-        let untold = copies.untold(sound.codec());
+        let untold = copies.untold(&sound);
         if copies.reference.is_none() {
             copies.reference = Some(copies.theta.clone()); // Nothing was contributed since the last commit.
         }
@@ -364,16 +363,16 @@ impl Copies {
         Change::Add(change)
     }
 
-    /// About what a commit in that codec, which Θ has not in it yet, is taken to leave of this site's work that is handed in and
-    /// not told yet: less with every commit. None if the codec tells nearly everything, or shows itself of what it does not speak.
-    fn untold(&self, commit: Codec) -> Option<Vec<f32>> {
-        let reference = self.reference.as_ref().filter(|_| matches!(commit, Codec::Tcq(_)))?;
-        let share = commit.untold(self.up?);
+    /// About what a commit that Θ has not in it yet is taken to leave of this site's work that is handed in and not told yet: less
+    /// with every commit. None if the codec tells nearly everything, or shows itself of what it does not speak.
+    fn untold(&self, commit: &codec::Payload<'_>) -> Option<Vec<f32>> {
+        let reference = self.reference.as_ref().filter(|_| matches!(commit.codec(), Codec::Tcq(_)))?;
         let mut untold = self.theta.clone();
         simd(
             #[inline(always)]
-            || untold.iter_mut().zip(reference).for_each(|(untold, reference)| *untold = share * (*untold - reference)),
+            || untold.iter_mut().zip(reference).for_each(|(untold, reference)| *untold -= reference),
         );
+        commit.leave(self.up?, &mut untold);
         Some(untold)
     }
 

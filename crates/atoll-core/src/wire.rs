@@ -32,7 +32,7 @@ use crate::round::{Standing, Status};
 use crate::site::SiteId;
 
 /// Version of everything on this page. Site and coordinator must have the same.
-pub const PROTOCOL: u16 = 9;
+pub const PROTOCOL: u16 = 10;
 /// Longest body of a frame.
 pub const BODY_MAX: usize = 4 << 20;
 /// Bytes of a payload per [`Frame::Put`] or [`Frame::Chunk`].
@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn the_bytes_are_these() {
         let layout = "07".repeat(32);
-        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("2a00000001090001000001{layout}01650164"));
+        assert_eq!(hex(&Frame::hello(hello()).encode()), format!("2a000000010a0001000001{layout}01650164"));
         let get = Frame::Get { digest: Digest([7; 32]), offset: 1, length: 2 };
         assert_eq!(hex(&get.encode()), format!("2c00000008{layout}010000000000000002000000"));
     }

@@ -53,14 +53,18 @@ proptest! {
     #[test]
     fn any_bytes_decode_or_are_refused(mut bytes in prop::collection::vec(any::<u8>(), 0..400), count in 0usize..600, tidy: bool) {
         if tidy && bytes.len() >= 5 {
-            bytes[0] %= 6;
+            bytes[0] %= 7;
             bytes[1..5].copy_from_slice(&(count as u32).to_le_bytes());
             let keep = bytes.get(5).map_or(1, |byte| u16::from(*byte).max(1));
             let words = keep.min(8) as u8;
             let codecs =
-                [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(keep), Codec::Tcq(words)].map(Some);
-            if let Some(codec) = [&[None], &codecs[..]].concat()[usize::from(bytes[0])] {
-                bytes.resize(codec.payload_len(count).max(7), 0x5a);
+                [Codec::F32, Codec::Bf16, Codec::E3m0, Codec::Sparse(keep), Codec::Tcq(words)];
+            if let Some(&codec) = codecs.iter().find(|codec| codec.number() == bytes[0]) {
+                bytes.resize(codec.payload_len(count).max(9), 0x5a);
+                if let (Codec::Tcq(_), true) = (codec, count.is_multiple_of(2)) {
+                    bytes[7..9].fill(0xff);
+                }
+                bytes.truncate(codec.payload_len(count).max(7));
                 match codec {
                     Codec::Sparse(keep) => bytes[5..7].copy_from_slice(&keep.to_le_bytes()),
                     Codec::Tcq(words) => bytes[5] = words,
@@ -103,8 +107,71 @@ fn the_bytes_are_these() {
     // Without logarithms, which differ between the libraries of systems.
     let mut rng = crate::rng::Rng::new(1);
     let whole: Vec<f32> = (0..CHUNK).map(|_| (rng.unit() - 0.5) as f32).collect();
-    assert_eq!(Digest::of(&Codec::Tcq(2).encode(&whole).unwrap()).short(), "070426ff95");
-    assert_eq!(hex(&Codec::Tcq(1).encode(&chunk).unwrap()), "05100000000100263e7c930f9f24c3e7c9324c9324c9324c");
+    assert_eq!(Digest::of(&Codec::Tcq(2).encode(&whole).unwrap()).short(), "249b11af80");
+    let few_rows: Vec<f32> =
+        whole.repeat(3).iter().enumerate().map(|(at, v)| if at / 128 % 11 < 2 { *v } else { 0.0 }).collect();
+    assert_eq!(Digest::of(&Codec::Tcq(1).encode(&few_rows).unwrap()).short(), "260df98f16");
+    assert_eq!(hex(&Codec::Tcq(1).encode(&chunk).unwrap()), "06100000000100263e7c930f9f24c3e7c9324c9324c9324c");
+}
+
+/// A quarter of a bit for each weight, spent on an eighth of them: seven words tell 86 % of what these have.
+#[test]
+fn where_few_rows_moved_they_are_told_nearly_whole() {
+    let values = uneven(3, 40 * CHUNK);
+    let payload = Codec::Tcq(1).encode(&values).unwrap();
+    assert!(is_uneven(&payload) && !is_uneven(&Codec::Tcq(1).encode(&normal(3, 40 * CHUNK)).unwrap()));
+    let left: Vec<f32> =
+        values.iter().zip(decode(&payload, values.len()).unwrap()).map(|(value, said)| value - said).collect();
+    let share = crate::delta::square(&left) / crate::delta::square(&values);
+    assert!(share < 0.26, "{share}");
+}
+
+/// Of rows that it does not speak of it leaves all, of others what its words do.
+#[test]
+fn a_payload_is_taken_to_leave_less_the_more_it_says() {
+    let count = 3 * CHUNK + 700;
+    let payload = Codec::Tcq(2).encode(&uneven(3, count)).unwrap();
+    let sound = Payload::check(&payload, count, &Alone).unwrap();
+    assert!(is_uneven(&payload));
+    for (up, times) in [(Codec::E3m0, 1.0), (Codec::Tcq(1), 0.5)] {
+        let mut left = vec![1.0; count];
+        sound.leave(up, &mut left);
+        let (mut words_seen, values) = (std::collections::BTreeSet::new(), sound.values(&Alone));
+        for (values, left) in values.chunks(128).zip(left.chunks(128)) {
+            assert!(left.iter().all(|value| *value == left[0]));
+            let words = (1..=15).find(|&words| (left[0] / times - 0.753f32.powi(words)).abs() < 1e-6);
+            let is_silent = values.iter().all(|value| *value == 0.0);
+            assert!(if is_silent { left[0] == 1.0 } else { words.is_some() }, "{}", left[0]);
+            words_seen.extend(words.filter(|_| !is_silent));
+        }
+        assert!(words_seen.last() > Some(&2), "few rows are told in more than two words: {words_seen:?}");
+    }
+}
+
+#[test]
+fn an_uneven_piece_that_makes_no_sense_is_refused() {
+    let count = 2 * CHUNK + 300;
+    let values = uneven(3, count);
+    let whole = Codec::Tcq(1).encode(&values).unwrap();
+    let refused = |at: usize, bytes: &[u8]| {
+        let mut payload = whole.clone();
+        payload[at..at + bytes.len()].copy_from_slice(bytes);
+        decode(&payload, count).is_err()
+    };
+    let (mark, first, last) = (7, 9, whole.len() - 1);
+    assert!(is_uneven(&whole) && whole[first] >> 4 > 0, "it is about some rows");
+    assert!(!refused(last, &[0]) && refused(last, &[1]), "bytes to spare");
+    assert!(refused(mark, &[0]) && refused(mark + 1, &[0xfe]), "a gain below zero, or none");
+    assert!(refused(first, &[0x41]), "rows of a kind that there is not");
+    assert!(refused(first + 1, &[0xff; 4]), "more rows than it says");
+    assert!(refused(first, &[0x0f, 0x0f]), "more words than there are bytes");
+    // A chunk of 300 weights has three rows.
+    let mut short = vec![0; Codec::Tcq(1).payload_len(300)];
+    short[..7].copy_from_slice(&[6, 44, 1, 0, 0, 1, 0]);
+    short[7..9].fill(0xff);
+    assert_eq!(decode(&short, 300), Ok(vec![0.0; 300]), "nothing is said");
+    short[9..14].copy_from_slice(&[0x30, 0xf0, 0, 0, 0]);
+    assert_eq!(decode(&short, 300), Err(CodecError::Malformed { index: 0 }), "rows that there are not");
 }
 
 #[test]
@@ -132,11 +199,29 @@ fn normal(seed: u64, count: usize) -> Vec<f32> {
     (0..count).map(|_| rng.normal() as f32).collect()
 }
 
+/// The same, but for what most rows of 128 have only a hundredth of.
+fn uneven(seed: u64, count: usize) -> Vec<f32> {
+    let mut values = normal(seed, count);
+    let mut rng = crate::rng::Rng::new(!seed);
+    for row in values.chunks_mut(128).filter(|_| !rng.chance(0.12)) {
+        row.iter_mut().for_each(|value| *value *= 0.01);
+    }
+    values
+}
+
+fn either(seed: u64, count: usize) -> Vec<f32> {
+    if seed.is_multiple_of(2) { normal(seed, count) } else { uneven(seed, count) }
+}
+
+fn is_uneven(payload: &[u8]) -> bool {
+    payload[7..9] == [0xff; 2]
+}
+
 proptest! {
     /// What is left of a wish after encoding is exactly what the payload lacks, and never longer than the wish.
     #[test]
     fn the_rest_is_what_the_payload_lacks(seed: u64, count in 1usize..9000, scale in -20i32..20) {
-        let wish: Vec<f32> = normal(seed, count).iter().map(|value| value * 2f32.powi(scale)).collect();
+        let wish: Vec<f32> = either(seed, count).iter().map(|value| value * 2f32.powi(scale)).collect();
         for codec in Codec::ALL {
             let mut rest = wish.clone();
             let payload = codec.encode_rest(&mut rest, &Alone).unwrap();
@@ -179,7 +264,7 @@ proptest! {
     /// So it is of every codec: lengths of chunks are lengths of values.
     #[test]
     fn the_length_of_a_payload_is_that_of_its_values(seed: u64, count in 1usize..300_000, kind in 0..Codec::ALL.len()) {
-        let payload = Codec::ALL[kind].encode(&normal(seed, count)).unwrap();
+        let payload = Codec::ALL[kind].encode(&either(seed, count)).unwrap();
         let sound = Payload::check(&payload, count, &Alone).unwrap();
         let (told, length) = (Squares::of(&sound, &Alone).norm(), crate::delta::norm(&sound.values(&Alone)));
         prop_assert!((told - length).abs() <= 1e-6 * length, "{told} instead of {length}");
@@ -198,7 +283,8 @@ proptest! {
         }
         let parsed = Payload::parse(&payload, count).unwrap();
         let mut visited = Vec::new();
-        let is_sound = codec.each(0, &payload[7..], count, |place, value| visited.push((place as u16, value))).is_some();
+        let chunk = Chunk { len: count, bytes: &payload[7..], ..Chunk::default() };
+        let is_sound = codec.each(0, chunk, |place, value| visited.push((place as u16, value))).is_some();
         let mut room = Unpacked::default();
         room.read(&parsed, 0, 0..count);
         let unpacked::Part::Sparse(values, places) = room.part() else { panic!("it is sparse") };
@@ -212,11 +298,11 @@ proptest! {
         seed: u64, count in 1usize..9000, ends in prop::collection::vec((0usize..=32, 0usize..3), 2),
     ) {
         let mut room = Unpacked::default();
-        let payloads = Codec::ALL.map(|codec| codec.encode(&normal(seed, count)).unwrap());
+        let payloads = Codec::ALL.map(|codec| codec.encode(&either(seed, count)).unwrap());
         for payload in &payloads {
             let payload = Payload::parse(payload, count).unwrap();
             let (values, number) = (payload.values(&Alone), seed as usize % count.div_ceil(CHUNK));
-            let (len, _) = payload.chunk(number);
+            let len = payload.chunk_len(number);
             // Borders of blocks, and one before and behind.
             let [a, b] = [0, 1].map(|end| (BLOCK * ends[end].0 + ends[end].1).saturating_sub(1).min(len));
             let range = a.min(b)..a.max(b);
@@ -234,6 +320,17 @@ proptest! {
                 room.unpack();
                 prop_assert_eq!(found.map(f64::to_bits), [room.part().square(), room.part().along(&other)].map(f64::to_bits));
             }
+        }
+    }
+
+    #[test]
+    fn damaged_uneven_payloads_are_refused_or_decode_to_other_finite_values(seed: u64, at in 0usize..500, bit in 0u8..8) {
+        let mut payload = Codec::Tcq(1).encode(&uneven(seed, 9000)).unwrap();
+        // Most of what can be wrong is in the first bytes.
+        let at = 7 + if at < 100 { at % 8 } else { at % (payload.len() - 7) };
+        payload[at] ^= 1 << bit;
+        if let Ok(values) = decode(&payload, 9000) {
+            prop_assert!(values.iter().all(|value| value.is_finite()));
         }
     }
 
@@ -275,8 +372,9 @@ fn a_team_writes_and_reads_the_same() {
             std::thread::scope(|scope| jobs.into_iter().rev().for_each(|job| drop(scope.spawn(job))));
         }
     }
-    let values = normal(7, 2 * PIECE + 5000);
-    for codec in Codec::ALL {
+    for (values, codec) in
+        [normal(7, 2 * PIECE + 5000), uneven(7, 2 * PIECE + 5000)].iter().flat_map(|v| Codec::ALL.map(|c| (v, c)))
+    {
         let (mut alone, mut shared) = (values.clone(), values.clone());
         let payload = codec.encode_rest(&mut alone, &Alone).unwrap();
         assert_eq!(payload, codec.encode_rest(&mut shared, &Backwards).unwrap());
@@ -299,14 +397,14 @@ fn names_read_as_they_are_written() {
 /// With an error feedback everything arrives in the end.
 #[test]
 fn an_error_feedback_delivers_everything() {
-    let wish = normal(1, 5000);
-    for codec in [Codec::Sparse(96), Codec::Tcq(1), Codec::Tcq(2)] {
+    let codecs = [Codec::Sparse(96), Codec::Tcq(1), Codec::Tcq(2)];
+    for (wish, codec) in [normal(1, 5000), uneven(1, 5000)].iter().flat_map(|wish| codecs.map(|codec| (wish, codec))) {
         let (mut rest, mut arrived) = (wish.clone(), vec![0.0f32; 5000]);
         for turn in 0..400 {
             let payload = codec.encode_prepared(&mut rest, turn as u8, &Alone, |_, _| {}).unwrap();
             Payload::check(&payload, 5000, &Alone).unwrap().add_to(&mut arrived, &Alone);
         }
-        assert!(crate::delta::norm(&rest) < 0.02 * crate::delta::norm(&wish), "{codec}");
+        assert!(crate::delta::norm(&rest) < 0.02 * crate::delta::norm(wish), "{codec}");
         let most = wish.iter().zip(&arrived).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(most < 0.1, "{codec}: {most}");
     }

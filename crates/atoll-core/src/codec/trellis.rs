@@ -1,7 +1,7 @@
 //! Trellis-coded quantization of rotated weights: a quarter of a bit for each, or a few.
 //!
 //! ```text
-//! chunk of 4,096 weights ──rotation──▶ 1,024 steps of 4 weights, of which 976 are spoken of
+//! chunk of 4,096 weights ──rotation──▶ 1,024 steps of 4 weights, of which 968 are spoken of
 //! step ≈ ± gain · direction          a bit tells the sign; the five bits before it which of 32 directions it is
 //! ```
 //!
@@ -15,21 +15,30 @@
 //! Further words say what the words before have left (matching pursuit, Mallat and Zhang 1993). Who speaks in the same
 //! turn has the same rotation: what is merged from a few sites is a sum of a few paths, so a few words say nearly all of it
 //! again. A short chunk is one of 512, 1,024 or 2,048 weights with zeros behind it.
+//!
+//! Of a piece of 64 chunks that have not all moved alike, the same bytes say more of some and less of others ([`allot`]).
 
+mod allot;
 mod code;
+mod passage;
 mod viterbi;
 
 use super::CHUNK;
 use super::dense::{greatest, saturate, widen};
 use super::rotation::{SMALLEST, rotate, rotate_back};
 use crate::delta::square;
+use allot::{Allotment, allot};
 use code::{BLOCK, MEAN_SQUARE, PAIR, Reader, UNIT};
+use passage::MARK;
+pub(crate) use passage::{Passage, Passages};
 use viterbi::find_path;
 
 /// Most words: two bits a weight.
 pub(super) const WORDS_MAX: u8 = 8;
 /// Share of a chunk's energy that a word leaves to others.
-pub(super) const LEFT: f64 = 0.751;
+const LEFT: f64 = 0.753;
+/// What words leave: none, one, two … Products, since powers may be other bits elsewhere.
+const LEAVES: [f64; passage::WORDS_MAX as usize + 1] = leaves();
 /// No training is beyond this; sums of such numbers are finite.
 const PEAK_MAX: f32 = 1e30;
 /// What the root of the mean square stands for where paths are compared.
@@ -37,13 +46,28 @@ const USUAL: f32 = 20.0;
 /// No training is below this; nothing divided by such numbers is endless.
 const LEAST: f32 = 1e-30;
 
+const fn leaves() -> [f64; passage::WORDS_MAX as usize + 1] {
+    let mut leaves = [1.0; passage::WORDS_MAX as usize + 1];
+    let mut words = 1;
+    while words < leaves.len() {
+        leaves[words] = leaves[words - 1] * LEFT;
+        words += 1;
+    }
+    leaves
+}
+
+/// Share of a chunk's energy that so many words leave to others.
+pub(super) fn left_by(words: usize) -> f64 {
+    LEAVES.get(words).copied().unwrap_or(0.0)
+}
+
 /// How a chunk of so many weights is cut up.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Shape {
     /// A power of two.
     size: usize,
-    /// Bytes of a word's path. What three of 64 would say pays for gains and frames, and the next rotation has other
-    /// weights there.
+    /// Bytes of a word's path. What seven of 128 would say pays for gains, frames and control, and the next rotation has
+    /// other weights there.
     path: usize,
 }
 
@@ -52,7 +76,7 @@ impl Shape {
     pub(super) fn new(len: usize) -> Self {
         let size = len.next_power_of_two().clamp(SMALLEST, CHUNK);
         let bytes = size / BLOCK;
-        Self { size, path: bytes - (3 * bytes).div_ceil(64) }
+        Self { size, path: bytes - (7 * bytes).div_ceil(128) }
     }
 
     /// Bytes of a word.
@@ -67,14 +91,44 @@ impl Shape {
     }
 }
 
-/// Writes the chunk of finite `values` into `words`, which have [`Shape::bytes`].
+/// Writes a piece of finite `values` in so many `words` for each chunk, or in as many bytes.
 #[inline(always)]
-pub(super) fn encode(turn: u8, values: &[f32], words: &mut [u8]) {
-    let (shape, mut room) = (Shape::new(values.len()), [0.0; CHUNK]);
+pub(super) fn encode(turn: u8, words: u8, values: &[f32], bytes: &mut [u8]) {
+    match allot(values, words, bytes.len()) {
+        Some(allotments) => encode_uneven(turn, &allotments, values, bytes),
+        None => {
+            let chunk_bytes = Shape::new(CHUNK).bytes(words);
+            for (values, words) in values.chunks(CHUNK).zip(bytes.chunks_mut(chunk_bytes)) {
+                speak_of(turn, values, Passage::even(values.len(), &[]), words);
+            }
+        }
+    }
+}
+
+/// Writes an uneven piece.
+#[inline(always)]
+fn encode_uneven(turn: u8, allotments: &[Allotment], values: &[f32], bytes: &mut [u8]) {
+    let (mark, mut rest) = bytes.split_at_mut(MARK.len());
+    mark.copy_from_slice(&MARK);
+    for (&Allotment { words, kind, rows }, values) in allotments.iter().zip(values.chunks(CHUNK)) {
+        let about = Passage { rows, shape: passage::shape_of(kind, values.len()), words: &[] };
+        let (head, after) = rest.split_at_mut(passage::head_of(kind));
+        let (said, after) = after.split_at_mut(about.shape.bytes(words));
+        about.write_head(words, kind, head);
+        speak_of(turn, values, about, said);
+        rest = after;
+    }
+    rest.fill(0);
+}
+
+/// Writes words about the chunk of finite `values`, all that have room; `about` tells of what.
+#[inline(always)]
+fn speak_of(turn: u8, values: &[f32], about: Passage<'_>, words: &mut [u8]) {
+    let (shape, mut room) = (about.shape, [0.0; CHUNK]);
     let room = &mut room[..shape.size];
     // What is beyond all training is not told, and stays with whoever wished it.
     if f32::from_bits(greatest(values)) < PEAK_MAX {
-        room[..values.len()].copy_from_slice(values);
+        about.gather(values, room);
     }
     rotate(room, turn);
     let mut before: Option<&[u8]> = None;
@@ -87,32 +141,38 @@ pub(super) fn encode(turn: u8, values: &[f32], words: &mut [u8]) {
     }
 }
 
-/// Writes what the chunk says.
+/// Writes what a passage says of a chunk.
 #[inline(always)]
-pub(super) fn decode(turn: u8, words: &[u8], values: &mut [f32]) {
-    let (shape, mut room) = (Shape::new(values.len()), [0.0; CHUNK]);
-    let room = &mut room[..shape.size];
-    for word in words.chunks_exact(shape.word()) {
+pub(super) fn decode(turn: u8, passage: Passage<'_>, values: &mut [f32]) {
+    if passage.words.is_empty() || !passage.is_about_all() {
+        values.fill(0.0);
+    }
+    if passage.words.is_empty() {
+        return;
+    }
+    let mut room = [0.0; CHUNK];
+    let room = &mut room[..passage.shape.size];
+    for word in passage.words() {
         say(word, room, 1.0);
     }
     rotate_back(room, turn);
-    values.copy_from_slice(&room[..values.len()]);
+    passage.scatter(room, values);
 }
 
-/// Writes the sum of what whole chunks of one turn say, each times its share, and adds to `alongs` how far each goes along
-/// that sum. All are rotated back at once: a rotation keeps dot products.
+/// Writes the sum of what passages about all of a whole chunk say in one turn, each times its share, and adds to `alongs` how
+/// far each goes along that sum. All are rotated back at once: a rotation keeps dot products.
 #[inline(always)]
 pub(super) fn add_up<'a>(
     turn: u8,
-    chunks: impl Iterator<Item = (&'a [u8], f32)>,
+    passages: impl Iterator<Item = (Passage<'a>, f32)>,
     values: &mut [f32; CHUNK],
     alongs: &mut [f64],
 ) {
     let shape = Shape::new(CHUNK);
-    let words = |(index, (words, share)): (usize, (&'a [u8], f32))| {
-        words.chunks_exact(shape.word()).map(move |word| Voice::new(index, word, share))
+    let words = |(index, (passage, share)): (usize, (Passage<'a>, f32))| {
+        passage.words().map(move |word| Voice::new(index, word, share))
     };
-    let mut voices: Vec<Voice<'_>> = chunks.enumerate().flat_map(words).collect();
+    let mut voices: Vec<Voice<'_>> = passages.enumerate().flat_map(words).collect();
     let (spoken, silent) = values.split_at_mut(shape.path * BLOCK);
     for (at, block) in spoken.as_chunks_mut().0.iter_mut().enumerate() {
         sing(&mut voices, at, block);
@@ -169,13 +229,16 @@ fn sing(voices: &mut [Voice<'_>], at: usize, block: &mut [f32; BLOCK]) {
     *block = sum;
 }
 
-/// Takes away what `values` have along what the chunk speaks of, byte by byte.
-pub(super) fn silence(turn: u8, words: &[u8], values: &mut [f32]) {
-    let (shape, mut room) = (Shape::new(values.len()), [0.0; CHUNK]);
+/// Takes away what `values` have along what a passage speaks of, byte by byte.
+pub(super) fn silence(turn: u8, passage: Passage<'_>, values: &mut [f32]) {
+    if passage.words.is_empty() {
+        return;
+    }
+    let (shape, mut room) = (passage.shape, [0.0; CHUNK]);
     let room = &mut room[..shape.size];
-    room[..values.len()].copy_from_slice(values);
+    passage.gather(values, room);
     rotate(room, turn);
-    for word in words.chunks_exact(shape.word()) {
+    for word in passage.words() {
         let mut said = [0.0; CHUNK];
         say(word, &mut said, 1.0);
         for (said, block) in said.chunks_exact(BLOCK).zip(room.chunks_exact_mut(BLOCK)).take(shape.path) {
@@ -187,27 +250,37 @@ pub(super) fn silence(turn: u8, words: &[u8], values: &mut [f32]) {
         }
     }
     rotate_back(room, turn);
-    values.copy_from_slice(&room[..values.len()]);
+    passage.scatter(room, values);
 }
 
-/// Squared length of what a whole chunk says: rotations keep it.
+/// Squared length of what a passage says of a whole chunk: rotations keep it.
 #[inline(always)]
-pub(super) fn chunk_square(words: &[u8]) -> f64 {
-    let word_len = Shape::new(CHUNK).word();
-    if words.len() == word_len {
-        return f64::from(gain(words)).powi(2) * code::square(&words[2..]);
+pub(super) fn chunk_square(passage: Passage<'_>) -> f64 {
+    let mut words = passage.words();
+    match (words.next(), words.next()) {
+        (None, _) => 0.0,
+        (Some(word), None) => f64::from(gain(word)).powi(2) * code::square(&word[2..]),
+        _ => {
+            let mut said = [0.0; CHUNK];
+            let said = &mut said[..passage.shape.size];
+            for word in passage.words() {
+                say(word, said, 1.0);
+            }
+            square(said)
+        }
     }
-    let mut said = [0.0; CHUNK];
-    for word in words.chunks_exact(word_len) {
-        say(word, &mut said, 1.0);
-    }
-    square(&said)
 }
 
-/// Whether only finite values come out.
-pub(super) fn is_sound(len: usize, words: &[u8]) -> bool {
-    let mut gains = words.chunks_exact(Shape::new(len).word()).map(gain);
-    gains.all(|gain| (0.0..=PEAK_MAX).contains(&gain))
+/// Number of the first chunk of a piece of `len` weights of which nothing sound is said.
+pub(super) fn first_unsound(len: usize, words: u8, piece: &[u8]) -> Option<usize> {
+    let mut passages = Passages::of(len, words, piece);
+    let unsound = passages.by_ref().position(|passage| passage.is_none_or(|passage| !passage.is_sound()));
+    unsound.or_else(|| (!passages.is_done()).then_some(0))
+}
+
+/// Whether a gain is one that training can have.
+fn is_gain(gain: f32) -> bool {
+    (0.0..=PEAK_MAX).contains(&gain)
 }
 
 /// Writes the word that says most of the rotated `values`.
@@ -258,13 +331,13 @@ mod tests {
 
     fn spoken(values: &[f32], words: u8) -> Vec<u8> {
         let mut out = vec![0; Shape::new(values.len()).bytes(words)];
-        encode(TURN, values, &mut out);
+        speak_of(TURN, values, Passage::even(values.len(), &[]), &mut out);
         out
     }
 
     fn rest(values: &[f32], words: u8) -> Vec<f32> {
         let mut said = vec![0.0; values.len()];
-        decode(TURN, &spoken(values, words), &mut said);
+        decode(TURN, Passage::even(values.len(), &spoken(values, words)), &mut said);
         values.iter().zip(said).map(|(value, said)| value - said).collect()
     }
 
@@ -273,7 +346,7 @@ mod tests {
     fn what_two_have_said_in_one_turn_is_said_again_in_two_words() {
         let said = |seed| {
             let mut values = [0.0; CHUNK];
-            decode(TURN, &spoken(&normal(seed), 1), &mut values);
+            decode(TURN, Passage::even(CHUNK, &spoken(&normal(seed), 1)), &mut values);
             values
         };
         let (one, other) = (said(7), said(8));
@@ -287,8 +360,9 @@ mod tests {
         for words in 1..=WORDS_MAX {
             let chunk = spoken(&normal(6), words);
             let mut said = [0.0; CHUNK];
-            decode(TURN, &chunk, &mut said);
-            assert!((chunk_square(&chunk) / square(&said) - 1.0).abs() < 1e-5, "{words}");
+            let passage = Passage::even(CHUNK, &chunk);
+            decode(TURN, passage, &mut said);
+            assert!((chunk_square(passage) / square(&said) - 1.0).abs() < 1e-5, "{words}");
         }
     }
 
@@ -323,12 +397,30 @@ mod tests {
         let values = normal(4);
         let chunk = spoken(&values, 1);
         let mut silent = values;
-        silence(TURN, &chunk, &mut silent);
+        let passage = Passage::even(CHUNK, &chunk);
+        silence(TURN, passage, &mut silent);
         assert!(square(&silent) < square(&rest(&values, 1)), "a word has one gain for all bytes");
         let mut said = [0.0; CHUNK];
-        decode(TURN, &chunk, &mut said);
+        decode(TURN, passage, &mut said);
         let along = crate::delta::cosine(&silent, &said);
         assert!(along.abs() < 1e-4, "{along}");
+    }
+
+    #[test]
+    fn rows_of_which_nothing_is_said_are_not_silenced() {
+        let values = normal(4);
+        let (rows, shape) = (0x8421, passage::shape_of(3, CHUNK));
+        let mut words = vec![0; shape.bytes(3)];
+        speak_of(TURN, &values, Passage { rows, shape, words: &[] }, &mut words);
+        let about = |words| Passage { rows, shape, words };
+        let mut silent = values;
+        silence(TURN, about(&[]), &mut silent);
+        assert_eq!(silent, values, "nothing was said");
+        silence(TURN, about(&words), &mut silent);
+        for (row, (before, after)) in values.chunks(passage::ROW).zip(silent.chunks(passage::ROW)).enumerate() {
+            let left = square(after) / square(before);
+            assert!(if rows >> row & 1 == 1 { left < 0.7 } else { before == after }, "{row}: {left}");
+        }
     }
 
     #[test]
@@ -336,8 +428,8 @@ mod tests {
         assert_eq!(rest(&[f32::MAX, 1.0], 1), [f32::MAX, 1.0]);
         assert_eq!(rest(&[f32::MIN_POSITIVE, 1e-40], 1), [f32::MIN_POSITIVE, 1e-40]);
         let mut endless = spoken(&[1.0], 1);
-        assert!(is_sound(1, &endless));
+        assert!(Passage::even(1, &endless).is_sound());
         endless[..2].copy_from_slice(&half::bf16::MAX.to_le_bytes());
-        assert!(!is_sound(1, &endless));
+        assert!(!Passage::even(1, &endless).is_sound());
     }
 }

@@ -13,6 +13,12 @@ impl Unison {
         payloads.all(|payload| payload.turn() == Some(turn)).then_some(Self(turn))
     }
 
+    /// Whether all of these speak of all of chunk number `number`.
+    #[inline(always)]
+    pub(crate) fn holds<'a>(self, number: usize, mut payloads: impl Iterator<Item = &'a Payload<'a>>) -> bool {
+        payloads.all(|payload| payload.chunk(number).passage.is_about_all())
+    }
+
     /// Writes the sum of what chunk number `number` of each says, times its share, and adds to `alongs` how far each goes
     /// along that sum.
     #[inline(always)]
@@ -23,7 +29,7 @@ impl Unison {
         sum: &mut [f32; CHUNK],
         alongs: &mut [f64],
     ) {
-        let chunks = shares.map(|(payload, share)| (payload.chunk(number).1, share));
+        let chunks = shares.map(|(payload, share)| (payload.chunk(number).passage, share));
         trellis::add_up(self.0, chunks, sum, alongs);
     }
 }

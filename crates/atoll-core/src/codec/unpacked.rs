@@ -54,10 +54,16 @@ impl<'a> Unpacked<'a> {
     /// Takes in the weights at `range` in chunk number `number` of a checked payload. A chunk that is malformed says nothing.
     #[inline(always)]
     pub(crate) fn read(&mut self, payload: &Payload<'a>, number: usize, range: Range<usize>) {
-        let (len, bytes) = payload.chunk(number);
+        let chunk = payload.chunk(number);
+        let super::Chunk { len, bytes, .. } = chunk;
         if let Codec::Sparse(keep) = payload.codec {
             self.form = Form::Sparse;
             return self.read_sparse(Shape::new(keep, len), bytes, range);
+        }
+        if chunk.passage.is_silent() {
+            self.form = Form::Sparse;
+            self.values.clear();
+            return self.places.clear();
         }
         if let Some(written) = Written::of(payload.codec, bytes, len, &range) {
             self.form = Form::Written(written);
@@ -65,7 +71,7 @@ impl<'a> Unpacked<'a> {
         }
         self.form = Form::Dense;
         self.values.resize(len, 0.0);
-        payload.codec.unpack(payload.turn, bytes, &mut self.values);
+        payload.codec.unpack(payload.turn, chunk, &mut self.values);
         self.values.truncate(range.end);
         self.values.drain(..range.start);
     }
@@ -76,7 +82,7 @@ impl<'a> Unpacked<'a> {
         match payload.chunk_square(number) {
             Some(square) => square,
             None => {
-                self.read(payload, number, 0..payload.chunk(number).0);
+                self.read(payload, number, 0..payload.chunk_len(number));
                 self.part().square()
             }
         }

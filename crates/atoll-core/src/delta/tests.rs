@@ -296,7 +296,7 @@ fn what_is_handed_in_stays_in_the_weights_until_a_commit_tells_of_it() {
 /// Whatever becomes of its steps, a share of what it has handed in is in its weights and in the reference.
 #[test]
 fn a_share_of_what_is_handed_in_stays_where_a_commit_tells_a_part_of_everything() {
-    const LEFT: f32 = 0.751 * 0.751;
+    const LEFT: f32 = 0.753 * 0.753;
     let all = [Follow::Carry, Follow::Overwrite]
         .map(|follow| [(follow, Codec::F32, LEFT), (follow, Codec::Tcq(1), 0.5 * LEFT)]);
     for (follow, up, share) in all.concat() {
@@ -329,11 +329,14 @@ fn who_hears_a_part_of_its_own_work_does_not_learn_the_rest_again() {
     const MANY: usize = 2 * codec::CHUNK + 500;
     const LEARNT: f32 = 0.7;
     let manifest = Manifest::balanced(vec![Tensor::new("a", &[MANY], TensorKind::Vector)], 1);
-    for up in [Codec::F32, Codec::E3m0, Codec::Tcq(1)] {
+    // Where few rows of 128 weights have anything to learn, payloads speak of few.
+    let stories = [Codec::F32, Codec::E3m0, Codec::Tcq(1)].map(|up| [(up, 32), (up, 3)]);
+    for (up, rows) in stories.concat() {
         let mut local = Local::new(&manifest, Follow::Carry, Feedback::Weights);
         local.install(FRAGMENT, vec![0.0; MANY]).unwrap();
         let mut chance = Rng::new(5);
-        let all: Vec<f32> = (0..MANY).map(|_| chance.normal() as f32).collect();
+        let scale = |at: usize| if at / 128 % 32 < rows { 1.0 } else { 0.01 };
+        let all: Vec<f32> = (0..MANY).map(|at| (scale(at) * chance.normal()) as f32).collect();
         let (mut weights, mut owed) = (vec![0.0; MANY], vec![0.0; MANY]);
         for _ in 0..100 {
             weights.iter_mut().zip(&all).for_each(|(weight, all)| *weight += LEARNT * (all - *weight));
@@ -346,7 +349,7 @@ fn who_hears_a_part_of_its_own_work_does_not_learn_the_rest_again() {
             add(&mut weights, &change);
         }
         let far: Vec<f32> = local.theta(FRAGMENT).iter().zip(&all).map(|(theta, all)| theta - all).collect();
-        assert!(norm(&far) < 0.05 * norm(&all), "{up}: {} of {}", norm(&far), norm(&all));
+        assert!(norm(&far) < 0.05 * norm(&all), "{up}, {rows} rows: {} of {}", norm(&far), norm(&all));
     }
 }
 

@@ -7,6 +7,10 @@
 //!   scale      whoever reads a value gets scale·u, so that this takes no pass over the memory
 //! ```
 //!
+//! A payload that tells a share ρ² of the energy has a cosine of ρ to what its site has to say, so the cosine of two payloads
+//! is about ρ₁ρ₂ times that of two sites. A sum of payloads that look like strangers only for that would be lengthened as if
+//! their sites were; so ‖u‖ is taken for what it would be had all been told ([`agreed`]).
+//!
 //! Contributions are never unpacked as a whole (see [`layout`]), and read once if they were looked at when they came
 //! ([`Squares`](crate::codec::Squares)): then only late ones, and chunks where two tensors meet, are read for the lengths.
 //! Between the two the [`guard`] says how much of each is merged, from lengths and from a [`sketch`] of the angles between them.
@@ -142,7 +146,9 @@ pub fn merge(
         .map(|(tensor, sums)| parts(contributions, &verdicts, sums, radial(tensor)))
         .collect();
     let sums = layout.add_up(&mut sum, contributions, &parts, momentum, team);
-    let scale = |(tensor, parts): (usize, &Vec<Part>)| scale(parts, sums[tensor].other.sqrt(), radial(tensor));
+    let scale = |(tensor, parts): (usize, &Vec<Part>)| {
+        if radial(tensor) { scale(parts, agreed(parts, &lengths[tensor], &sums[tensor])) } else { 1.0 }
+    };
     let scales: Vec<f64> = parts.iter().enumerate().map(scale).collect();
     let norm = scales.iter().zip(&sums).map(|(scale, sums)| scale * scale * sums.other).sum::<f64>().sqrt();
     let cosine = |index: usize| {
@@ -231,12 +237,31 @@ impl Part {
     }
 }
 
-/// What the sum of all parts of a tensor is to be multiplied with.
-fn scale(parts: &[Part], direction: f64, radial: bool) -> f64 {
-    let length: f64 = parts.iter().map(|part| part.weight * part.length).sum();
-    match (radial, direction > 0.0) {
-        (true, true) => length / direction,
-        (true, false) => 0.0,
-        (false, _) => 1.0,
+/// Length that the sum of all parts of a tensor, of directions, would have if each contribution had told all: no less than it has.
+/// Where contributions tell different shares this is about so.
+fn agreed(parts: &[Part], lengths: &Sums, sums: &Sums) -> f64 {
+    let cosine = |index: usize| (lengths.squares[index] / lengths.wishes[index]).sqrt();
+    let told: Vec<f64> = (0..parts.len()).map(|at| if lengths.squares[at] > 0.0 { cosine(at) } else { 1.0 }).collect();
+    let is_plain = told.iter().all(|&told| told == 1.0) || parts.iter().any(|part| part.turn != 0.0);
+    let total: f64 = parts.iter().filter(|part| part.share > 0.0).map(|part| part.weight).sum();
+    if is_plain || total <= 0.0 {
+        return sums.other.sqrt();
     }
+    let spoken = parts.iter().zip(&told).filter(|(part, _)| part.share > 0.0);
+    let usual = spoken.map(|(part, told)| part.weight * told).sum::<f64>() / total;
+    let square = |(index, part): (usize, &Part)| {
+        let length = lengths.squares[index].sqrt();
+        // How far it goes itself along its own direction, and all others.
+        let own = part.share * length;
+        let others = if length > 0.0 { sums.alongs[index] / length - own } else { 0.0 };
+        own * (own + others / (told[index] * usual))
+    };
+    let square: f64 = parts.iter().enumerate().map(square).sum();
+    square.clamp(sums.other.min(1.0), 1.0).sqrt()
+}
+
+/// What the sum of all parts of a tensor, of directions whose sum is taken to be `agreed` long, is to be multiplied with.
+fn scale(parts: &[Part], agreed: f64) -> f64 {
+    let length: f64 = parts.iter().map(|part| part.weight * part.length).sum();
+    if agreed > 0.0 { length / agreed } else { 0.0 }
 }

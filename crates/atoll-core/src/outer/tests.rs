@@ -26,7 +26,12 @@ fn fresh(weight: f64, values: &[f32]) -> Fresh {
 }
 
 fn weigh(payloads: &[Fresh], stale: bool) -> Vec<Weighted<'_>> {
-    let payload = |bytes| Payload::parse(bytes, 96).unwrap();
+    weigh_of(96, payloads, stale)
+}
+
+/// Payloads for `count` weights.
+fn weigh_of(count: usize, payloads: &[Fresh], stale: bool) -> Vec<Weighted<'_>> {
+    let payload = |bytes| Payload::parse(bytes, count).unwrap();
     let weighted = payloads.iter().map(|(weight, bytes)| {
         let (name, payload) = (Digest::of(bytes), payload(bytes));
         Weighted { weight: *weight, steps: 1, trust: 0.0, quality: 0.0, name, stale, payload }
@@ -220,22 +225,18 @@ fn who_speaks_in_one_turn_is_merged_as_if_each_were_unpacked_by_itself() {
     let manifest = Manifest::balanced(tensors, 1);
     let count = manifest.parameters();
     let mut rng = Rng::new(5);
-    let mut payload = |(codec, turn): (Codec, u8)| {
-        let mut wish: Vec<f32> = (0..count).map(|_| rng.normal() as f32).collect();
-        codec.encode_prepared(&mut wish, turn, &Alone, |_, _| {}).unwrap()
+    // Where only few weights moved, payloads speak of these alone.
+    let mut payload = |((codec, turn), moved): ((Codec, u8), usize)| {
+        let normal = (0..count).map(|at| if at / 128 % 32 < moved { rng.normal() as f32 } else { 0.0 });
+        codec.encode_prepared(&mut normal.collect::<Vec<f32>>(), turn, &Alone, |_, _| {}).unwrap()
     };
-    for turns in [[7, 7, 7], [7, 7, 8]] {
+    for (turns, moved) in [([7, 7, 7], [32; 3]), ([7, 7, 8], [32; 3]), ([7, 7, 7], [32, 3, 32]), ([7; 3], [2, 3, 1])] {
         let codecs = [Codec::Tcq(1), Codec::Tcq(2), Codec::Tcq(1)];
-        let payloads: Vec<Vec<u8>> = codecs.into_iter().zip(turns).map(&mut payload).collect();
-        let sound = payloads.iter().map(|bytes| Payload::parse(bytes, count).unwrap());
-        let weighted: Vec<Weighted<'_>> = (1..)
-            .map(f64::from)
-            .zip(sound)
-            .map(|(weight, payload)| {
-                let name = Digest::of(&[weight as u8]);
-                Weighted { weight, steps: 1, trust: 0.0, quality: 0.0, name, stale: false, payload }
-            })
-            .collect();
+        let payloads = codecs.into_iter().zip(turns).zip(moved).map(&mut payload);
+        let payloads: Vec<Fresh> = [1.0, 2.0, 3.0].into_iter().zip(payloads).collect();
+        let is_uneven = |(_, payload): &Fresh| payload[7..9] == [0xff; 2];
+        assert_eq!(payloads.iter().map(is_uneven).collect::<Vec<_>>(), moved.map(|moved| moved < 32));
+        let weighted = weigh_of(count, &payloads, false);
         let recipe = Recipe { merge: Averaging::Plain, ..recipe(OuterRule::default(), Codec::F32) };
         let merged = merge(&manifest, FragmentId(0), &recipe, &weighted, &[], Vec::new(), &Alone);
         let said: Vec<Vec<f32>> = weighted.iter().map(|one| one.payload.values(&Alone)).collect();
@@ -246,6 +247,39 @@ fn who_speaks_in_one_turn_is_merged_as_if_each_were_unpacked_by_itself() {
         for (cosine, said) in merged.cosines.iter().zip(&said) {
             let expected = crate::delta::cosine(said, &mean);
             assert!((cosine - expected).abs() < 1e-4, "{cosine}, and it should be {expected}");
+        }
+    }
+}
+
+/// Sites agree on a half. Two of their payloads, which tell a quarter each, agree on an eighth of what they say, and would be
+/// lengthened 1.33 times.
+#[test]
+fn what_is_told_in_part_is_lengthened_as_if_all_had_been_told() {
+    let matrix = Tensor::new("matrix", &[128, 512], TensorKind::Matrix);
+    let manifest = Manifest::balanced(vec![matrix], 1);
+    let count = manifest.parameters();
+    let mut rng = Rng::new(5);
+    let mut normal = || (0..count).map(|_| rng.normal() as f32).collect::<Vec<f32>>();
+    let common = normal();
+    let sites = [normal(), normal()].map(|own| own.iter().zip(&common).map(|(a, b)| a + b).collect::<Vec<f32>>());
+    let lengthened = |codec: Codec, moved: usize| {
+        let few = |wish: &Vec<f32>| -> Vec<f32> {
+            wish.iter().enumerate().map(|(at, value)| if at / 128 % 32 < moved { *value } else { 0.0 }).collect()
+        };
+        let payloads: Vec<Fresh> = sites.iter().map(|wish| (1.0, codec.encode(&few(wish)).unwrap())).collect();
+        assert!(codec == Codec::F32 || codec == Codec::E3m0 || (payloads[0].1[7..9] == [0xff; 2]) == (moved < 32));
+        let norm = |averaging: Averaging| {
+            let recipe = Recipe { merge: averaging, ..recipe(OuterRule::default(), Codec::F32) };
+            let weighted = weigh_of(count, &payloads, false);
+            merge(&manifest, FragmentId(0), &recipe, &weighted, &[], Vec::new(), &Alone).norm
+        };
+        norm(Averaging::Radial) / norm(Averaging::Plain)
+    };
+    let wanted = (0.5f64 + 0.5 * 0.5).sqrt().recip();
+    for codec in [Codec::F32, Codec::E3m0, Codec::Tcq(4), Codec::Tcq(2), Codec::Tcq(1)] {
+        for moved in [32, 3] {
+            let found = lengthened(codec, moved);
+            assert!((found / wanted - 1.0).abs() < 0.02, "{codec}, {moved} rows: {found} instead of {wanted}");
         }
     }
 }

@@ -45,18 +45,22 @@ pub(super) struct Sums {
     pub(super) squares: Vec<f64>,
     /// v·o of each contribution.
     pub(super) alongs: Vec<f64>,
+    /// About what ‖v‖² of each contribution would be if it told all; of no meaning in sums over another vector alone.
+    pub(super) wishes: Vec<f64>,
     /// ‖o‖².
     pub(super) other: f64,
 }
 
 impl Sums {
     fn zero(contributions: usize) -> Self {
-        Self { squares: vec![0.0; contributions], alongs: vec![0.0; contributions], other: 0.0 }
+        let zeros = || vec![0.0; contributions];
+        Self { squares: zeros(), alongs: zeros(), wishes: zeros(), other: 0.0 }
     }
 
     fn add(&mut self, more: &Self) {
         self.squares.iter_mut().zip(&more.squares).for_each(|(sum, more)| *sum += more);
         self.alongs.iter_mut().zip(&more.alongs).for_each(|(sum, more)| *sum += more);
+        self.wishes.iter_mut().zip(&more.wishes).for_each(|(sum, more)| *sum += more);
         self.other += more.other;
     }
 }
@@ -156,20 +160,22 @@ impl Stretch {
         for (index, Weighted { payload, stale, .. }) in contributions.iter().enumerate() {
             let momentum = momentum.filter(|_| *stale);
             for chunk in self.chunks() {
-                let is_whole = chunk.inner.len() == payload.chunk(chunk.number).0;
+                let is_whole = chunk.inner.len() == payload.chunk_len(chunk.number);
                 let known = if is_whole { payload.chunk_square(chunk.number) } else { None };
-                if let (Some(square), None) = (known, momentum) {
-                    sums.squares[index] += square;
-                    continue;
+                let told = payload.told(chunk.number);
+                if known.is_none() || momentum.is_some() {
+                    room.read(payload, chunk.number, chunk.inner);
                 }
-                room.read(payload, chunk.number, chunk.inner);
-                let part = room.part();
-                sums.squares[index] += match known {
+                let square = match known {
                     Some(square) => square,
-                    None => part.square(),
+                    None => room.part().square(),
                 };
+                sums.squares[index] += square;
+                if told > 0.0 {
+                    sums.wishes[index] += square / told;
+                }
                 if let Some(momentum) = momentum {
-                    sums.alongs[index] += part.along(&momentum[chunk.outer]);
+                    sums.alongs[index] += room.part().along(&momentum[chunk.outer]);
                 }
             }
         }
@@ -186,9 +192,10 @@ impl Stretch {
         let unison = unison.filter(|_| parts.iter().all(|part| part.turn == 0.0));
         for chunk in self.chunks() {
             let out = &mut values[chunk.outer.start - self.range.start..chunk.outer.end - self.range.start];
+            let payloads = || contributions.iter().map(|contribution| &contribution.payload);
+            let unison = unison.filter(|unison| unison.holds(chunk.number, payloads()));
             if let (Some(unison), Ok(out)) = (unison, <&mut [f32; CHUNK]>::try_from(&mut *out)) {
-                let shares = contributions.iter().map(|contribution| &contribution.payload);
-                let shares = shares.zip(parts.iter().map(|part| part.share as f32));
+                let shares = payloads().zip(parts.iter().map(|part| part.share as f32));
                 unison.add_up(chunk.number, shares, out, &mut sums.alongs);
             } else {
                 // Without momentum nothing is turned towards it.

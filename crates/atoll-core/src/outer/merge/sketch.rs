@@ -75,7 +75,7 @@ fn products(contributions: &[Weighted<'_>], chunks: &[usize]) -> Vec<f64> {
     let mut rooms: Vec<Unpacked> = contributions.iter().map(|_| Unpacked::default()).collect();
     let mut spread = [0.0; CHUNK];
     for &number in chunks {
-        let len = contributions.first().map_or(0, |contribution| contribution.payload.chunk(number).0);
+        let len = contributions.first().map_or(0, |contribution| contribution.payload.chunk_len(number));
         let spread = &mut spread[..len];
         for (a, contribution) in contributions.iter().enumerate() {
             rooms[a].read(&contribution.payload, number, 0..len);
