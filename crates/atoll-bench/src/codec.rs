@@ -18,7 +18,8 @@
 //! the system's price for it is in the seconds; the row `fresh memory` is that price alone: a vector allocated and
 //! filled. Everything is done in turns, a round of all after the other, and each figure is the median of the rounds.
 //! One core: the main thread alone, in processor seconds, so that others on the machine stretch them little. All cores:
-//! the [`Crew`] on which a coordinator merges, in seconds of the clock.
+//! the [`Crew`] on which a coordinator merges, in seconds of the clock. Rows that end in `few` are of weights of which an eighth
+//! move, row by row of 128, as those of an embedding do: trellis-coded quantization speaks of few of them then.
 
 mod material;
 
@@ -28,7 +29,7 @@ use atoll_core::team::Alone;
 use atoll_node::crew::Crew;
 
 use crate::{Figures, median};
-use material::{Material, SITES, Work};
+use material::{Material, Moved, SITES, Work};
 
 /// Share of the memory's bandwidth that a merge of 8 shall reach.
 const MERGE_SHARE: f64 = 0.5;
@@ -37,12 +38,14 @@ const ENCODE: f64 = 1.0;
 
 pub(crate) fn run(quick: bool) -> Result<Figures> {
     let (preset, fragments, rounds) = if quick { ("mini", 1, 5) } else { ("small", 4, 15) };
-    let mut material = Material::new(preset, fragments)?;
+    let mut material = Material::new(preset, fragments, &Codec::ALL, Moved::All)?;
+    let mut few_rows = Material::new(preset, fragments, &[material::UP, material::DOWN], Moved::FewRows)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     println!("a fragment of {} weights, {SITES} contributions; medians of {rounds} rounds\n", material.weights());
     let mut lines = Line::all();
     for _ in 0..rounds {
         for line in &mut lines {
+            let material = if line.moved == Moved::All { &mut material } else { &mut few_rows };
             line.alone.push(material.time(line.work, &Alone)?.busy);
             line.crew.push(Crew.run(|| material.time(line.work, &Crew))?.passed);
         }
@@ -55,6 +58,7 @@ pub(crate) fn run(quick: bool) -> Result<Figures> {
 /// A work with the seconds that each round took.
 struct Line {
     work: Work,
+    moved: Moved,
     alone: Vec<f64>,
     crew: Vec<f64>,
 }
@@ -68,7 +72,10 @@ impl Line {
             .chain(codecs(Work::Decode))
             .chain(codecs(Work::Look))
             .chain(codecs(Work::Merge));
-        works.chain([Work::Step]).map(|work| Self { work, alone: Vec::new(), crew: Vec::new() }).collect()
+        let all = works.chain([Work::Step]).map(|work| (work, Moved::All));
+        let few = [Work::Encode(material::UP), Work::Decode(material::DOWN), Work::Merge(material::UP), Work::Step];
+        let all = all.chain(few.map(|work| (work, Moved::FewRows)));
+        all.map(|(work, moved)| Self { work, moved, alone: Vec::new(), crew: Vec::new() }).collect()
     }
 
     fn measured(&self, material: &Material) -> Measured {
@@ -82,6 +89,7 @@ impl Line {
             Work::Look(codec) => (format!("look {codec}"), material.payload_bytes(codec)),
             Work::Merge(codec) => (format!("merge{SITES} {codec}"), material.payload_bytes(codec)),
         };
+        let name = if self.moved == Moved::All { name } else { format!("{name} few") };
         let gigabytes = worked_on(self.work) * weights / 1e9;
         let bytes = must_move(self.work, payload);
         let moved = bytes * weights / 1e9;
@@ -89,7 +97,7 @@ impl Line {
             let seconds = median(seconds.to_vec());
             (gigabytes / seconds, moved / seconds)
         };
-        Measured { work: self.work, name, bytes, alone: rates(&self.alone), crew: rates(&self.crew) }
+        Measured { work: self.work, moved: self.moved, name, bytes, alone: rates(&self.alone), crew: rates(&self.crew) }
     }
 }
 
@@ -118,6 +126,7 @@ fn must_move(work: Work, payload: f64) -> f64 {
 /// What was measured of a work: GB/s of `f32`, and GB/s of what must be moved.
 struct Measured {
     work: Work,
+    moved: Moved,
     name: String,
     /// Bytes per weight that must be moved.
     bytes: f64,
@@ -144,7 +153,7 @@ fn print(measured: &[Measured], cores: usize) {
         );
     }
     println!();
-    for line in measured {
+    for line in measured.iter().filter(|line| line.moved == Moved::All) {
         let (alone, crew) = line.shares(triad);
         match line.work {
             Work::Merge(codec) if codec == material::UP => println!(

@@ -31,6 +31,19 @@ const STRETCH: usize = 1 << 18;
 const WINDOW_STEP: usize = 4099;
 const WINDOWS: usize = 61;
 
+/// Weights of a row, as of an embedding.
+const ROW: usize = 128;
+/// Where few rows move, it is one of so many.
+const ROWS_A_MOVE: usize = 8;
+
+/// Which weights move.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Moved {
+    All,
+    /// Those of a few rows, always the same, as of tokens that often come by.
+    FewRows,
+}
+
 /// Something to time.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Work {
@@ -64,11 +77,12 @@ pub(super) struct Material {
     memory: Vec<f32>,
     triad: [Vec<f32>; 3],
     turn: usize,
+    moved: Moved,
 }
 
 impl Material {
-    /// The first fragment of a preset that is cut into `fragments`.
-    pub(super) fn new(preset: &str, fragments: usize) -> Result<Self> {
+    /// The first fragment of a preset that is cut into `fragments`, as written in these `codecs`.
+    pub(super) fn new(preset: &str, fragments: usize, codecs: &[Codec], moved: Moved) -> Result<Self> {
         let model = ModelConfig::preset(preset, 8192, 1024).with_context(|| format!("there is no preset {preset}"))?;
         let whole = Manifest::balanced(model.tensors(), fragments);
         let tensors = whole.places(FRAGMENT).map(|place| whole.tensors()[place.tensor].clone());
@@ -79,22 +93,23 @@ impl Material {
         let mut material = Self {
             global,
             noise,
-            residuals: Codec::ALL.map(|codec| (codec, vec![0.0; weights])).into(),
+            residuals: codecs.iter().map(|&codec| (codec, vec![0.0; weights])).collect(),
             payloads: BTreeMap::new(),
             squares: BTreeMap::new(),
             merged: Merged::default(),
             memory: Vec::new(),
             triad: [1.0, 2.0, 3.0].map(|value| vec![value; weights]),
             turn: 0,
+            moved,
         };
-        material.contribute()?;
+        material.contribute(codecs)?;
         Ok(material)
     }
 
     /// Makes payloads and residuals like those of a long run.
-    fn contribute(&mut self) -> Result<()> {
+    fn contribute(&mut self, codecs: &[Codec]) -> Result<()> {
         let team = atoll_node::crew::Crew;
-        for codec in Codec::ALL {
+        for &codec in codecs {
             let count = if codec.is_partial() { CONTRIBUTIONS_BEFORE } else { SITES };
             let payloads = (0..count).map(|_| self.encode(codec, &team)).collect::<Result<Vec<_>>>()?;
             self.payloads.insert(codec, payloads.into_iter().skip(count - SITES).collect());
@@ -158,10 +173,17 @@ impl Material {
         let residual = self.residuals.get_mut(&codec).context("every codec has a residual")?;
         // Sites of a round have a turn in common.
         let round = ((self.turn - 1) / SITES) as u8;
+        let moved = self.moved;
         let payload = codec.encode_prepared(residual, round, team, |start, wish| {
             let (theta, from) = (&theta[start..start + wish.len()], &from[start..start + wish.len()]);
-            for ((wish, theta), from) in wish.iter_mut().zip(theta).zip(from) {
-                *wish += from - theta;
+            if moved == Moved::All {
+                return walk(wish, theta, from);
+            }
+            let rows = wish.chunks_mut(ROW).zip(theta.chunks(ROW)).zip(from.chunks(ROW)).zip(start / ROW..);
+            for (((wish, theta), from), row) in rows {
+                if row.wrapping_mul(0x9E37_79B9) >> 7 & (ROWS_A_MOVE - 1) == 0 {
+                    walk(wish, theta, from);
+                }
             }
         });
         Ok(payload?)
@@ -205,6 +227,14 @@ impl Material {
         let step = self.global.follow(FRAGMENT, &self.merged, &recipe(), team).map_err(|error| anyhow!(error))?;
         black_box(step);
         Ok(())
+    }
+}
+
+/// Adds a step to what was not delivered before.
+#[inline(always)]
+fn walk(wish: &mut [f32], theta: &[f32], from: &[f32]) {
+    for ((wish, theta), from) in wish.iter_mut().zip(theta).zip(from) {
+        *wish += from - theta;
     }
 }
 
