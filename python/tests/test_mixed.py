@@ -23,9 +23,9 @@ def held_out(lab, sites):
     return report["bits_per_byte"]["last"]
 
 
-def gap(lab, others):
-    """How much higher a run's held-out loss is than that of native sites, as a share: of one native site, one on PyTorch, and
-    `others`, which are functions that start one."""
+def pair(lab, others):
+    """Held-out losses of a run of native sites and of a mixed one: of one native site, one on PyTorch, and `others`, which are
+    functions that start one."""
     native, mixed = lab(TOKENS, CHANGES), lab(TOKENS, CHANGES)
     names = ["one", "two", *(f"other{number}" for number in range(len(others)))]
     coordinator, processes = native.coordinate(), [native.join(name) for name in names]
@@ -35,16 +35,22 @@ def gap(lab, others):
     torch.manual_seed(1)
     assert atoll.join(mixed.ticket("two"), atoll.TorchEngine(atoll.Llama), **mixed.options("two"))
     assert [process.wait() for process in [*processes, coordinator]] == [0] * len(names)
-    alike, same = held_out(mixed, len(names)), held_out(native, len(names))
-    print(f"native {same:.4f}, mixed {alike:.4f}: {100 * (alike / same - 1):+.2f} %")
-    return alike / same - 1
+    losses = held_out(native, len(names)), held_out(mixed, len(names))
+    print("native {:.4f}, mixed {:.4f}".format(*losses))
+    return losses
+
+
+def gap(lab, others):
+    """How much higher the mean of three mixed runs is than the best of three native ones, as a share."""
+    # Which site trains on how much depends on what else the machine does. On two idle cores of a Xeon six pairs were within
+    # 0.26 %, and so were pairs of native runs within 0.20 %. On an EPYC 24 mixed runs were within 0.35 %, but of 24 native
+    # ones, five were 1 to 4 % worse than the others.
+    native, mixed = zip(*(pair(lab, others) for _ in range(3)))
+    return sum(mixed) / len(mixed) / min(native) - 1
 
 
 def test_held_out_loss_is_that_of_native_sites(lab):
-    # Which site trains on how much depends on what else the machine does. On two idle cores six gaps were within 0.26 %,
-    # and so were pairs of native runs within 0.20 %; beside builds one gap was 0.52 %. Hence the mean of three.
-    gaps = [gap(lab, []) for _ in range(3)]
-    assert abs(sum(gaps) / len(gaps)) < 0.005, gaps
+    assert abs(gap(lab, [])) < 0.005
 
 
 def gpu_command():
@@ -57,5 +63,4 @@ def gpu_command():
 def test_so_it_is_with_a_site_on_a_gpu_without_python(lab):
     device = os.environ.get("ATOLL_GPU_DEVICE", "wgpu")
     on_gpu = lambda lab, name: lab.join(name, "--device", device, command=gpu_command())
-    gaps = [gap(lab, [on_gpu]) for _ in range(3)]
-    assert abs(sum(gaps) / len(gaps)) < 0.005, gaps
+    assert abs(gap(lab, [on_gpu])) < 0.005

@@ -13,7 +13,8 @@
 //! segment with its own headers. With 52 bytes of them in 1,500, that alone is 3.6 % of framing.
 //!
 //! A round counts for H steps even if it took more: a round that is late is no saving. The link is a wide one,
-//! so that none needs to be.
+//! so that none needs to be. Bits are those of a round of the run, in which every fragment is committed once: a site that has
+//! missed one has a longer round of its own, and takes in both commits.
 
 use anyhow::{Context, Result};
 
@@ -77,7 +78,7 @@ fn introduce() -> Result<()> {
     println!(
         "payload. Control: statuses and standings with their TLS, per byte of all. A round counts for {STEPS} steps"
     );
-    println!("even if it took more.\n");
+    println!("even if it took more. Bits: per round of the run, in which each fragment is committed once.\n");
     println!(
         "                  whole    steps            MB     bits per parameter, round    reduction   framing  control"
     );
@@ -107,7 +108,10 @@ impl Ways {
 /// What went over a site's link in whole rounds, or over all of them together.
 #[derive(Debug, Default, Clone, Copy, PartialEq)]
 struct Sums {
+    /// From one contribution of the first fragment to the next.
     rounds: f64,
+    /// Commits of the whole model: a site that misses one has fewer rounds.
+    commits: f64,
     steps: f64,
     interface: Ways,
     wire: Ways,
@@ -124,6 +128,7 @@ impl Sums {
         let wires = &outcome.wires;
         Some(Self {
             rounds: rounds.len() as f64,
+            commits: outcome.commits_in(window).count() as f64 / f64::from(outcome.fragments()),
             steps: rounds.iter().map(|round| round.steps).sum::<usize>() as f64,
             interface: ways(site.interface_bytes(window)),
             wire: ways((wires.bytes(&site.name, lab::HUB, window), wires.bytes(lab::HUB, &site.name, window))),
@@ -135,6 +140,7 @@ impl Sums {
     fn plus(&self, other: &Self) -> Self {
         Self {
             rounds: self.rounds + other.rounds,
+            commits: self.commits + other.commits,
             steps: self.steps + other.steps,
             interface: self.interface.plus(other.interface),
             wire: self.wire.plus(other.wire),
@@ -172,9 +178,9 @@ impl Sums {
         );
     }
 
-    /// Bits per parameter and round.
+    /// Bits per parameter and round of the run.
     fn bits(&self, ways: Ways, parameters: f64) -> Ways {
-        let bits = |bytes: f64| bytes * 8.0 / (parameters * self.rounds);
+        let bits = |bytes: f64| bytes * 8.0 / (parameters * self.commits);
         Ways { up: bits(ways.up), down: bits(ways.down) }
     }
 
@@ -211,6 +217,7 @@ impl Sums {
             ("control_percent", interface.control_percent),
             ("steps_per_round", self.steps / self.rounds),
             ("rounds", self.rounds),
+            ("rounds_of_the_run", self.commits),
         ];
         named.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
     }
@@ -234,6 +241,7 @@ mod tests {
         let ways = |bytes| Ways { up: bytes, down: bytes };
         let round = Sums {
             rounds: 1.0,
+            commits: 1.0,
             steps: 30.0,
             interface: ways(1e6),
             wire: ways(1.04e6),
