@@ -225,8 +225,8 @@ impl Codec {
     }
 
     /// The same for a wish that `prepare` writes stretch by stretch, each when it, or the piece that it is in, is about to be
-    /// encoded and is then still in the processor's caches. It is given a stretch and its first position. A codec that looks at weights from
-    /// another side in each `turn` has the same one in two payloads of the same turn.
+    /// encoded and is then still in the processor's caches. It is given a stretch and its first position. A codec that looks at
+    /// weights from another side in each `turn` has the same one in two payloads of the same turn.
     ///
     /// # Errors
     /// As [`encode_rest`](Self::encode_rest).
