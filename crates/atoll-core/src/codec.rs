@@ -497,10 +497,15 @@ impl<'a> Payload<'a> {
     /// Chunk number `number`.
     #[inline(always)]
     pub(crate) fn chunk(&self, number: usize) -> Chunk<'a> {
-        let bytes = self.codec.chunk_bytes(CHUNK);
-        let body = &self.body[number * bytes..];
+        let (bytes, body) = (self.codec.chunk_bytes(CHUNK), self.bytes_from(number));
         let passage = self.codec.words().map_or_else(Passage::default, |words| self.passage(number, words));
         Chunk { len: self.chunk_len(number), bytes: &body[..bytes.min(body.len())], passage }
+    }
+
+    /// The bytes of chunk number `number` and of all after it.
+    #[inline(always)]
+    fn bytes_from(&self, number: usize) -> &'a [u8] {
+        &self.body[number * self.codec.chunk_bytes(CHUNK)..]
     }
 
     /// What is said of chunk number `number` in a payload of so many `words`.

@@ -8,11 +8,14 @@ use super::dense::{self, BLOCK};
 use super::sparse::{self, GROUP, Shape};
 use super::{Codec, Payload};
 use crate::delta::{Products, dot, square};
+use crate::simd::fetch;
 
 /// Sums that grow side by side.
 const LANES: usize = 4;
 /// Weights that are read at a time.
-pub(crate) const PIECE: usize = 4 * BLOCK;
+pub(crate) const PIECE: usize = BLOCK;
+/// Bytes after those of a piece that is read, of which as many are fetched.
+const AHEAD: usize = 1024;
 
 /// Room for the values of one chunk of one payload, or where they are written.
 #[derive(Debug, Default)]
@@ -46,6 +49,7 @@ pub(crate) enum Part<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Written<'a> {
     codec: Codec,
+    /// Of these values and of all after them.
     bytes: &'a [u8],
     len: usize,
 }
@@ -65,7 +69,7 @@ impl<'a> Unpacked<'a> {
             self.values.clear();
             return self.places.clear();
         }
-        if let Some(written) = Written::of(payload.codec, bytes, len, &range) {
+        if let Some(written) = Written::of(payload, number, &range) {
             self.form = Form::Written(written);
             return;
         }
@@ -129,13 +133,18 @@ impl<'a> Unpacked<'a> {
 }
 
 impl<'a> Written<'a> {
-    /// The values at `range` of a chunk, if they can be read by themselves.
+    /// The values at `range` of a payload's chunk, if they can be read by themselves.
     #[inline(always)]
-    fn of(codec: Codec, bytes: &'a [u8], len: usize, range: &Range<usize>) -> Option<Self> {
+    fn of(payload: &Payload<'a>, number: usize, range: &Range<usize>) -> Option<Self> {
+        let codec = payload.codec;
         let is_block = |at: usize| codec != Codec::E3m0 || at.is_multiple_of(BLOCK);
-        let fits = !codec.is_partial() && is_block(range.start) && (is_block(range.end) || range.end == len);
-        let bytes = fits.then(|| &bytes[codec.chunk_bytes(range.start)..codec.chunk_bytes(range.end)])?;
-        Some(Self { codec, bytes, len: range.len() })
+        let fits = !codec.is_partial()
+            && is_block(range.start)
+            && (is_block(range.end) || range.end == payload.chunk_len(number));
+        fits.then(|| {
+            let bytes = &payload.bytes_from(number)[codec.chunk_bytes(range.start)..];
+            Self { codec, bytes, len: range.len() }
+        })
     }
 
     /// Shows piece after piece with the place of its first value.
@@ -176,8 +185,9 @@ impl Part<'_> {
         match self {
             Part::Dense(values) => out.copy_from_slice(&values[start..start + out.len()]),
             Part::Written(Written { codec, bytes, .. }) => {
-                let end = codec.chunk_bytes(start + out.len());
-                dense::decode(codec, &bytes[codec.chunk_bytes(start)..end], out);
+                let (start, end) = (codec.chunk_bytes(start), codec.chunk_bytes(start + out.len()));
+                fetch(&bytes[bytes.len().min(start + AHEAD)..bytes.len().min(end + AHEAD)]);
+                dense::decode(codec, &bytes[start..end], out);
             }
             Part::Sparse(..) => {}
         }

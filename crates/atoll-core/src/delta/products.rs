@@ -31,7 +31,7 @@ impl Products {
 
     /// All of it.
     #[inline(always)]
-    pub(crate) fn total(self) -> f64 {
+    pub(crate) fn total(&self) -> f64 {
         let mut total = 0.0;
         for lane in self.lanes {
             total += lane;

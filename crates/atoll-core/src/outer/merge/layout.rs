@@ -224,12 +224,15 @@ struct Reading<'a> {
     rooms: Vec<Unpacked<'a>>,
     /// As many values of each as are read at a time.
     pieces: Vec<[f32; AT_A_TIME]>,
+    /// How far each goes along the sum of a chunk, while that is made.
+    products: Vec<Products>,
 }
 
 impl<'a> Reading<'a> {
     fn new(contributions: usize) -> Self {
         let rooms = (0..contributions).map(|_| Unpacked::default()).collect();
-        Self { rooms, pieces: vec![[0.0; AT_A_TIME]; contributions] }
+        let products = (0..contributions).map(|_| Products::default()).collect();
+        Self { rooms, pieces: vec![[0.0; AT_A_TIME]; contributions], products }
     }
 
     /// Takes in a chunk of every contribution. Whether all speak of all its weights.
@@ -247,28 +250,42 @@ impl<'a> Reading<'a> {
     /// Piece by piece, so that what is unpacked for the one is still in the nearest cache for the other.
     #[inline(always)]
     fn add_up(&mut self, parts: &[Part], momentum: &[f32], out: &mut [f32], alongs: &mut [f64]) {
-        let mut products: Vec<Products> = parts.iter().map(|_| Products::default()).collect();
-        for (number, out) in out.chunks_mut(AT_A_TIME).enumerate() {
-            let start = number * AT_A_TIME;
-            out.fill(0.0);
-            for ((part, room), piece) in parts.iter().zip(&self.rooms).zip(&mut self.pieces) {
-                let piece = &mut piece[..out.len()];
-                room.part().piece(start, piece);
-                add_all(out, part.share as f32, piece);
-                if part.turn != 0.0 {
-                    add_all(out, part.turn as f32, &momentum[start..]);
-                }
-            }
-            let mut sum = [0.0; AT_A_TIME];
-            for (sum, out) in sum.iter_mut().zip(&*out) {
-                *sum = f64::from(*out);
-            }
-            for (products, piece) in products.iter_mut().zip(&self.pieces) {
-                products.add(&sum[..out.len()], &piece[..out.len()]);
+        self.products.iter_mut().for_each(|products| *products = Products::default());
+        // Of most pieces the length is known when this is compiled.
+        let (whole, rest) = out.as_chunks_mut::<AT_A_TIME>();
+        let end = whole.len() * AT_A_TIME;
+        for (number, out) in whole.iter_mut().enumerate() {
+            self.add_up_piece(parts, momentum, number * AT_A_TIME, out);
+        }
+        if !rest.is_empty() {
+            self.add_up_piece(parts, momentum, end, rest);
+        }
+        for (along, products) in alongs.iter_mut().zip(&self.products) {
+            *along += products.total();
+        }
+    }
+
+    /// The same for a piece that begins at `start`.
+    #[inline(always)]
+    fn add_up_piece(&mut self, parts: &[Part], momentum: &[f32], start: usize, out: &mut [f32]) {
+        let mut sum = [0.0f32; AT_A_TIME];
+        let sum = &mut sum[..out.len()];
+        for ((part, room), piece) in parts.iter().zip(&self.rooms).zip(&mut self.pieces) {
+            let piece = &mut piece[..out.len()];
+            room.part().piece(start, piece);
+            add_all(sum, part.share as f32, piece);
+            if part.turn != 0.0 {
+                add_all(sum, part.turn as f32, &momentum[start..]);
             }
         }
-        for (along, products) in alongs.iter_mut().zip(products) {
-            *along += products.total();
+        out.copy_from_slice(sum);
+        let mut wide = [0.0f64; AT_A_TIME];
+        let wide = &mut wide[..out.len()];
+        for (wide, sum) in wide.iter_mut().zip(&*sum) {
+            *wide = f64::from(*sum);
+        }
+        for (products, piece) in self.products.iter_mut().zip(&self.pieces) {
+            products.add(wide, &piece[..wide.len()]);
         }
     }
 
