@@ -63,11 +63,19 @@ pub(super) fn widen(bytes: [u8; 2]) -> f32 {
 }
 
 /// What a nibble stands for, in units of the scale: ± 0 for exponent 0, else ± 2^(e−7). No look-up and no case, so that a
-/// vector does many: as the exponent of an `f32` it is ± 0 or ± 2^(e−127).
+/// vector does many: as the exponent of an `f32` it is ± 0 or ± 2^(e−127), which is [`half`] …
 #[inline(always)]
-const fn level(nibble: u32) -> f32 {
-    const UP: f32 = f32::from_bits((120 + 127) << 23);
-    f32::from_bits((nibble & 8) << 28 | (nibble & 7) << 23) * UP
+const fn level(nibble: u8) -> f32 {
+    f32::from_bits((half(nibble) as u32) << 16) * UP
+}
+
+/// … as a bf16, and this lifts it.
+const UP: f32 = f32::from_bits((120 + 127) << 23);
+
+#[inline(always)]
+const fn half(nibble: u8) -> u16 {
+    let nibble = nibble as u16;
+    (nibble & 8) << 12 | (nibble & 7) << 7
 }
 
 /// The exponent whose level is nearest to `ratio` ≥ 0. Between 2^k and 2^(k+1) the border is
@@ -113,7 +121,7 @@ fn fit(block: &[f32], nibbles: &[u8; BLOCK]) -> bf16 {
     whole[..block.len()].copy_from_slice(block);
     for (values, nibbles) in whole.as_chunks::<LANES>().0.iter().zip(nibbles.as_chunks::<LANES>().0) {
         for lane in 0..LANES {
-            let level = level(u32::from(nibbles[lane]));
+            let level = level(nibbles[lane]);
             alongs[lane] += f64::from(values[lane]) * f64::from(level);
             squares[lane] += level * level;
         }
@@ -143,12 +151,12 @@ fn decode_e3m0(bytes: &[u8], values: &mut [f32]) {
 #[inline(always)]
 fn decode_block(bytes: &[u8; BLOCK_BYTES], block: &mut [f32; BLOCK]) {
     let scale = widen([bytes[0], bytes[1]]);
-    let mut nibbles = [0u8; BLOCK];
-    for (pair, byte) in nibbles.as_chunks_mut().0.iter_mut().zip(&bytes[2..]) {
-        *pair = [byte & 15, byte >> 4];
+    let mut halves = [0u16; BLOCK];
+    for (pair, &byte) in halves.as_chunks_mut().0.iter_mut().zip(&bytes[2..]) {
+        *pair = [half(byte & 15), half(byte >> 4)];
     }
-    for (value, nibble) in block.iter_mut().zip(nibbles) {
-        *value = level(u32::from(nibble)) * scale;
+    for (value, half) in block.iter_mut().zip(halves) {
+        *value = widen(half.to_le_bytes()) * UP * scale;
     }
 }
 
