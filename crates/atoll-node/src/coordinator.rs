@@ -557,7 +557,7 @@ impl Heart {
                 self.share.iter_mut().for_each(|share| share.committed(number, commit));
                 self.payloads.insert(number, payloads);
                 self.shelf.committed(commit.fragment.index(), commit.digest);
-                self.watch.committed(self.clock.now(), commit);
+                self.watch.committed(self.clock.now(), commit, &self.machine);
             }
             Entry::Refused { site, number, fragment, ranges, why } => {
                 tracing::warn!("contribution {number} of {site}, to {fragment}, was refused: {why}");

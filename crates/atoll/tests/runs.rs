@@ -4,7 +4,8 @@
 
 mod common;
 
-use common::{Lab, atoll, signal, text, wait};
+use atoll_node::report::SiteReport;
+use common::{LARGER, Lab, atoll, signal, text, wait};
 
 #[test]
 fn sites_of_different_shape_hold_the_same_model() {
@@ -48,6 +49,71 @@ fn sites_of_different_shape_hold_the_same_model() {
     let evaluated = atoll(&["eval", &out, "--data", &lab.path("text"), "--json"]);
     let figures: serde_json::Value = serde_json::from_slice(&evaluated.stdout).unwrap();
     assert!(figures["bits_per_byte"].as_f64().unwrap() < first);
+}
+
+#[test]
+fn what_synchronization_costs_is_told_in_the_report_in_events_and_by_status() {
+    let is_free = |(line, _): &&(&str, &str)| !line.contains("auto");
+    let larger: Vec<_> = LARGER.iter().filter(is_free).copied().collect();
+    let lab = Lab::new(100_000_000, &larger);
+    let mut coordinator = lab.coordinate();
+    let mut sites = ["a", "b"].map(|name| lab.join(name, &lab.ticket(name), &[]));
+    // Nobody has said what these links carry.
+    let report = lab.wait_for("links to be known and used", |report| {
+        let is_used = |site: &SiteReport| site.up_mbit > 0.0 && site.down_mbit > 0.0 && site.contributions > 8;
+        let is_rich = |site: &SiteReport| site.pace.matches("of e3m0").count() == 2 && site.staleness >= 0.0;
+        report.sites.len() == 2
+            && report.sites.iter().all(|site| is_used(site) && is_rich(site) && site.exposed_seconds > 0.0)
+    });
+    for site in &report.sites {
+        let measured = [site.hidden_seconds, site.round_seconds, site.round_seconds_expected, site.rtt_seconds];
+        assert!(measured.iter().all(|&seconds| seconds > 0.0 && seconds < 100.0), "{site:?}");
+        assert!(site.cosine > 0.0 && site.cosine <= 1.0, "{site:?}");
+        assert!(site.contribution_bytes > 0 && site.payload_sent > 0 && site.payload_received > 0, "{site:?}");
+        assert!((1..=32).contains(&site.steps_per_round) && site.pace.contains("Mbit/s"), "{site:?}");
+    }
+    for fragment in &report.fragments {
+        assert!((1..=2).contains(&fragment.quorum) && fragment.round_seconds > 0.0, "{fragment:?}");
+        assert!(
+            fragment.effective_step > 0.5 && (0.0..1.0).contains(&fragment.rho) && fragment.bytes > 0,
+            "{fragment:?}"
+        );
+    }
+
+    let status = atoll(&["status", &lab.path("run"), "--rounds"]);
+    let said = text(&status.stdout);
+    for word in [
+        "exposed",
+        "hidden",
+        "expected",
+        "a contribution",
+        "staleness",
+        "cosine to consensus",
+        "ρ",
+        "effective step",
+        "contributions after",
+    ] {
+        assert!(said.contains(word), "status --rounds does not tell of '{word}': {said}");
+    }
+
+    sites.iter_mut().for_each(|site| signal(site, "TERM"));
+    assert!(sites.iter_mut().all(|site| wait(site).success()));
+    lab.stop(&mut coordinator);
+    let events = std::fs::read_to_string(lab.run().join("events.jsonl")).unwrap();
+    let events = events.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let commits: Vec<_> = events.filter(|event| event["event"] == "commit").collect();
+    let last = commits.iter().rfind(|commit| commit["quorum"] == 2).unwrap();
+    for name in ["bytes", "round_seconds", "rho", "effective_step", "norm", "residual"] {
+        assert!(last[name].as_f64().is_some_and(|number| number >= 0.0), "{name}: {last}");
+    }
+    assert_eq!(last["codec"], "e3m0");
+    for site in last["sites"].as_array().unwrap() {
+        for name in ["bytes", "exposed_seconds", "hidden_seconds", "round_seconds", "round_seconds_expected", "cosine"]
+        {
+            assert!(site[name].as_f64().is_some_and(|number| number > 0.0), "{name}: {last}");
+        }
+        assert!(site["staleness"].is_u64() && site["codec"] == "e3m0", "{last}");
+    }
 }
 
 #[test]

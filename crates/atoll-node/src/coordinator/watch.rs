@@ -112,7 +112,7 @@ impl Watch {
     }
 
     /// A commit is on disk.
-    pub(super) fn committed(&mut self, now: Time, commit: &Commit) {
+    pub(super) fn committed(&mut self, now: Time, commit: &Commit, machine: &Coordinator) {
         let measures = self.measured.remove(&commit.fragment).unwrap_or_default();
         let total: f64 = commit.contributions.iter().map(|accepted| accepted.weight).sum();
         let (mut sites, mut guarded) = (Vec::new(), Vec::new());
@@ -122,13 +122,18 @@ impl Watch {
             let (cosine, corrected) = (of(&measures.cosines), of(&measures.corrections));
             let bytes = measures.bytes.get(index).copied().unwrap_or(0);
             let verdict = measures.verdicts.get(index).copied().unwrap_or(Verdict::WHOLE);
+            let peer = self.peers.entry(accepted.site.clone()).or_default();
+            let forecast = machine.forecast(&accepted.site);
             sites.push(json!({
                 "site": accepted.site, "steps": accepted.steps, "tokens": accepted.tokens, "bytes": bytes,
                 "weight": if total > 0.0 { accepted.weight / total } else { 0.0 }, "norm": accepted.norm,
                 "staleness": staleness, "cosine": cosine, "corrected": corrected,
                 "guard": verdict.factor(), "guarded_for": verdict.reason,
+                "exposed_seconds": peer.seen.exposed_seconds, "hidden_seconds": peer.seen.hidden_seconds,
+                "round_seconds": peer.seen.round_seconds,
+                "round_seconds_expected": forecast.as_ref().map(|forecast| forecast.turn),
+                "codec": forecast.as_ref().map(|forecast| forecast.codecs.0),
             }));
-            let peer = self.peers.entry(accepted.site.clone()).or_default();
             peer.contributed(staleness, cosine, bytes);
             if peer.guarded(&verdict) {
                 guarded.push((&accepted.site, verdict));
@@ -151,7 +156,7 @@ impl Watch {
         };
         let line = json!({
             "event": "commit", "fragment": commit.fragment, "version": commit.version, "quorum": sites.len(),
-            "sites": sites, "bytes": commit.bytes, "digest": commit.digest, "seconds": commit.seconds,
+            "sites": sites, "bytes": commit.bytes, "codec": commit.recipe.codec, "digest": commit.digest, "seconds": commit.seconds,
             "round_seconds": fragment.round_seconds, "norm": measures.norm, "rho": measures.rho,
             "effective_step": measures.effective_step, "residual": measures.residual,
         });

@@ -29,8 +29,9 @@ struct State {
     moved: Duration,
 }
 
-/// Smaller transfers say more about delays than about rates.
+/// Smaller transfers say more about delays than about rates, unless they take long.
 const BYTES_MIN: u64 = 48 << 10;
+const LONG_SECONDS: f64 = 1.0;
 /// Weight of a rate below the best that was seen; others may have had a part of the link.
 const SLOWER_SHARE: f64 = 0.1;
 
@@ -110,9 +111,50 @@ impl State {
 }
 
 fn note(rate: &mut f64, bytes: u64, seconds: f64) {
-    if bytes < BYTES_MIN {
+    if bytes < BYTES_MIN && seconds < LONG_SECONDS {
         return;
     }
     let seen = bytes as f64 / seconds.max(1e-3);
     *rate = if seen > *rate { seen } else { *rate + SLOWER_SHARE * (seen - *rate) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_small_and_fast_tells_nothing_of_a_link() {
+        let mut rate = 0.0;
+        note(&mut rate, BYTES_MIN - 1, 0.01);
+        assert_eq!(rate, 0.0);
+        note(&mut rate, 20_000, 2.0);
+        assert_eq!(rate, 10_000.0, "it took too long to be a matter of delays");
+        note(&mut rate, BYTES_MIN, 0.01);
+        assert_eq!(rate, BYTES_MIN as f64 / 0.01, "the best that was seen");
+        note(&mut rate, BYTES_MIN, 0.02);
+        assert!(
+            (rate / (BYTES_MIN as f64 / 0.01) - 0.95).abs() < 1e-9,
+            "others may have had a part of the link: {rate}"
+        );
+        note(&mut rate, 0, 0.0);
+        assert!(rate.is_finite());
+    }
+
+    #[test]
+    fn both_ways_are_measured_and_time_under_way_counts_once() {
+        let (meter, bytes, wait) = (Meter::default(), 4 * BYTES_MIN, Duration::from_millis(30));
+        let [up, down] = [1, 2].map(|byte| Digest::of(&[byte]));
+        meter.sending(up, bytes);
+        meter.receiving(down, BYTES_MIN);
+        std::thread::sleep(wait);
+        meter.sent(up);
+        meter.received(down, bytes);
+        let (link, counted, moved) = meter.read();
+        assert!(link.up > 0.0 && link.up <= bytes as f64 / wait.as_secs_f64(), "{link:?}");
+        assert!(link.down > 0.0 && link.down <= 3.0 / 4.0 * bytes as f64 / wait.as_secs_f64(), "{link:?}");
+        assert_eq!(counted, (bytes, bytes));
+        assert!(moved >= wait);
+        std::thread::sleep(wait);
+        assert_eq!(meter.read().2, moved, "nothing is under way");
+    }
 }
