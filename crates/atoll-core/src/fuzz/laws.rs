@@ -17,7 +17,7 @@ use crate::round::{
 };
 use crate::site::{SiteId, Time};
 use crate::team::Alone;
-use crate::wire::{Frame, HEADER, Hello, Purpose, Welcome, WireError};
+use crate::wire::{Answer, Frame, HEADER, Hello, Purpose, Request, Welcome, WireError};
 
 // ---- payloads ----
 
@@ -123,7 +123,21 @@ pub(super) fn frames() -> Vec<Vec<u8>> {
         Frame::Chunk { digest, offset: 0, bytes: vec![1; 9] },
         Frame::Missing(digest),
     ];
-    frames.iter().map(Frame::encode).collect()
+    let site: SiteId = "s".parse().expect("a good name");
+    let invitation = Invitation { site: site.clone(), role: Role::default(), expires: Some(1 << 31) };
+    let requests = [Request::Look, Request::Model, Request::Invite(digest, invitation), Request::Revoke(site)];
+    let answers =
+        [Answer::Report("{}".into()), Answer::Model(vec![digest; 2]), Answer::Done, Answer::Refused("no".into())];
+    let frames = frames.into_iter().chain(requests.map(Frame::Ask)).chain(answers.map(Frame::Answer));
+    frames.map(|frame| frame.encode()).collect()
+}
+
+#[cfg(test)]
+#[test]
+fn there_is_a_seed_of_every_kind_of_frame() {
+    let kinds: std::collections::BTreeSet<u8> = frames().iter().map(|frame| frame[HEADER - 1]).collect();
+    let known = (0..=u8::MAX).filter(|&kind| Frame::decode(kind, &[]) != Err(WireError::UnknownKind(kind)));
+    assert_eq!(kinds, known.collect());
 }
 
 // ---- what the machines are told ----
