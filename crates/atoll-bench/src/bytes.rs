@@ -19,7 +19,7 @@
 use anyhow::{Context, Result};
 
 use crate::lab::{self, Link};
-use crate::scenario::{Outcome, SETTLE_SECONDS, STEP_MS, Scenario, SiteOutcome, Size};
+use crate::scenario::{Outcome, SETTLE_SECONDS, STEP_MS, Scenario, SiteOutcome, Size, THINNEST, ways};
 use crate::{Arguments, Figures};
 
 const SITES: usize = 4;
@@ -41,6 +41,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
         sites: SITES,
         steps_ms: &[STEP_MS],
         steps: STEPS,
+        codecs: THINNEST,
         link: LINK,
         shaped_at_once: false,
         settle_seconds: SETTLE_SECONDS,
@@ -67,8 +68,9 @@ fn introduce() -> Result<()> {
     println!("{SITES} sites and a coordinator, {} parameters, {STEPS} inner steps of {STEP_MS} ms per round,", {
         SIZE.name()?
     });
+    println!("weights go {}, as over thin links.", ways(THINNEST));
     println!(
-        "links of {} Mbit/s, {} ms there and back. Bytes over whole rounds, twice: as the site's kernel counts",
+        "Links of {} Mbit/s, {} ms there and back. Bytes over whole rounds, twice: as the site's kernel counts",
         { LINK.mbit },
         LINK.rtt_ms
     );

@@ -94,6 +94,7 @@ fn scenario() -> Scenario {
         sites: SITES,
         steps_ms: &[STEP_MS],
         steps: STEPS,
+        codecs: scenario::THINNEST,
         link: Link { mbit: LINK_MBIT, loss: 0.0, rtt_ms: RTTS_MS[SITES - 1] },
         shaped_at_once: false,
         settle_seconds: SETTLE_SECONDS,

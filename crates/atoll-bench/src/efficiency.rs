@@ -9,7 +9,7 @@ use atoll_core::engine::{Batch, Engine, EngineError, Feed};
 
 use crate::emulated::{Diary, Emulated};
 use crate::lab::{self, Link};
-use crate::scenario::{CONTEXT, Outcome, ROWS, SETTLE_SECONDS, Scenario, Size, congestion_name};
+use crate::scenario::{CONTEXT, Outcome, ROWS, SETTLE_SECONDS, Scenario, Size, THINNEST, congestion_name, ways};
 use crate::{Arguments, Figures};
 
 /// Milliseconds of an inner step at each site, speeds 1 : 2 : 4 : 8: once as of a model that keeps its accelerators busy, and
@@ -71,8 +71,9 @@ fn introduce(seconds: f64) -> Result<()> {
         LINK.mbit, LINK.rtt_ms
     );
     println!(
-        "congestion control: {}. Steps are emulated, all else is the product. Alone: the engine in a",
-        congestion_name()
+        "congestion control: {}. Weights go {}. Steps are emulated, all else is the product. Alone: the engine in a",
+        congestion_name(),
+        ways(THINNEST)
     );
     println!(
         "loop that does nothing else. Together: tokens that entered the model in {seconds:.0} s, from commit to commit.\n"
@@ -95,6 +96,7 @@ fn scenario(steps_ms: &'static [u64], seconds: f64) -> Scenario {
         sites: steps_ms.len(),
         steps_ms,
         steps: STEPS,
+        codecs: THINNEST,
         link: LINK,
         shaped_at_once: false,
         settle_seconds: 2.0 * SETTLE_SECONDS,

@@ -5,9 +5,12 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use atoll_core::codec::Codec;
+use atoll_core::plan::{self, Codecs};
+use atoll_core::round::Setting;
 
 use crate::lab::{self, Link};
-use crate::scenario::{SETTLE_SECONDS, STEP_MS, Scenario, Size, congestion_name, middle};
+use crate::scenario::{SETTLE_SECONDS, STEP_MS, Scenario, Size, THINNEST, congestion_name, middle, ways};
 use crate::{Arguments, Figures};
 
 const SIZE: Size = Size::M12;
@@ -23,6 +26,7 @@ struct Row {
     loss: f64,
     /// One fragment: the whole model at once, as others do it. Else as many as a run has.
     whole: bool,
+    codecs: Setting<Codecs>,
     /// Seconds of others in the same lab, as far as they were measured: they block throughout.
     reference: &'static str,
     quick: bool,
@@ -31,22 +35,32 @@ struct Row {
 const SLOW: &str = "torchft 7.35, hivemind 6.8 (u8 1.5), Gloo 5.8, PCCL 4.5 (u8 1.4)";
 const FAST: &str = "torchft 4.3, hivemind 1.6, Gloo 1.4, PCCL 1.1";
 
-const ROWS: [Row; 5] = [
-    Row { name: "100mbit", mbit: 100, loss: 0.0, whole: false, reference: SLOW, quick: true },
-    Row { name: "100mbit_loss", mbit: 100, loss: 0.1, whole: false, reference: "", quick: false },
-    Row { name: "100mbit_whole", mbit: 100, loss: 0.0, whole: true, reference: SLOW, quick: false },
-    Row { name: "1gbit", mbit: 1000, loss: 0.0, whole: false, reference: FAST, quick: true },
-    Row { name: "1gbit_loss", mbit: 1000, loss: 0.1, whole: false, reference: "", quick: false },
+impl Row {
+    /// The thinnest codecs over links without loss.
+    const fn of(name: &'static str, mbit: u32, reference: &'static str) -> Self {
+        Self { name, mbit, loss: 0.0, whole: false, codecs: THINNEST, reference, quick: false }
+    }
+}
+
+const ROWS: [Row; 7] = [
+    Row { quick: true, ..Row::of("100mbit", 100, SLOW) },
+    Row { loss: 0.1, ..Row::of("100mbit_loss", 100, "") },
+    Row { whole: true, ..Row::of("100mbit_whole", 100, SLOW) },
+    Row { codecs: Setting::Auto, quick: true, ..Row::of("100mbit_auto", 100, "") },
+    Row { quick: true, ..Row::of("1gbit", 1000, FAST) },
+    Row { loss: 0.1, ..Row::of("1gbit_loss", 1000, "") },
+    Row { codecs: Setting::Auto, ..Row::of("1gbit_auto", 1000, "") },
 ];
 
-/// The last row: a site that joins.
+/// The last rows: a site that joins, and one that contributes.
 const JOINING: &str = "join";
-/// How a joining site gets the model.
-const JOIN: Link = Link { mbit: 1000, loss: 0.1, rtt_ms: RTT_MS };
+const SENDING: &str = "send";
+/// How one gets the model, and the other sends it.
+const FULL: Link = Link { mbit: 1000, loss: 0.1, rtt_ms: RTT_MS };
 const LINK_SHARE_TARGET: f64 = 0.9;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
-    let known = || ROWS.iter().map(|row| row.name).chain([JOINING]);
+    let known = || ROWS.iter().map(|row| row.name).chain([JOINING, SENDING]);
     if let Some(name) = arguments.rows.iter().find(|name| known().all(|known| known != **name)) {
         bail!("there is no row '{name}'\nhint: rows are {}", known().collect::<Vec<_>>().join(", "));
     }
@@ -63,6 +77,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
         let size = if arguments.quick { Size::M51 } else { Size::M99 };
         figures.insert("link_share_1gbit".to_string(), link_share(&wanlab, size)?);
     }
+    if is_wished(SENDING) {
+        figures.insert("link_share_1gbit_up".to_string(), link_share_up(&wanlab)?);
+    }
     Ok(figures)
 }
 
@@ -78,9 +95,10 @@ fn introduce() -> Result<()> {
     );
     println!("in which a site takes no step, per synchronization of all fragments. Applied: seconds from taking a");
     println!("contribution until the next commit of its fragment is in the engine; the site trains meanwhile.");
+    println!("Weights go {}, but in rows where the run decides by itself.", ways(THINNEST));
     println!("Medians over all synchronizations of both sites. Others, in the same lab, block all the time: fp32,");
     println!("seconds per synchronization.\n");
-    println!("       link  loss  fragments  synchronizations  blocked s  applied s   others");
+    println!("       link  loss  fragments  commits in  synchronizations  blocked s  applied s   others");
     Ok(())
 }
 
@@ -93,6 +111,7 @@ impl Row {
             sites: 2,
             steps_ms: &[STEP_MS],
             steps: STEPS,
+            codecs: self.codecs,
             link: Link { mbit: self.mbit, loss: self.loss, rtt_ms: RTT_MS },
             shaped_at_once: false,
             settle_seconds: SETTLE_SECONDS,
@@ -105,10 +124,11 @@ impl Row {
         let applied = middle(sites().flat_map(|site| site.applied(outcome.fragments(), outcome.window)));
         let (count, blocked) = (rounds.len(), middle(rounds));
         println!(
-            "{:>6} Mbit {:>4.1}% {:>10} {count:>17} {blocked:>10.3} {applied:>10.2}   {}",
+            "{:>6} Mbit {:>4.1}% {:>10} {:>11} {count:>17} {blocked:>10.3} {applied:>10.2}   {}",
             self.mbit,
             self.loss,
             outcome.fragments(),
+            outcome.codec().map_or_else(|| "none".to_string(), |codec| codec.to_string()),
             self.reference
         );
         outcome.doubts().iter().for_each(|doubt| println!("NOTE: {doubt}"));
@@ -116,6 +136,10 @@ impl Row {
         Ok(named.into_iter().map(|(name, value)| (format!("{name}_{}", self.name), value)).collect())
     }
 }
+
+/// When a transfer begins and ends is seen only roughly: such a share of it is left out at each end.
+const CUT: f64 = 0.01;
+const KEPT: f64 = 1.0 - 2.0 * CUT;
 
 /// Lets a site join over the full link and compares the speed at which the model comes with the link's.
 fn link_share(wanlab: &Path, size: Size) -> Result<f64> {
@@ -126,7 +150,8 @@ fn link_share(wanlab: &Path, size: Size) -> Result<f64> {
         sites: 1,
         steps_ms: &[STEP_MS],
         steps: STEPS,
-        link: JOIN,
+        codecs: THINNEST,
+        link: FULL,
         shaped_at_once: true,
         settle_seconds: 0.0,
         seconds: 0.0,
@@ -136,17 +161,55 @@ fn link_share(wanlab: &Path, size: Size) -> Result<f64> {
     let loaded = site.loaded().context("the site never got the model")?;
     let bytes = outcome.wires.delivered(lab::HUB, &site.name, (0.0, loaded));
     let by = |share: f64| outcome.wires.delivered_by(lab::HUB, &site.name, share * bytes);
-    // All but the first and the last hundredth: when the transfer begins and ends is seen only roughly.
-    let seconds = by(0.99).zip(by(0.01)).map(|(end, begin)| end - begin).context("nothing was delivered")?;
-    let megabits = 0.98 * size.parameters()? as f64 * 32.0 / 1e6;
-    let share = megabits / seconds / f64::from(JOIN.mbit);
+    let seconds = by(1.0 - CUT).zip(by(CUT)).map(|(end, begin)| end - begin).context("nothing was delivered")?;
+    let megabits = KEPT * size.parameters()? as f64 * 32.0 / 1e6;
+    let share = megabits / seconds / f64::from(FULL.mbit);
     println!(
         "\nA site that joins gets {} parameters ({:.0} MB) over {} Mbit/s with {} % loss at {:.0} Mbit/s:",
         size.name()?,
-        megabits / 0.98 / 8.0,
-        JOIN.mbit,
-        JOIN.loss,
+        megabits / KEPT / 8.0,
+        FULL.mbit,
+        FULL.loss,
         megabits / seconds,
+    );
+    println!("{:.1} % of the link (target {:.0} %)", share * 100.0, LINK_SHARE_TARGET * 100.0);
+    outcome.doubts().iter().for_each(|doubt| println!("NOTE: {doubt}"));
+    Ok(share)
+}
+
+/// Lets a site contribute all its weights in `f32` over the full link and compares the speed at which they go with the link's.
+fn link_share_up(wanlab: &Path) -> Result<f64> {
+    let size = Size::M99;
+    let scenario = Scenario {
+        bench: "exchange",
+        size,
+        fragments: Some(1),
+        sites: 1,
+        steps_ms: &[STEP_MS],
+        steps: STEPS,
+        codecs: Setting::Is((Codec::F32, plan::THINNEST.1)),
+        link: FULL,
+        shaped_at_once: false,
+        settle_seconds: SETTLE_SECONDS,
+        seconds: 40.0,
+    };
+    let outcome = scenario.run(wanlab)?;
+    let site = outcome.sites.first().context("there is one site")?;
+    let megabits = KEPT * size.parameters()? as f64 * 32.0 / 1e6;
+    let taken: Vec<f64> = site.contributions(0).into_iter().filter(|&at| at >= outcome.window.0).collect();
+    let seconds = taken.windows(2).filter_map(|pair| {
+        let sent = |window| outcome.wires.delivered(&site.name, lab::HUB, window);
+        let (before, bytes) = (sent((0.0, pair[0])), sent((pair[0], pair[1])));
+        let by = |share: f64| outcome.wires.delivered_by(&site.name, lab::HUB, before + share * bytes);
+        by(1.0 - CUT).zip(by(CUT)).map(|(end, begin)| end - begin)
+    });
+    let seconds: Vec<f64> = seconds.collect();
+    anyhow::ensure!(!seconds.is_empty(), "the site contributed less than twice");
+    let (count, rate) = (seconds.len(), megabits / middle(seconds));
+    let share = rate / f64::from(FULL.mbit);
+    println!(
+        "\nA site that contributes sends {} weights in f32 over such a link at {rate:.0} Mbit/s, the median of {count}:",
+        size.name()?
     );
     println!("{:.1} % of the link (target {:.0} %)", share * 100.0, LINK_SHARE_TARGET * 100.0);
     outcome.doubts().iter().for_each(|doubt| println!("NOTE: {doubt}"));

@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use atoll_core::codec::Codec;
 use atoll_core::hash::Digest;
 use atoll_core::journal::{Chain, Commit, Entry, Invitation};
 use atoll_core::manifest::Manifest;
 use atoll_core::model::ModelConfig;
-use atoll_core::plan;
+use atoll_core::plan::{self, Codecs};
 use atoll_core::rng::Rng;
 use atoll_core::round::{Goal, Setting, Sync};
 use atoll_core::site::SiteId;
@@ -111,6 +112,17 @@ impl Size {
     }
 }
 
+/// The codecs of thin links: at most a quarter of a bit per weight up, and half a bit down.
+pub(crate) const THINNEST: Setting<Codecs> = Setting::Is(plan::THINNEST);
+
+/// For tables: `up as tcq:1 and down as tcq:2`.
+pub(crate) fn ways(codecs: Setting<Codecs>) -> String {
+    match codecs {
+        Setting::Is((up, down)) => format!("up as {up} and down as {down}"),
+        Setting::Auto => "as the run decides by itself".to_string(),
+    }
+}
+
 /// What is to be run.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Scenario {
@@ -123,6 +135,8 @@ pub(crate) struct Scenario {
     pub(crate) steps_ms: &'static [u64],
     /// Inner steps per round, H.
     pub(crate) steps: u32,
+    /// How weights go up and come down: so, or as the run decides.
+    pub(crate) codecs: Setting<Codecs>,
     pub(crate) link: Link,
     /// Whether the links have their rate and losses from the beginning: the model is loaded over them.
     pub(crate) shaped_at_once: bool,
@@ -273,8 +287,11 @@ impl Scenario {
 
     fn config(&self) -> RunConfig {
         // Looking at the held-out loss is compute too, and not what is measured here.
-        let (up, down) = plan::THINNEST;
-        let (steps, up, down) = (Setting::Is(self.steps), Setting::Is(up), Setting::Is(down));
+        let (up, down) = match self.codecs {
+            Setting::Is((up, down)) => (Setting::Is(up), Setting::Is(down)),
+            Setting::Auto => (Setting::Auto, Setting::Auto),
+        };
+        let steps = Setting::Is(self.steps);
         let mut sync = Sync { steps, up, down, evaluate_seconds: 1e6, ..Sync::default() };
         sync.fragments = self.fragments.unwrap_or(sync.fragments);
         RunConfig {
@@ -382,6 +399,11 @@ fn sizes(dir: &RunDir) -> Result<BTreeMap<Digest, u64>> {
 }
 
 impl Outcome {
+    /// The codec of the way down at the end.
+    pub(crate) fn codec(&self) -> Option<Codec> {
+        self.commits.last().map(|timed| timed.commit.recipe.codec)
+    }
+
     /// Commits announced in that stretch.
     pub(crate) fn commits_in(&self, window: (f64, f64)) -> impl Iterator<Item = &Commit> {
         self.commits.iter().filter(move |timed| within(timed.at, window)).map(|timed| &timed.commit)

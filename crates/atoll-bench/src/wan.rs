@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use crate::lab::{self, Link};
-use crate::scenario::{Outcome, SETTLE_SECONDS, STEP_MS, Scenario, Size, congestion_name, middle};
+use crate::scenario::{Outcome, SETTLE_SECONDS, STEP_MS, Scenario, Size, THINNEST, congestion_name, middle, ways};
 use crate::{Arguments, Figures};
 
 const SITES: usize = 4;
@@ -63,7 +63,8 @@ fn introduce(seconds: f64) {
     println!("coordinator, {RTT_MS} ms there and back, congestion control: {}. An inner step takes {STEP_MS} ms", {
         congestion_name()
     });
-    println!("(emulated), all else is the product. {STEPS} inner steps per round. Sites load the model over links");
+    println!("(emulated), all else is the product. Weights go {}; a round takes {STEPS}", ways(THINNEST));
+    println!("inner steps, or more where the link needs longer. Sites load the model over links");
     println!(
         "without limits; the links get rate and loss once all sites train, and {SETTLE_SECONDS:.0} s later {seconds:.0} s are"
     );
@@ -121,6 +122,7 @@ impl Row {
             sites: SITES,
             steps_ms: &[STEP_MS],
             steps: STEPS,
+            codecs: THINNEST,
             link: Link { mbit: self.mbit, loss: self.loss, rtt_ms: RTT_MS },
             shaped_at_once: false,
             settle_seconds: SETTLE_SECONDS,
