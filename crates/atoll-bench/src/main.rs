@@ -146,11 +146,16 @@ fn main() -> Result<()> {
         println!(
             "{}",
             serde_json::json!({
-                "bench": name, "commit": commit(), "machine": machine(), "seconds": seconds, "figures": figures,
+                "bench": name, "command": command(), "commit": commit(), "machine": machine(), "seconds": seconds, "figures": figures,
             })
         );
     }
     Ok(())
+}
+
+/// What was asked for, so that it can be asked for again.
+fn command() -> String {
+    std::iter::once("atoll-bench".to_string()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" ")
 }
 
 fn machine() -> String {

@@ -204,11 +204,15 @@ impl Table<'_> {
         let mut figures = Figures::new();
         for (index, row) in self.rows.iter().enumerate() {
             let nats = self.mean(index, |run| run.nats);
-            let gap = mean(&self.gaps(index));
+            let gaps = self.gaps(index);
+            let gap = mean(&gaps);
             let values = [
                 ("nats_per_token", nats),
                 ("bits_per_byte", self.bits_per_byte(nats)),
                 ("loss_gap_percent", gap),
+                ("loss_gap_percent_standard_error", standard_error(&gaps)),
+                ("runs", gaps.len() as f64),
+                ("tokens", self.mean(index, |run| run.tokens)),
                 ("seconds", self.mean(index, |run| run.seconds)),
                 ("late_percent", self.mean(index, |run| run.late_percent)),
                 ("megabytes_up", self.mean(index, |run| run.megabytes_up)),

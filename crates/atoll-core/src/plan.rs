@@ -1,6 +1,8 @@
 //! Arithmetic of pace: how many steps a site should take, what a link can carry, and how much of a change a payload
 //! should say at once.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::codec::Codec;
@@ -144,10 +146,48 @@ fn rounds_to_tell(codec: Codec) -> f64 {
     }
 }
 
+/// What makes a round as long as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// The operator's word.
+    Asked,
+    /// No step has been measured yet.
+    Unmeasured,
+    /// Still shorter rounds would be of no use to the model.
+    Short,
+    /// A site's encoding and decoding.
+    Coding,
+    /// A site's copying of weights.
+    Copying,
+    /// What a site's link needs to move.
+    Link,
+    /// The coordinator's merges.
+    Merging,
+    /// Whatever it is that another site calls for.
+    Others,
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Asked => f.write_str("as run.toml says"),
+            Self::Unmeasured => f.write_str("until it is known how long steps take"),
+            Self::Short => write!(f, "since rounds shorter than {ROUND_SECONDS} s, or {STEPS} steps, are of no use"),
+            Self::Coding => write!(f, "so that encoding and decoding take {:.0} % of it", 100.0 * CODING_SHARE),
+            Self::Copying => write!(f, "so that copying weights takes {:.0} % of it", 100.0 * COPYING_SHARE),
+            Self::Link => f.write_str("so that all that the link moves hides behind it"),
+            Self::Merging => f.write_str("so that the coordinator has merged by then"),
+            Self::Others => f.write_str("as another site needs"),
+        }
+    }
+}
+
 /// The shortest round of a site that encodes and decodes for `coding` seconds in each, and for `copying` seconds copies
-/// weights and adds to them.
-pub fn least_seconds(coding: f64, copying: f64) -> f64 {
-    ROUND_SECONDS.max(coding / CODING_SHARE).max(copying / COPYING_SHARE)
+/// weights and adds to them, and what makes it so long.
+pub fn least_seconds(coding: f64, copying: f64) -> (f64, Bound) {
+    let short = (ROUND_SECONDS, Bound::Short);
+    let others = [(coding / CODING_SHARE, Bound::Coding), (copying / COPYING_SHARE, Bound::Copying)];
+    others.into_iter().fold(short, |longest, other| if other.0 > longest.0 { other } else { longest })
 }
 
 /// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them, and, within limits, a
@@ -227,12 +267,14 @@ mod tests {
 
     #[test]
     fn a_sites_work_on_rounds_stays_a_small_share_of_its_time() {
-        let steps = |coding, copying| steps_to_hide(0.0, 0.03, least_seconds(coding, copying));
+        let steps = |coding, copying| steps_to_hide(0.0, 0.03, least_seconds(coding, copying).0);
         assert_eq!(
             [(0.0, 0.0), (0.02, 0.004), (0.06, 0.0), (0.0, 0.006), (10.0, 0.0)]
                 .map(|(coding, copying)| steps(coding, copying)),
             [9, 9, 20, 10, STEPS]
         );
+        let bounds = [(0.0, 0.0), (0.1, 0.0), (0.1, 0.1)].map(|(coding, copying)| least_seconds(coding, copying).1);
+        assert_eq!(bounds, [Bound::Short, Bound::Coding, Bound::Copying]);
     }
 
     /// 30.8 M weights, steps of 0.1 s. E3M0 needs 16 steps at 100 Mbit/s and 159 at 10 Mbit/s, where rounds of the

@@ -15,7 +15,7 @@ use crate::hash::Digest;
 use crate::journal::{Accepted, Act, Book, Commit, Entry, Evaluated, Trial};
 use crate::manifest::FragmentId;
 use crate::outer::{Found, Measures, Recipe, guard};
-use crate::plan::{self, Codecs, Link, Load, Rung};
+use crate::plan::{self, Bound, Codecs, Link, Load, Rung};
 use crate::round::{Absent, Goal, Phase, Receipt, Standing, Status, Sync};
 use crate::site::{SiteId, Time};
 use crate::team::Team;
@@ -133,6 +133,8 @@ pub struct Tried {
 pub struct Forecast {
     /// Inner steps between two contributions of a fragment.
     pub steps: u32,
+    /// Why these, or as many of them as this site takes while the fastest takes all.
+    pub bound: Bound,
     /// Seconds that these take.
     pub computing: f64,
     /// How weights are written on the way up and down.
@@ -821,8 +823,8 @@ impl View {
         self.status.vitals.step_seconds
     }
 
-    /// How long a round should last at least for the site's own part in it to be small.
-    fn least_seconds(&self) -> f64 {
+    /// How long a round should last at least for the site's own part in it to be small, and which part that is.
+    fn least_seconds(&self) -> (f64, Bound) {
         plan::least_seconds(self.status.vitals.coding_seconds, self.status.vitals.copying_seconds)
     }
 

@@ -6,7 +6,7 @@ use std::fmt;
 use super::census::Footing;
 use super::{Coordinator, Forecast, View};
 use crate::codec::Codec;
-use crate::plan::{self, Codecs, Load, Rung};
+use crate::plan::{self, Bound, Codecs, Load, Rung};
 use crate::round::{Phase, Setting, Sync};
 use crate::site::{SiteId, Time};
 
@@ -99,7 +99,7 @@ impl Coordinator {
     pub(super) fn look_who_leads(&mut self) {
         let steps = self.views.values().map(View::step_seconds).filter(|&seconds| seconds > 0.0);
         self.lead.step_seconds = steps.reduce(f64::min).unwrap_or(0.0);
-        self.lead.steps = self.connected().map(|view| self.steps_wished(view)).max().unwrap_or(self.lead.steps);
+        self.lead.steps = self.connected().map(|view| self.steps_wished(view).0).max().unwrap_or(self.lead.steps);
         // All sites get the same bytes, so the thinnest link decides.
         self.lead.rung = self.connected().map(|view| self.rung_of(view)).max().unwrap_or(self.ladder.len() - 1);
     }
@@ -107,20 +107,23 @@ impl Coordinator {
     /// Where the site of that view stands.
     pub(super) fn footing(&self, view: &View) -> Footing {
         let step_seconds = Some(view.step_seconds()).filter(|&seconds| seconds > 0.0).unwrap_or(f64::INFINITY);
-        Footing { step_seconds, steps: self.steps_wished(view), rung: self.rung_of(view) }
+        Footing { step_seconds, steps: self.steps_wished(view).0, rung: self.rung_of(view) }
     }
 
     /// Inner steps between two contributions of a fragment at the fastest site, as this site's link and processors call for,
     /// and the coordinator, whose merges are to leave it time for everything else.
-    fn steps_wished(&self, view: &View) -> u32 {
+    fn steps_wished(&self, view: &View) -> (u32, Bound) {
+        let seconds = self.lead.step_seconds;
         match self.sync.steps {
-            Setting::Is(steps) => steps,
+            Setting::Is(steps) => (steps, Bound::Asked),
+            Setting::Auto if seconds <= 0.0 => (plan::STEPS, Bound::Unmeasured),
             Setting::Auto => {
                 let merging = self.lens.len() as f64 * self.pace.merge / MERGE_SHARE;
-                let seconds = self.lead.step_seconds;
-                let least = view.least_seconds();
-                let hiding = plan::best_steps(&self.ladder, &view.status.vitals.link, seconds, least);
-                hiding.max(plan::steps_to_hide(merging, seconds, least))
+                let (least, bound) = view.least_seconds();
+                let link = plan::best_steps(&self.ladder, &view.status.vitals.link, seconds, least);
+                let steps = |needed: f64| plan::steps_to_hide(needed, seconds, least);
+                let all = [(steps(merging), Bound::Merging), (link, Bound::Link)];
+                all.into_iter().fold((steps(0.0), bound), |most, other| if other.0 > most.0 { other } else { most })
             }
         }
     }
@@ -177,14 +180,16 @@ impl Coordinator {
         let (sending, receiving) = plan::way_seconds(&link, &load);
         let turn = plan::turn_seconds(&link, &load) + self.pace.quorum + self.pace.merge;
         let computing = f64::from(steps) * view.step_seconds();
-        Some(Forecast { steps, computing, codecs, load, link, sending, receiving, turn })
+        let (wished, bound) = self.steps_wished(view);
+        let bound = if wished < self.lead.steps { Bound::Others } else { bound };
+        Some(Forecast { steps, bound, computing, codecs, load, link, sending, receiving, turn })
     }
 }
 
 impl fmt::Display for Forecast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Forecast { steps, computing, codecs: (up, down), load, link, sending, receiving, .. } = self;
-        write!(f, "{steps} steps take {computing:.2} s")?;
+        let Forecast { steps, bound, computing, codecs: (up, down), load, link, sending, receiving, .. } = self;
+        write!(f, "{steps} steps take {computing:.2} s, {bound}")?;
         if link.up <= 0.0 || link.down <= 0.0 {
             return write!(f, "; the link is not measured yet");
         }
