@@ -274,7 +274,7 @@ pub struct Vitals {
     pub wall_seconds: f64,
     /// Seconds between inner steps in which the site could have trained and did something for the others instead.
     pub exposed_seconds: f64,
-    /// Seconds of encoding, sending, receiving and decoding that went on beside inner steps.
+    /// Seconds of encoding and decoding, and of sending and receiving, that went on beside inner steps: both may at once.
     pub hidden_seconds: f64,
     /// Usual seconds of encoding a contribution to each fragment and decoding a commit of each.
     pub coding_seconds: f64,

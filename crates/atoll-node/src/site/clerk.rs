@@ -51,6 +51,8 @@ pub(super) struct Clerk {
     events: VecDeque<SiteEvent>,
     /// Time between steps in which the engine could have trained.
     exposed: Duration,
+    /// What the desk and the network had done before the first step, beside which nothing hides.
+    before_steps: Option<Duration>,
     /// Fragment and version of the newest commit that is in the site's copy of the model.
     newest_commit: Option<(FragmentId, u64)>,
     /// How it has ended, for its thread; and that it has, for the trainer.
@@ -113,6 +115,7 @@ impl Clerk {
             is_stepping: false,
             events: VecDeque::new(),
             exposed: Duration::ZERO,
+            before_steps: None,
             newest_commit: None,
             ended: None,
             is_over: false,
@@ -272,12 +275,14 @@ impl Clerk {
     fn paused(&mut self, pause: Pause) {
         let (link, payload_bytes, moved) = self.meter.read();
         self.exposed += pause.exposed;
+        let hidden = self.desk.busy() + moved;
+        let before = *self.before_steps.get_or_insert(hidden);
         if !pause.spare.is_empty() {
             self.spare = pause.spare;
         }
         self.events.push_back(SiteEvent::Measured(Measured {
             exposed_seconds: self.exposed.as_secs_f64(),
-            hidden_seconds: (self.desk.busy() + moved).as_secs_f64(),
+            hidden_seconds: hidden.saturating_sub(before).as_secs_f64(),
             coding_seconds: self.desk.coding_seconds(),
             copying_seconds: pause.copying_seconds,
             payload_bytes,
