@@ -4,7 +4,7 @@
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -175,7 +175,13 @@ fn prepare(tcp: &TcpStream) -> Result<()> {
     tcp.set_nodelay(true)?;
     #[cfg(target_os = "linux")]
     if let Err(error) = SockRef::from(tcp).set_tcp_congestion(b"bbr") {
-        tracing::debug!("this kernel does not let us use BBR: {error}");
+        static SAID: Once = Once::new();
+        SAID.call_once(|| {
+            tracing::info!(
+                "long or lossy links will carry less: this kernel does not let Atoll use BBR ({error})\n\
+                 hint: `modprobe tcp_bbr`, and name it in net.ipv4.tcp_allowed_congestion_control"
+            );
+        });
     }
     let probes = TcpKeepalive::new().with_time(Duration::from_secs(30)).with_interval(Duration::from_secs(10));
     SockRef::from(tcp).set_tcp_keepalive(&probes)?;
