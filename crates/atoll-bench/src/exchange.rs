@@ -1,6 +1,6 @@
 //! What one synchronization of the whole model costs two sites, in seconds: those in which a site cannot
 //! step, and those from taking a contribution until its commit is in the engine. And how fast a site that
-//! joins gets the model, as a share of its link.
+//! joins gets the model, and one that contributes sends its weights, as shares of its link.
 
 use std::path::Path;
 
@@ -73,12 +73,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Figures> {
     for row in ROWS.iter().filter(|row| is_wished(row.name) && is_time(row)) {
         figures.extend(row.measure(&wanlab, if arguments.quick { 24.0 } else { 60.0 })?);
     }
+    let size = if arguments.quick { Size::M51 } else { Size::M99 };
     if is_wished(JOINING) {
-        let size = if arguments.quick { Size::M51 } else { Size::M99 };
         figures.insert("link_share_1gbit".to_string(), link_share(&wanlab, size)?);
     }
     if is_wished(SENDING) {
-        figures.insert("link_share_1gbit_up".to_string(), link_share_up(&wanlab)?);
+        figures.insert(
+            "link_share_1gbit_up".to_string(),
+            link_share_up(&wanlab, size, if arguments.quick { 20.0 } else { 40.0 })?,
+        );
     }
     Ok(figures)
 }
@@ -178,8 +181,7 @@ fn link_share(wanlab: &Path, size: Size) -> Result<f64> {
 }
 
 /// Lets a site contribute all its weights in `f32` over the full link and compares the speed at which they go with the link's.
-fn link_share_up(wanlab: &Path) -> Result<f64> {
-    let size = Size::M99;
+fn link_share_up(wanlab: &Path, size: Size, seconds: f64) -> Result<f64> {
     let scenario = Scenario {
         bench: "exchange",
         size,
@@ -191,7 +193,7 @@ fn link_share_up(wanlab: &Path) -> Result<f64> {
         link: FULL,
         shaped_at_once: false,
         settle_seconds: SETTLE_SECONDS,
-        seconds: 40.0,
+        seconds,
     };
     let outcome = scenario.run(wanlab)?;
     let site = outcome.sites.first().context("there is one site")?;

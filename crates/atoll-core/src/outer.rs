@@ -165,6 +165,9 @@ pub struct Measures {
     pub verdicts: Vec<Verdict>,
     /// Bytes of each contribution's payload, in the order given.
     pub bytes: Vec<u64>,
+    /// Codec of each, in the order given.
+    #[serde(default)]
+    pub codecs: Vec<Codec>,
     /// Smoothed cosine of consecutive merged pseudo-gradients.
     pub rho: f64,
     /// The effective step η·(1 + μ/(1 − μρ)), with the share of the recipe.
@@ -286,9 +289,11 @@ impl Global {
             let &Accepted { weight, steps, trust, quality, payload: name, .. } = accepted;
             weighted.push(Weighted { weight, steps, trust, quality, name, stale, payload: sound });
         }
+        let codecs = weighted.iter().map(|contribution| contribution.payload.codec()).collect();
         let first = contributions.first().map_or(Digest::default(), |accepted| accepted.payload);
         let step = self.step(fragment, &weighted, recipe, team);
         let mut step = step.map_err(|source| StepError::Codec { payload: first, source })?;
+        step.measures.codecs = codecs;
         step.measures.bytes = payloads.iter().map(|found| found.bytes.len() as u64).collect();
         Ok(step)
     }
@@ -363,6 +368,7 @@ impl Global {
             measures: Measures {
                 norm: merged.norm,
                 bytes: Vec::new(),
+                codecs: Vec::new(),
                 cosines: merged.cosines.clone(),
                 corrections: merged.corrections.clone(),
                 verdicts: merged.verdicts.clone(),

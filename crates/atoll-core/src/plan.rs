@@ -104,17 +104,18 @@ pub struct Rung {
     pub load: Load,
 }
 
-/// Bytes of a fragment that may be sent over a link of which nothing is known yet: a second at 10 Mbit/s. What is much smaller
-/// tells nothing of a link, so whoever sent only that would never come to know it.
+/// Bytes of a fragment, on average, that may be sent over a link of which too little is known: a second at 10 Mbit/s. What is much
+/// smaller tells nothing of a link, so whoever sent only that would never come to know it.
 const VENTURE: u64 = 1 << 20;
 
-/// Number of the richest rung of the `ladder` whose load hides behind `seconds` of computing on that link, or, if nothing is
-/// known of it, of whose load nobody would wait long for a fragment; of the last where none does.
+/// Number of the richest rung of the `ladder` whose load hides behind `seconds` of computing on that link; of the last where
+/// none does. If only a half is known of the link, or nothing, the load is to be so small, too, that nobody would wait long.
 pub fn richest_hidden(ladder: &[Rung], link: &Link, seconds: f64) -> usize {
     let is_small = |load: &Load| load.up.max(load.down) <= VENTURE * load.fragments as u64;
-    let hides = |rung: &Rung| match link.is_known() {
-        true => hiding_seconds(link, &rung.load) <= seconds,
-        false => is_small(&rung.load),
+    let is_known_to_hide = |load: &Load| hiding_seconds(link, load) <= seconds;
+    let hides = |Rung { load, .. }: &Rung| match link.is_known() {
+        true => is_known_to_hide(load),
+        false => is_small(load) && (seconds <= 0.0 || is_known_to_hide(load)),
     };
     ladder.iter().position(hides).unwrap_or(ladder.len().saturating_sub(1))
 }
@@ -173,10 +174,10 @@ impl fmt::Display for Bound {
             Self::Asked => f.write_str("as run.toml says"),
             Self::Unmeasured => f.write_str("until it is known how long steps take"),
             Self::Short => write!(f, "since rounds shorter than {ROUND_SECONDS} s, or {STEPS} steps, are of no use"),
-            Self::Coding => write!(f, "so that encoding and decoding take {:.0} % of it", 100.0 * CODING_SHARE),
-            Self::Copying => write!(f, "so that copying weights takes {:.0} % of it", 100.0 * COPYING_SHARE),
-            Self::Link => f.write_str("so that all that the link moves hides behind it"),
-            Self::Merging => f.write_str("so that the coordinator has merged by then"),
+            Self::Coding => write!(f, "as encoding and decoding, {:.0} % of it, ask for", 100.0 * CODING_SHARE),
+            Self::Copying => write!(f, "as copying weights, {:.0} % of it, asks for", 100.0 * COPYING_SHARE),
+            Self::Link => f.write_str("as the link needs to move everything meanwhile"),
+            Self::Merging => f.write_str("as the coordinator needs to merge meanwhile"),
             Self::Others => f.write_str("as another site needs"),
         }
     }
@@ -249,9 +250,9 @@ mod tests {
         assert_eq!(steps_to_hide(0.0, 0.0, ROUND_SECONDS), STEPS, "nothing is known yet");
     }
 
-    /// A fragment of `nano` takes 16 kB in the thinnest codec, which tell nothing of a link, and 169 in E3M0.
+    /// A fragment of `nano` takes 10 kB in the thinnest codec, which tell nothing of a link, and 169 in E3M0.
     #[test]
-    fn a_link_comes_to_be_known_however_small_the_model() {
+    fn over_a_link_of_which_nothing_is_known_a_small_model_ventures_more() {
         let rung = |weights: usize, link: &Link| {
             let bytes = |codec: Codec| codec.payload_len(weights) as u64;
             let load = |(up, down)| Load { up: bytes(up), down: bytes(down), fragments: 4 };
@@ -262,6 +263,7 @@ mod tests {
         for unknown in [Link::default(), half_known] {
             assert_eq!([20_000, 1_300_000, 3_800_000, 30_800_000].map(|weights| rung(weights, &unknown)), [0, 0, 0, 1]);
         }
+        assert_eq!(rung(1_300_000, &Link { up: 0.0, ..measured(1e5) }), 1, "a half that is known is thin");
         assert_eq!([1e5, 1e7].map(|rate| rung(1_300_000, &measured(rate))), [1, 0], "what is known decides");
     }
 

@@ -74,7 +74,7 @@ fn model_of(up: Codec, down: Codec, rows: usize, is_seen: bool) -> Digest {
         };
         let contributions = [contribution(0), contribution(1), contribution(2)];
         let (merge, guard) = (Averaging::Radial, Guard { robust: Robust::Guard, weight_max: 0.5, usual: None });
-        let recipe = Recipe { merge, rule: OuterRule::default(), codec: down, share: 0.75, guard };
+        let recipe = Recipe { merge, rule: OuterRule::Auto { momentum: 0.3 }, codec: down, share: 0.75, guard };
         let find = |name| {
             let bytes: &Vec<u8> = payloads.get(&name)?;
             let look = || Squares::of(&Payload::check(bytes, count, &Alone).unwrap(), &Alone);

@@ -170,6 +170,7 @@ pub async fn coordinate(
     rollback::finish(dir)?;
     let identity = Identity::load(&dir.key())?;
     allow_many_files();
+    crate::link::look_for_bbr();
     let listener = bind(&options.listen)?;
     let store = Store::open(dir.payloads())?;
     let shared = open_shared(&prepared.config, options)?;

@@ -4,7 +4,7 @@
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Once};
+use std::sync::{Arc, Mutex};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -17,6 +17,8 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_sig
 use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
+#[cfg(target_os = "linux")]
+use socket2::{Domain, Socket, Type};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
@@ -168,6 +170,19 @@ impl Dialer {
     }
 }
 
+/// Says if this kernel does not pace what goes over long links: for processes that live long.
+pub(crate) fn look_for_bbr() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) =
+        Socket::new(Domain::IPV4, Type::STREAM, None).and_then(|socket| socket.set_tcp_congestion(b"bbr"))
+    {
+        tracing::info!(
+            "long or lossy links will carry less: this kernel does not let Atoll use BBR ({error})\n\
+             hint: `modprobe tcp_bbr`, and name it in net.ipv4.tcp_allowed_congestion_control"
+        );
+    }
+}
+
 /// Small frames leave at once, and the kernel looks after idle connections whose other end is gone. Where it has BBR,
 /// that paces what we send: it keeps the queues of thin links short, so that heartbeats pass, it does not take a lost
 /// packet for a full link, and it does not start slowly again after each pause between two rounds.
@@ -175,13 +190,7 @@ fn prepare(tcp: &TcpStream) -> Result<()> {
     tcp.set_nodelay(true)?;
     #[cfg(target_os = "linux")]
     if let Err(error) = SockRef::from(tcp).set_tcp_congestion(b"bbr") {
-        static SAID: Once = Once::new();
-        SAID.call_once(|| {
-            tracing::info!(
-                "long or lossy links will carry less: this kernel does not let Atoll use BBR ({error})\n\
-                 hint: `modprobe tcp_bbr`, and name it in net.ipv4.tcp_allowed_congestion_control"
-            );
-        });
+        tracing::debug!("this kernel does not let us use BBR: {error}");
     }
     let probes = TcpKeepalive::new().with_time(Duration::from_secs(30)).with_interval(Duration::from_secs(10));
     SockRef::from(tcp).set_tcp_keepalive(&probes)?;

@@ -155,6 +155,7 @@ pub fn join(
     let (commands, receiver) = tokio::sync::mpsc::unbounded_channel();
     let (sender, inbox) = mpsc::channel();
     let desk = Desk::open(local, residuals, team(options.threads), sender.clone())?;
+    crate::link::look_for_bbr();
     let network = runtime.spawn(net::keep_connected(route, receiver, sender.clone()));
     let held_out = held_out(&dataset, &tokenizer, training, rows)?;
     let (tasks, queue) = mpsc::channel();

@@ -63,7 +63,7 @@ pub(super) fn widen(bytes: [u8; 2]) -> f32 {
 }
 
 /// What a nibble stands for, in units of the scale: ± 0 for exponent 0, else ± 2^(e−7). No look-up and no case, so that a
-/// vector does many: as the exponent of an `f32` it is ± 0 or ± 2^(e−127), which is [`half`] …
+/// vector does many: as the exponent of an `f32` it is ± 0 or ± 2^(e−127), which is [`half()`] …
 #[inline(always)]
 const fn level(nibble: u8) -> f32 {
     f32::from_bits((half(nibble) as u32) << 16) * UP
@@ -141,7 +141,7 @@ fn decode_e3m0(bytes: &[u8], values: &mut [f32]) {
     for (block, bytes) in blocks.iter_mut().zip(bytes) {
         decode_block(bytes, block);
     }
-    if let Some(bytes) = bytes.get(blocks.len()) {
+    if let Some(bytes) = bytes.get(blocks.len()).filter(|_| !rest.is_empty()) {
         let mut block = [0.0; BLOCK];
         decode_block(bytes, &mut block);
         rest.copy_from_slice(&block[..rest.len()]);

@@ -123,7 +123,6 @@ impl Watch {
             let bytes = measures.bytes.get(index).copied().unwrap_or(0);
             let verdict = measures.verdicts.get(index).copied().unwrap_or(Verdict::WHOLE);
             let peer = self.peers.entry(accepted.site.clone()).or_default();
-            let forecast = machine.forecast(&accepted.site);
             sites.push(json!({
                 "site": accepted.site, "steps": accepted.steps, "tokens": accepted.tokens, "bytes": bytes,
                 "weight": if total > 0.0 { accepted.weight / total } else { 0.0 }, "norm": accepted.norm,
@@ -131,8 +130,8 @@ impl Watch {
                 "guard": verdict.factor(), "guarded_for": verdict.reason,
                 "exposed_seconds": peer.seen.exposed_seconds, "hidden_seconds": peer.seen.hidden_seconds,
                 "round_seconds": peer.seen.round_seconds,
-                "round_seconds_expected": forecast.as_ref().map(|forecast| forecast.turn),
-                "codec": forecast.as_ref().map(|forecast| forecast.codecs.0),
+                "round_seconds_expected": machine.forecast(&accepted.site).map(|forecast| forecast.turn),
+                "codec": measures.codecs.get(index),
             }));
             peer.contributed(staleness, cosine, bytes);
             if peer.guarded(&verdict) {

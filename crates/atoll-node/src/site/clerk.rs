@@ -275,14 +275,14 @@ impl Clerk {
     fn paused(&mut self, pause: Pause) {
         let (link, payload_bytes, moved) = self.meter.read();
         self.exposed += pause.exposed;
-        let hidden = self.desk.busy() + moved;
-        let before = *self.before_steps.get_or_insert(hidden);
+        let hidden =
+            self.before_steps.map_or(Duration::ZERO, |before| (self.desk.busy() + moved).saturating_sub(before));
         if !pause.spare.is_empty() {
             self.spare = pause.spare;
         }
         self.events.push_back(SiteEvent::Measured(Measured {
             exposed_seconds: self.exposed.as_secs_f64(),
-            hidden_seconds: hidden.saturating_sub(before).as_secs_f64(),
+            hidden_seconds: hidden.as_secs_f64(),
             coding_seconds: self.desk.coding_seconds(),
             copying_seconds: pause.copying_seconds,
             payload_bytes,
@@ -307,6 +307,7 @@ impl Clerk {
     fn obey(&mut self, order: SiteOrder, trainer: Option<&mut Trainer>) -> Result<()> {
         match order {
             SiteOrder::Train(steps) => {
+                self.before_steps.get_or_insert_with(|| self.desk.busy() + self.meter.read().2);
                 self.is_stepping = true;
                 match trainer {
                     Some(trainer) => trainer.order(steps),

@@ -17,7 +17,10 @@ pub(super) struct Meter(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
-    link: Link,
+    up: Rate,
+    down: Rate,
+    /// Seconds of a round trip.
+    rtt: f64,
     /// Payload bytes sent and received.
     bytes: (u64, u64),
     asked: Option<(u64, Instant)>,
@@ -29,9 +32,10 @@ struct State {
     moved: Duration,
 }
 
-/// Smaller transfers say more about delays than about rates, unless they take long.
+/// Smaller transfers say more about delays than about rates.
 const BYTES_MIN: u64 = 48 << 10;
-const LONG_SECONDS: f64 = 1.0;
+/// After so many of these in a row a rate is forgotten: where it was taken for thin once, nothing else would ever correct it.
+const SMALL_MAX: u32 = 256;
 /// Weight of a rate below the best that was seen; others may have had a part of the link.
 const SLOWER_SHARE: f64 = 0.1;
 
@@ -40,7 +44,8 @@ impl Meter {
     pub(super) fn read(&self) -> (Link, (u64, u64), Duration) {
         let state = lock(&self.0);
         let now = state.moving_since.map_or(Duration::ZERO, |since| since.elapsed());
-        (state.link, state.bytes, state.moved + now)
+        let link = Link { up: state.up.bytes, down: state.down.bytes, rtt: state.rtt };
+        (link, state.bytes, state.moved + now)
     }
 
     /// What was under way is lost.
@@ -61,7 +66,7 @@ impl Meter {
     pub(super) fn answered(&self, heard: u64) {
         let mut state = lock(&self.0);
         let Some((_, at)) = state.asked.take_if(|(number, _)| *number <= heard) else { return };
-        toll::note(&mut state.link.rtt, at.elapsed());
+        toll::note(&mut state.rtt, at.elapsed());
     }
 
     /// A payload begins to go up.
@@ -76,8 +81,8 @@ impl Meter {
         let mut state = lock(&self.0);
         let Some((began, bytes)) = state.uploads.remove(&digest) else { return };
         state.bytes.0 += bytes;
-        let seconds = began.elapsed().as_secs_f64() - state.link.rtt;
-        note(&mut state.link.up, bytes, seconds);
+        let seconds = began.elapsed().as_secs_f64() - state.rtt;
+        state.up.note(bytes, seconds);
         state.settle();
     }
 
@@ -94,7 +99,7 @@ impl Meter {
         let Some((began, first)) = state.downloads.remove(&digest) else { return };
         state.bytes.1 += bytes;
         let seconds = began.elapsed().as_secs_f64();
-        note(&mut state.link.down, bytes.saturating_sub(first), seconds);
+        state.down.note(bytes.saturating_sub(first), seconds);
         state.settle();
     }
 }
@@ -110,12 +115,28 @@ impl State {
     }
 }
 
-fn note(rate: &mut f64, bytes: u64, seconds: f64) {
-    if bytes < BYTES_MIN && seconds < LONG_SECONDS {
-        return;
+/// What is seen of one way.
+#[derive(Default)]
+struct Rate {
+    /// Bytes per second; 0 if that is not known.
+    bytes: f64,
+    /// Small transfers since one has told something.
+    small: u32,
+}
+
+impl Rate {
+    fn note(&mut self, bytes: u64, seconds: f64) {
+        if bytes < BYTES_MIN {
+            self.small += 1;
+            if self.small >= SMALL_MAX {
+                *self = Self::default();
+            }
+            return;
+        }
+        let seen = bytes as f64 / seconds.max(1e-3);
+        let rate = if seen > self.bytes { seen } else { self.bytes + SLOWER_SHARE * (seen - self.bytes) };
+        *self = Self { bytes: rate, small: 0 };
     }
-    let seen = bytes as f64 / seconds.max(1e-3);
-    *rate = if seen > *rate { seen } else { *rate + SLOWER_SHARE * (seen - *rate) };
 }
 
 #[cfg(test)]
@@ -123,27 +144,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_small_and_fast_tells_nothing_of_a_link() {
-        let mut rate = 0.0;
-        note(&mut rate, BYTES_MIN - 1, 0.01);
-        assert_eq!(rate, 0.0);
-        note(&mut rate, 20_000, 2.0);
-        assert_eq!(rate, 10_000.0, "it took too long to be a matter of delays");
-        note(&mut rate, BYTES_MIN, 0.01);
-        assert_eq!(rate, BYTES_MIN as f64 / 0.01, "the best that was seen");
-        note(&mut rate, BYTES_MIN, 0.02);
+    fn what_is_small_tells_nothing_and_in_the_long_run_makes_forget() {
+        let mut rate = Rate::default();
+        rate.note(BYTES_MIN - 1, 0.01);
+        assert_eq!(rate.bytes, 0.0);
+        rate.note(BYTES_MIN, 0.01);
+        assert_eq!(rate.bytes, BYTES_MIN as f64 / 0.01, "the best that was seen");
+        rate.note(BYTES_MIN, 0.02);
+        let slower = rate.bytes;
         assert!(
-            (rate / (BYTES_MIN as f64 / 0.01) - 0.95).abs() < 1e-9,
-            "others may have had a part of the link: {rate}"
+            (slower / (BYTES_MIN as f64 / 0.01) - 0.95).abs() < 1e-9,
+            "others may have had a part of the link: {slower}"
         );
-        note(&mut rate, 0, 0.0);
-        assert!(rate.is_finite());
+        (1..SMALL_MAX).for_each(|_| rate.note(1000, 9.0));
+        assert_eq!(rate.bytes, slower);
+        rate.note(1000, 9.0);
+        assert_eq!((rate.bytes, rate.small), (0.0, 0));
     }
 
     #[test]
     fn both_ways_are_measured_and_time_under_way_counts_once() {
         let (meter, bytes, wait) = (Meter::default(), 4 * BYTES_MIN, Duration::from_millis(30));
         let [up, down] = [1, 2].map(|byte| Digest::of(&[byte]));
+        let began = Instant::now();
         meter.sending(up, bytes);
         meter.receiving(down, BYTES_MIN);
         std::thread::sleep(wait);
@@ -153,7 +176,7 @@ mod tests {
         assert!(link.up > 0.0 && link.up <= bytes as f64 / wait.as_secs_f64(), "{link:?}");
         assert!(link.down > 0.0 && link.down <= 3.0 / 4.0 * bytes as f64 / wait.as_secs_f64(), "{link:?}");
         assert_eq!(counted, (bytes, bytes));
-        assert!(moved >= wait);
+        assert!(moved >= wait && moved <= began.elapsed());
         std::thread::sleep(wait);
         assert_eq!(meter.read().2, moved, "nothing is under way");
     }
