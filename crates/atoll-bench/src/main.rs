@@ -146,7 +146,8 @@ fn main() -> Result<()> {
         println!(
             "{}",
             serde_json::json!({
-                "bench": name, "command": command(), "commit": commit(), "machine": machine(), "seconds": seconds, "figures": figures,
+                "bench": name, "command": command(), "commit": commit(), "machine": machine(),
+                "seconds": seconds, "figures": figures,
             })
         );
     }

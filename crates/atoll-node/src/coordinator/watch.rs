@@ -155,8 +155,8 @@ impl Watch {
         };
         let line = json!({
             "event": "commit", "fragment": commit.fragment, "version": commit.version, "quorum": sites.len(),
-            "sites": sites, "bytes": commit.bytes, "codec": commit.recipe.codec, "digest": commit.digest, "seconds": commit.seconds,
-            "round_seconds": fragment.round_seconds, "norm": measures.norm, "rho": measures.rho,
+            "sites": sites, "bytes": commit.bytes, "codec": commit.recipe.codec, "digest": commit.digest,
+            "seconds": commit.seconds, "round_seconds": fragment.round_seconds, "norm": measures.norm, "rho": measures.rho,
             "effective_step": measures.effective_step, "residual": measures.residual,
         });
         self.note(now, line);
