@@ -99,7 +99,9 @@ print("finished", atoll.join(ticket, Talking(atoll.Llama), data=data, dir=folder
 
 
 def process(lab, code):
-    command = [sys.executable, "-c", code, lab.ticket("mine"), str(lab.text), str(lab.folder / "mine")]
+    # Who starts tests in the background of a shell has them ignore SIGINT, and what is ignored on purpose stays so.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code
+    command = [sys.executable, "-c", heeding, lab.ticket("mine"), str(lab.text), str(lab.folder / "mine")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
