@@ -19,7 +19,7 @@
 use anyhow::{Context, Result};
 
 use crate::lab::{self, Link};
-use crate::scenario::{Outcome, SETTLE_SECONDS, STEP_MS, Scenario, SiteOutcome, Size, THINNEST, ways};
+use crate::scenario::{Outcome, SETTLE_SECONDS, STEP_MS, Scenario, SiteOutcome, Size, THINNEST, thinnest_ways};
 use crate::{Arguments, Figures};
 
 const SITES: usize = 4;
@@ -68,7 +68,7 @@ fn introduce() -> Result<()> {
     println!("{SITES} sites and a coordinator, {} parameters, {STEPS} inner steps of {STEP_MS} ms per round,", {
         SIZE.name()?
     });
-    println!("weights go {}, as over thin links.", ways(THINNEST));
+    println!("weights go {}, as over thin links.", thinnest_ways());
     println!(
         "Links of {} Mbit/s, {} ms there and back. Bytes over whole rounds, twice: as the site's kernel counts",
         { LINK.mbit },

@@ -9,7 +9,9 @@ use atoll_core::engine::{Batch, Engine, EngineError, Feed};
 
 use crate::emulated::{Diary, Emulated};
 use crate::lab::{self, Link};
-use crate::scenario::{CONTEXT, Outcome, ROWS, SETTLE_SECONDS, Scenario, Size, THINNEST, congestion_name, ways};
+use crate::scenario::{
+    CONTEXT, Outcome, ROWS, SETTLE_SECONDS, Scenario, Size, THINNEST, congestion_name, thinnest_ways,
+};
 use crate::{Arguments, Figures};
 
 /// Milliseconds of an inner step at each site, speeds 1 : 2 : 4 : 8: once as of a model that keeps its accelerators busy, and
@@ -73,7 +75,7 @@ fn introduce(seconds: f64) -> Result<()> {
     println!(
         "congestion control: {}. Weights go {}. Steps are emulated, all else is the product. Alone: the engine in a",
         congestion_name(),
-        ways(THINNEST)
+        thinnest_ways()
     );
     println!(
         "loop that does nothing else. Together: tokens that entered the model in {seconds:.0} s, from commit to commit.\n"

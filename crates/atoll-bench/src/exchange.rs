@@ -10,7 +10,9 @@ use atoll_core::plan::{self, Codecs};
 use atoll_core::round::Setting;
 
 use crate::lab::{self, Link};
-use crate::scenario::{SETTLE_SECONDS, STEP_MS, Scenario, Size, THINNEST, congestion_name, middle, ways};
+use crate::scenario::{
+    Outcome, SETTLE_SECONDS, STEP_MS, Scenario, Size, THINNEST, congestion_name, middle, thinnest_ways,
+};
 use crate::{Arguments, Figures};
 
 const SIZE: Size = Size::M12;
@@ -98,7 +100,7 @@ fn introduce() -> Result<()> {
     );
     println!("in which a site takes no step, per synchronization of all fragments. Applied: seconds from taking a");
     println!("contribution until the next commit of its fragment is in the engine; the site trains meanwhile.");
-    println!("Weights go {}, but in rows where the run decides by itself.", ways(THINNEST));
+    println!("Weights go {}, but in rows where the run decides by itself.", thinnest_ways());
     println!("Medians over all synchronizations of both sites. Others, in the same lab, block all the time: fp32,");
     println!("seconds per synchronization.\n");
     println!("       link  loss  fragments  commits in  synchronizations  blocked s  applied s   others");
@@ -163,10 +165,8 @@ fn link_share(wanlab: &Path, size: Size) -> Result<f64> {
     let site = outcome.sites.first().context("there is one site")?;
     let loaded = site.loaded().context("the site never got the model")?;
     let bytes = outcome.wires.delivered(lab::HUB, &site.name, (0.0, loaded));
-    let by = |share: f64| outcome.wires.delivered_by(lab::HUB, &site.name, share * bytes);
-    let seconds = by(1.0 - CUT).zip(by(CUT)).map(|(end, begin)| end - begin).context("nothing was delivered")?;
+    let seconds = kept_seconds(&outcome, (lab::HUB, &site.name), 0.0, bytes).context("nothing was delivered")?;
     let megabits = KEPT * size.parameters()? as f64 * 32.0 / 1e6;
-    let share = megabits / seconds / f64::from(FULL.mbit);
     println!(
         "\nA site that joins gets {} parameters ({:.0} MB) over {} Mbit/s with {} % loss at {:.0} Mbit/s:",
         size.name()?,
@@ -175,9 +175,7 @@ fn link_share(wanlab: &Path, size: Size) -> Result<f64> {
         FULL.loss,
         megabits / seconds,
     );
-    println!("{:.1} % of the link (target {:.0} %)", share * 100.0, LINK_SHARE_TARGET * 100.0);
-    outcome.doubts().iter().for_each(|doubt| println!("NOTE: {doubt}"));
-    Ok(share)
+    Ok(judge(&outcome, megabits / seconds))
 }
 
 /// Lets a site contribute all its weights in `f32` over the full link and compares the speed at which they go with the link's.
@@ -202,18 +200,28 @@ fn link_share_up(wanlab: &Path, size: Size, seconds: f64) -> Result<f64> {
     let seconds = taken.windows(2).filter_map(|pair| {
         let sent = |window| outcome.wires.delivered(&site.name, lab::HUB, window);
         let (before, bytes) = (sent((0.0, pair[0])), sent((pair[0], pair[1])));
-        let by = |share: f64| outcome.wires.delivered_by(&site.name, lab::HUB, before + share * bytes);
-        by(1.0 - CUT).zip(by(CUT)).map(|(end, begin)| end - begin)
+        kept_seconds(&outcome, (&site.name, lab::HUB), before, bytes)
     });
     let seconds: Vec<f64> = seconds.collect();
     anyhow::ensure!(!seconds.is_empty(), "the site contributed less than twice");
     let (count, rate) = (seconds.len(), megabits / middle(seconds));
-    let share = rate / f64::from(FULL.mbit);
     println!(
         "\nA site that contributes sends {} weights in f32 over such a link at {rate:.0} Mbit/s, the median of {count}:",
         size.name()?
     );
+    Ok(judge(&outcome, rate))
+}
+
+/// Seconds that `bytes` took from one place to the other after so many before them, but for what is left out at both ends.
+fn kept_seconds(outcome: &Outcome, (from, to): (&str, &str), before: f64, bytes: f64) -> Option<f64> {
+    let by = |share: f64| outcome.wires.delivered_by(from, to, before + share * bytes);
+    by(1.0 - CUT).zip(by(CUT)).map(|(end, begin)| end - begin)
+}
+
+/// Says which share of the full link so many Mbit/s are, and what is to be doubted about it.
+fn judge(outcome: &Outcome, rate: f64) -> f64 {
+    let share = rate / f64::from(FULL.mbit);
     println!("{:.1} % of the link (target {:.0} %)", share * 100.0, LINK_SHARE_TARGET * 100.0);
     outcome.doubts().iter().for_each(|doubt| println!("NOTE: {doubt}"));
-    Ok(share)
+    share
 }

@@ -115,12 +115,10 @@ impl Size {
 /// The codecs of thin links: at most a quarter of a bit per weight up, and half a bit down.
 pub(crate) const THINNEST: Setting<Codecs> = Setting::Is(plan::THINNEST);
 
-/// For tables: `up as tcq:1 and down as tcq:2`.
-pub(crate) fn ways(codecs: Setting<Codecs>) -> String {
-    match codecs {
-        Setting::Is((up, down)) => format!("up as {up} and down as {down}"),
-        Setting::Auto => "as the run decides by itself".to_string(),
-    }
+/// How weights go in these, for tables: `up as tcq:1 and down as tcq:2`.
+pub(crate) fn thinnest_ways() -> String {
+    let (up, down) = plan::THINNEST;
+    format!("up as {up} and down as {down}")
 }
 
 /// What is to be run.

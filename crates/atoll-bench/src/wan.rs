@@ -4,7 +4,9 @@
 use anyhow::Result;
 
 use crate::lab::{self, Link};
-use crate::scenario::{Outcome, SETTLE_SECONDS, STEP_MS, Scenario, Size, THINNEST, congestion_name, middle, ways};
+use crate::scenario::{
+    Outcome, SETTLE_SECONDS, STEP_MS, Scenario, Size, THINNEST, congestion_name, middle, thinnest_ways,
+};
 use crate::{Arguments, Figures};
 
 const SITES: usize = 4;
@@ -63,7 +65,7 @@ fn introduce(seconds: f64) {
     println!("coordinator, {RTT_MS} ms there and back, congestion control: {}. An inner step takes {STEP_MS} ms", {
         congestion_name()
     });
-    println!("(emulated), all else is the product. Weights go {}; a round takes {STEPS}", ways(THINNEST));
+    println!("(emulated), all else is the product. Weights go {}; a round takes {STEPS}", thinnest_ways());
     println!("inner steps, or more where the link needs longer. Sites load the model over links");
     println!(
         "without limits; the links get rate and loss once all sites train, and {SETTLE_SECONDS:.0} s later {seconds:.0} s are"

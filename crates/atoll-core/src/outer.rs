@@ -289,11 +289,10 @@ impl Global {
             let &Accepted { weight, steps, trust, quality, payload: name, .. } = accepted;
             weighted.push(Weighted { weight, steps, trust, quality, name, stale, payload: sound });
         }
-        let codecs = weighted.iter().map(|contribution| contribution.payload.codec()).collect();
         let first = contributions.first().map_or(Digest::default(), |accepted| accepted.payload);
         let step = self.step(fragment, &weighted, recipe, team);
         let mut step = step.map_err(|source| StepError::Codec { payload: first, source })?;
-        step.measures.codecs = codecs;
+        step.measures.codecs = weighted.iter().map(|contribution| contribution.payload.codec()).collect();
         step.measures.bytes = payloads.iter().map(|found| found.bytes.len() as u64).collect();
         Ok(step)
     }

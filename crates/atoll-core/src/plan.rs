@@ -188,7 +188,12 @@ impl fmt::Display for Bound {
 pub fn least_seconds(coding: f64, copying: f64) -> (f64, Bound) {
     let short = (ROUND_SECONDS, Bound::Short);
     let others = [(coding / CODING_SHARE, Bound::Coding), (copying / COPYING_SHARE, Bound::Copying)];
-    others.into_iter().fold(short, |longest, other| if other.0 > longest.0 { other } else { longest })
+    longest(short, others)
+}
+
+/// What asks for most, of equals the first.
+pub(crate) fn longest<T: PartialOrd, const N: usize>(first: (T, Bound), others: [(T, Bound); N]) -> (T, Bound) {
+    others.into_iter().fold(first, |longest, other| if other.0 > longest.0 { other } else { longest })
 }
 
 /// Inner steps of `step_seconds` between two contributions so that `needed` seconds hide behind them, and, within limits, a

@@ -132,7 +132,6 @@ pub(super) fn frames() -> Vec<Vec<u8>> {
     frames.map(|frame| frame.encode()).collect()
 }
 
-#[cfg(test)]
 #[test]
 fn there_is_a_seed_of_every_kind_of_frame() {
     let kinds: std::collections::BTreeSet<u8> = frames().iter().map(|frame| frame[HEADER - 1]).collect();

@@ -122,8 +122,7 @@ impl Coordinator {
                 let (least, bound) = view.least_seconds();
                 let link = plan::best_steps(&self.ladder, &view.status.vitals.link, seconds, least);
                 let steps = |needed: f64| plan::steps_to_hide(needed, seconds, least);
-                let all = [(steps(merging), Bound::Merging), (link, Bound::Link)];
-                all.into_iter().fold((steps(0.0), bound), |most, other| if other.0 > most.0 { other } else { most })
+                plan::longest((steps(0.0), bound), [(steps(merging), Bound::Merging), (link, Bound::Link)])
             }
         }
     }
